@@ -1,0 +1,334 @@
+"""Trains a 784-512-256-10 multilayer perceptron on MNIST with a loss of `ce_jax`.
+
+    python -m experiments.mnist
+
+Expect 98.5 % test accuracy after half a minute of training on two CPU cores. Without the MNIST
+files and without a network it trains on scikit-learn's small digits instead, and says so.
+"""
+
+import dataclasses
+import enum
+import math
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args
+
+import flax
+import jax
+import optax
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from experiments import console as show
+from experiments import data, plots, runs
+from experiments.errors import ExperimentError, RunError
+from experiments.objectives import LossName, make_objective
+from experiments.training import Settings, Trainer, fit
+
+LossChoice = enum.StrEnum("LossChoice", {name: name for name in get_args(LossName)})
+DatasetChoice = enum.StrEnum("DatasetChoice", {name: name for name in get_args(data.DatasetName)})
+
+SIGMOID_LOSSES = ("one-vs-rest", "even-odd")
+
+# By data set: the digits are 1437 training images where MNIST has 60000.
+DEFAULT_EPOCHS = {"mnist": 12, "digits": 40}
+DEFAULT_BATCH_SIZE = {"mnist": 500, "digits": 32}
+DEFAULT_LEARNING_RATE = {"mnist": 4e-3, "digits": 2e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """Everything that decides the result of a run. It is what a resumed run has to agree with."""
+
+    dataset: str
+    loss: LossName
+    label_smoothing: float
+    z_loss: float
+
+
+def by_dataset(values: dict[str, Any]) -> str:
+    """How --help shows a default that depends on the data set."""
+    return f"{values['mnist']}; on digits {values['digits']}"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+# The options that `Config` records default to None, "not given": a resumed run takes them from the
+# run it continues, and has to tell that from a value somebody asked for.
+@app.command()
+def main(
+    loss: Annotated[
+        LossChoice | None,
+        typer.Option(
+            help="softmax: integer labels. one-hot: softmax, one-hot labels. one-vs-rest: a "
+            "sigmoid per class, n-hot labels. even-odd: one sigmoid, is the digit odd? weighted: "
+            "softmax, classes weighted by inverse frequency.",
+            show_default="softmax",
+        ),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of each target that is spread evenly over the classes.",
+            show_default="0",
+        ),
+    ] = None,
+    z_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Weight of the squared log-partition function; softmax losses only.",
+            show_default="0",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Passes over the training set.", show_default=by_dataset(DEFAULT_EPOCHS)
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Examples per step.", show_default=by_dataset(DEFAULT_BATCH_SIZE)),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak of AdamW's learning rate, after a warm-up and before a cosine decay.",
+            show_default=by_dataset(DEFAULT_LEARNING_RATE),
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(min=0, help="Decay of the kernels, decoupled.", show_default="0.3"),
+    ] = None,
+    dropout: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of hidden units that training drops.", show_default="0.2"
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=2**32 - 1,
+            help="Seed of the initial parameters, the order of the examples and dropout.",
+            show_default="0",
+        ),
+    ] = None,
+    dataset: Annotated[
+        DatasetChoice | None,
+        typer.Option(
+            help="mnist: the real one, or an error. digits: scikit-learn's 8x8 digits. auto: mnist "
+            "where it is at hand or can be downloaded, otherwise digits.",
+            show_default="auto",
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the four MNIST files, plain or .gz. Without one they are downloaded, "
+            "once, into the user's cache folder.",
+            show_default=f"${data.DATA_DIR_VARIABLE} where it is set",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run, new or empty: configuration, metrics, TensorBoard events, "
+            "checkpoints and plots.",
+            show_default="runs/mnist-DATE-TIME",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out where it was interrupted, with its own options.",
+        ),
+    ] = False,
+) -> None:
+    """Train a 784-512-256-10 MLP on MNIST with a cross-entropy of ce_jax.
+
+    Exit status: 0 for a finished run, 1 for data or a run folder that cannot be used, 2 for wrong
+    options, 130 for an interrupt.
+    """
+    given = {
+        "loss": loss and loss.value,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "dropout": dropout,
+        "seed": seed,
+        "dataset": dataset and dataset.value,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    check_options(given)
+    if resume and out is None:
+        raise typer.BadParameter("--resume wants the folder of the run: add --out")
+    if data_dir is not None and given.get("dataset") == "digits":
+        raise typer.BadParameter("--data-dir is of no use to --dataset digits")
+    folder = out or Path("runs") / f"mnist-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        run(given, data_dir, folder, resume)
+    except ExperimentError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or folder}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        fail(f"interrupted; --out {folder} --resume goes on from the last finished epoch", 130)
+
+
+def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) -> None:
+    """Trains, or continues to train, in a folder, and shows and saves the result.
+
+    Args:
+      given: the options somebody asked for, under the names of `Config`.
+      data_dir: folder of the MNIST files.
+      path: folder of the run.
+      resume: whether to continue the run in that folder.
+    """
+    console = Console(soft_wrap=True)
+    recorded = runs.read_config(path) if resume else None
+    if recorded is None:
+        runs.require_fresh(path)
+        dataset = data.load(given.get("dataset", "auto"), data_dir)
+        config = new_config(given, dataset.name)
+    else:
+        config = recorded_config(path, recorded)
+        check_unchanged(path, config, given)
+        dataset = data.load(config.dataset, data_dir)
+        dataset = dataclasses.replace(dataset, notice=recorded["notice"])
+    if config.z_loss and config.loss in SIGMOID_LOSSES:
+        raise typer.BadParameter(f"--z-loss belongs to the softmax losses, not to {config.loss}")
+    if dataset.notice:
+        show.warn(console, dataset.notice, dataset.source)
+    task = dataset.parity() if config.loss == "even-odd" else dataset
+    objective = make_objective(config.loss, task, config.label_smoothing, config.z_loss)
+    trainer = Trainer(task, objective, config)
+    if recorded is None:
+        runs.create(
+            path,
+            {
+                "experiment": "mnist",
+                "options": dataclasses.asdict(config),
+                "notice": dataset.notice,
+                "versions": {m.__name__: m.__version__ for m in (jax, flax, optax)},
+                "devices": trainer.devices,
+            },
+        )
+    header = {"dataset": dataset.name, "notice": dataset.notice, "loss": config.loss}
+    with runs.RunFolder(path, header) as folder:
+        show.setting(
+            console,
+            {
+                "data": dataset.summary,
+                "devices": trainer.devices,
+                "model": f"MLP {'-'.join(map(str, trainer.widths))}, "
+                f"{trainer.parameters:,} parameters, float32",
+                "loss": objective.description,
+                "options": ", ".join(
+                    f"{name} {value}" for name, value in dataclasses.asdict(config).items()
+                ),
+                "folder": str(folder.path),
+            },
+        )
+        if folder.epochs_done:
+            console.print(f"resuming after epoch {folder.epochs_done} of {config.epochs}")
+        elif resume:
+            console.print(f"nothing to resume in {path} yet, starting at the first epoch")
+        compile_start = time.perf_counter()
+        trainer.compile()
+        compile_seconds = time.perf_counter() - compile_start
+        with show.EpochProgress(console, config.epochs, folder.history) as progress:
+            evaluation = fit(trainer, folder, progress.advance)
+        training_seconds = sum(row["seconds"] for row in folder.history)
+        title = f"{config.loss} loss on {dataset.name}, {config.epochs} epochs, seed {config.seed}"
+        show.result(console, title, evaluation)
+        console.print(
+            f"trained for {training_seconds:.1f} s, after {compile_seconds:.1f} s of compiling"
+        )
+        folder.record_final(
+            {
+                **evaluation.summary,
+                "training_seconds": training_seconds,
+                "notice": dataset.notice,
+                "per_class": evaluation.per_class,
+            }
+        )
+        plots.save_all(
+            path / "plots", title, dataset.notice, folder.history, evaluation, dataset.test_images
+        )
+        console.print(f"configuration, metrics, events, checkpoints and plots: {folder.path}")
+
+
+def new_config(given: dict[str, Any], dataset: str) -> Config:
+    """The configuration of a new run: what was asked for, over the defaults of the data set."""
+    defaults = {
+        "loss": "softmax",
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "epochs": DEFAULT_EPOCHS[dataset],
+        "batch_size": DEFAULT_BATCH_SIZE[dataset],
+        "learning_rate": DEFAULT_LEARNING_RATE[dataset],
+        "weight_decay": 0.3,
+        "dropout": 0.2,
+        "seed": 0,
+    }
+    return Config(**{**defaults, **given, "dataset": dataset})
+
+
+def recorded_config(path: Path, recorded: dict[str, Any]) -> Config:
+    """The configuration that a run folder recorded."""
+    try:
+        recorded["notice"]
+        return Config(**recorded["options"])
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{path / runs.CONFIG_FILE}: not the configuration of this script"
+        ) from error
+
+
+def check_unchanged(path: Path, config: Config, given: dict[str, Any]) -> None:
+    """Raises RunError where an option asks for something else than the run to resume has."""
+    changed = [
+        f"--{name.replace('_', '-')} is {getattr(config, name)}, not {value}"
+        for name, value in given.items()
+        if value != getattr(config, name) and (name, value) != ("dataset", "auto")
+    ]
+    if changed:
+        raise RunError(f"{path}: the run in it has other options: {'; '.join(changed)}")
+
+
+def check_options(given: dict[str, Any]) -> None:
+    """Refuses values that the option types let through."""
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} has to be finite, not {value}")
+    if given.get("learning_rate", 1.0) <= 0:
+        raise typer.BadParameter(
+            f"--learning-rate has to be positive, not {given['learning_rate']}"
+        )
+    if given.get("dropout", 0.0) == 1:
+        raise typer.BadParameter("--dropout 1 would leave nothing to train")
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Ends the program with one line on standard error."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"[bold red]error:[/bold red] {escape(message)}"
+    )
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    app()

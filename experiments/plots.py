@@ -1,0 +1,188 @@
+"""The pictures of a run, as PNG files.
+
+Each carries the title of the run, and the notice of its data set where there is one.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from experiments.report import Evaluation
+
+_TRAIN_COLOR = "#b35806"
+_TEST_COLOR = "#2166ac"
+_GAP_COLOR = "#d6604d"
+_DOTS_PER_INCH = 130
+_HARDEST_ROWS, _HARDEST_COLUMNS = 4, 6
+
+
+def save_all(
+    folder: Path,
+    title: str,
+    notice: str,
+    history: Sequence[Mapping[str, Any]],
+    evaluation: Evaluation,
+    images: np.ndarray,
+) -> list[Path]:
+    """Draws all plots of a finished run and returns their paths.
+
+    Args:
+      folder: where they go; created where missing.
+      title: names the run on every plot.
+      notice: a warning to show on every plot, or "".
+      history: the metrics of each epoch.
+      evaluation: predictions on the test set.
+      images: `[n, height, width]`, the test images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "curves": curves(history),
+        "confusion": confusion(evaluation),
+        "reliability": reliability(evaluation),
+        "hardest": hardest(evaluation, images),
+    }
+    paths = []
+    for name, figure in figures.items():
+        figure.suptitle(title, fontsize=11)
+        if notice:
+            figure.supxlabel(notice, color="white", backgroundcolor="#b2182b", fontsize=9)
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=_DOTS_PER_INCH)
+        paths.append(path)
+    return paths
+
+
+def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss and accuracy over the epochs, on training and test examples."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    for axes, quantity, scale in ((loss_axes, "loss", 1), (accuracy_axes, "accuracy", 100)):
+        for split, color, label in (
+            ("train", _TRAIN_COLOR, "training (during the epoch, with dropout)"),
+            ("test", _TEST_COLOR, "test (after the epoch)"),
+        ):
+            values = [row[f"{split}_{quantity}"] * scale for row in history]
+            axes.plot(epochs, values, color=color, marker="o", markersize=3, label=label)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _clean(axes)
+    loss_axes.set_ylabel("loss")
+    loss_axes.set_yscale("log")
+    loss_axes.legend(frameon=False, fontsize=9)
+    accuracy_axes.set_ylabel("accuracy (%)")
+    if history:
+        _mark_last(accuracy_axes, epochs[-1], history[-1]["test_accuracy"] * 100)
+    return figure
+
+
+def confusion(evaluation: Evaluation) -> Figure:
+    """Counts of true against predicted classes; colours show the mistakes alone."""
+    counts = evaluation.confusion
+    classes = len(counts)
+    figure = Figure(figsize=(1.6 + 0.58 * max(classes, 6), 1.2 + 0.55 * max(classes, 6)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    mistakes = np.where(np.eye(classes, dtype=bool) | (counts == 0), np.nan, counts)
+    worst = int(np.nanmax(mistakes)) if np.isfinite(mistakes).any() else 1
+    picture = axes.imshow(mistakes, cmap="Reds", norm=LogNorm(1, max(worst, 2)))
+    figure.colorbar(picture, ax=axes, label="mistakes", shrink=0.8)
+    for true in range(classes):
+        for predicted in range(classes):
+            count = int(counts[true, predicted])
+            right = true == predicted
+            dark = not right and count > 1 and np.log(count) > 0.6 * np.log(max(worst, 2))
+            axes.text(
+                predicted,
+                true,
+                str(count),
+                ha="center",
+                va="center",
+                fontsize=8,
+                fontweight="bold" if right else "normal",
+                color="white" if dark else "black" if count else "#bbbbbb",
+            )
+    axes.set_xticks(range(classes), evaluation.class_names)
+    axes.set_yticks(range(classes), evaluation.class_names)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    wrong = int(counts.sum() - np.trace(counts))
+    axes.set_title(f"{wrong} of {counts.sum()} test images wrong", fontsize=10)
+    return figure
+
+
+def reliability(evaluation: Evaluation) -> Figure:
+    """Accuracy against confidence, over a histogram of the confidence."""
+    calibration = evaluation.calibration
+    figure = Figure(figsize=(5.2, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    centers = (calibration.edges[:-1] + calibration.edges[1:]) / 2
+    width = calibration.edges[1] - calibration.edges[0]
+    filled = calibration.counts > 0
+    confidence, accuracy = calibration.confidence[filled], calibration.accuracy[filled]
+    upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfect")
+    upper.bar(centers[filled], accuracy, width * 0.92, color=_TEST_COLOR, label="accuracy")
+    upper.bar(
+        centers[filled],
+        confidence - accuracy,
+        width * 0.92,
+        bottom=accuracy,
+        color=_GAP_COLOR,
+        alpha=0.35,
+        label="gap to the confidence",
+    )
+    upper.set_ylabel("accuracy")
+    upper.set_ylim(0, 1.02)
+    upper.set_title(f"expected calibration error {calibration.error:.4f}", fontsize=10)
+    upper.legend(frameon=False, fontsize=9, loc="upper left")
+    lower.bar(centers, calibration.counts, width * 0.92, color="#777777")
+    lower.set_yscale("symlog", linthresh=1)
+    lower.set_ylim(bottom=0)
+    lower.set_ylabel("test images")
+    lower.set_xlabel("confidence in the predicted class")
+    lower.set_xlim(0, 1)
+    _clean(upper)
+    _clean(lower)
+    return figure
+
+
+def hardest(evaluation: Evaluation, images: np.ndarray) -> Figure:
+    """The test images whose true class was given the least probability."""
+    shown = np.argsort(-evaluation.nll, kind="stable")[: _HARDEST_ROWS * _HARDEST_COLUMNS]
+    figure = Figure(figsize=(9, 7.6), layout="constrained")
+    grid = list(figure.subplots(_HARDEST_ROWS, _HARDEST_COLUMNS).flat)
+    names = evaluation.class_names
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, index in zip(grid, shown, strict=False):
+        axes.imshow(images[index], cmap="gray_r")
+        true, predicted = evaluation.labels[index], evaluation.predicted[index]
+        axes.set_title(
+            f"{names[true]}, taken for {names[predicted]}\nloss {evaluation.nll[index]:.2f}",
+            fontsize=8.5,
+            color=_GAP_COLOR if true != predicted else "black",
+        )
+    return figure
+
+
+def _mark_last(axes: Axes, epoch: int, value: float) -> None:
+    axes.annotate(
+        f"{value:.2f}",
+        (epoch, value),
+        xytext=(0, 6),
+        textcoords="offset points",
+        ha="right",
+        color=_TEST_COLOR,
+    )
+
+
+def _clean(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)

@@ -1,0 +1,125 @@
+"""What a classifier achieves on a test set, computed on the host from its log-probabilities."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Confidence against accuracy, in bins of equal width over the confidence.
+
+    Attributes:
+      edges: `[bins + 1]` limits of the bins.
+      counts: `[bins]` number of examples.
+      confidence: `[bins]` mean confidence; NaN in an empty bin.
+      accuracy: `[bins]` share of right predictions; NaN in an empty bin.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: the mean gap, weighted by the number of examples."""
+        filled = self.counts > 0
+        gaps = np.abs(self.confidence[filled] - self.accuracy[filled])
+        return float(np.average(gaps, weights=self.counts[filled]))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions on a test set and what follows from them.
+
+    Attributes:
+      loss: the training objective, on the test set.
+      log_probs: `[n, classes]` log-probability of each class; one-vs-rest sigmoids need not sum to
+        one.
+      labels: `[n]` true classes.
+      class_names: one name per class.
+    """
+
+    loss: float
+    log_probs: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """Most probable class of each example, `[n]`."""
+        return self.log_probs.argmax(axis=-1)
+
+    @cached_property
+    def nll(self) -> np.ndarray:
+        """Negative log-probability in nats that each example's true class was given, `[n]`."""
+        return -self.log_probs[np.arange(len(self.labels)), self.labels]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return float(np.mean(self.predicted == self.labels))
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """Number of examples of each true class (row) by predicted class (column)."""
+        classes = len(self.class_names)
+        pairs = self.labels * classes + self.predicted
+        return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Confidence in the predicted class against how often it is the true one."""
+        confidence = np.exp(self.log_probs.max(axis=-1).astype(np.float64))
+        correct = self.predicted == self.labels
+        edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
+        bins = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, CALIBRATION_BINS - 1)
+        counts = np.bincount(bins, minlength=CALIBRATION_BINS)
+        filled = np.where(counts > 0, counts, np.nan)
+        return Calibration(
+            edges=edges,
+            counts=counts,
+            confidence=np.bincount(bins, confidence, CALIBRATION_BINS) / filled,
+            accuracy=np.bincount(bins, correct, CALIBRATION_BINS) / filled,
+        )
+
+    @property
+    def per_class(self) -> list[dict[str, Any]]:
+        """One row per class: examples, precision, recall, F1 and mean negative log-probability.
+
+        A figure that would divide by zero (no example, or none predicted) is NaN.
+        """
+        right = np.diag(self.confusion).astype(float)
+        examples = self.confusion.sum(axis=1)
+        predicted = self.confusion.sum(axis=0)
+        nll = np.bincount(self.labels, self.nll, len(self.class_names))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns = {
+                "precision": right / predicted,
+                "recall": right / examples,
+                "f1": 2 * right / (examples + predicted),
+                "nll": nll / examples,
+            }
+        return [
+            {
+                "class": name,
+                "examples": int(examples[index]),
+                **{key: float(values[index]) for key, values in columns.items()},
+            }
+            for index, name in enumerate(self.class_names)
+        ]
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The figures that describe the whole test set."""
+        return {
+            "test_loss": self.loss,
+            "test_accuracy": self.accuracy,
+            "test_nll": float(np.mean(self.nll)),
+            "calibration_error": self.calibration.error,
+        }

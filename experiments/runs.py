@@ -1,0 +1,224 @@
+"""The folder of a run: its configuration, metrics, TensorBoard events and checkpoints.
+
+What makes a run resumable at any moment is the order of writing. The configuration comes first. At
+the end of an epoch its metrics are on the disk before its checkpoint begins, and a checkpoint takes
+its name only when it is complete. So after a kill the newest complete checkpoint has all the
+metrics up to it; what lies beyond is cut off and computed again.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from tensorboardX import SummaryWriter
+
+from experiments.errors import RunError
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINT_FOLDER = "checkpoints"
+EVENTS_FOLDER = "events"
+
+_TEMPORARY_SUFFIX = ".partial"
+_KEPT_CHECKPOINTS = 2
+
+State = TypeVar("State")
+
+
+class RunFolder:
+    """One run on disk. Use `create` or `resume`, and `close` it at the end (or use `with`).
+
+    Attributes:
+      path: the folder.
+      epochs_done: number of epochs in the newest checkpoint.
+      history: the metrics of those epochs, and of the ones recorded since.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]):
+        self.path = path.absolute()
+        self.history: list[dict[str, Any]] = []
+        self._header = dict(header)
+        self._checkpoints = ocp.CheckpointManager(
+            self.path / CHECKPOINT_FOLDER,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=_KEPT_CHECKPOINTS,
+                cleanup_tmp_directories=True,
+                # The next epoch takes over the buffers that are being saved.
+                enable_async_checkpointing=False,
+            ),
+        )
+        self.epochs_done = self._checkpoints.latest_step() or 0
+        self.history = self._read_history()
+        self._rewrite_metrics()
+        self._events = self._replay_events()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def record_epoch(self, metrics: Mapping[str, Any], state: Any) -> None:
+        """Puts the metrics of the next epoch and then the state after it on the disk."""
+        epoch = self.epochs_done + 1
+        row = {"kind": "epoch", "epoch": epoch, **metrics}
+        self.history.append(row)
+        self._append(row)
+        self._add_events(row)
+        self._events.flush()
+        self._checkpoints.save(epoch, args=ocp.args.StandardSave(state))
+        self.epochs_done = epoch
+
+    def record_final(self, metrics: Mapping[str, Any]) -> None:
+        """Ends the metrics with the figures of the finished run."""
+        self._append({"kind": "final", **metrics})
+
+    def restore(self, like: State) -> State:
+        """Returns the state in the newest checkpoint, placed on the devices as `like` is."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            return self._checkpoints.restore(
+                self.epochs_done, args=ocp.args.StandardRestore(abstract)
+            )
+        except (ValueError, KeyError, OSError) as error:
+            folder = self.path / CHECKPOINT_FOLDER / str(self.epochs_done)
+            raise RunError(
+                f"{folder}: cannot be restored ({_first_line(error)}); remove it to go on from the "
+                "checkpoint before it"
+            ) from error
+
+    def close(self) -> None:
+        """Ends all writing."""
+        self._events.close()
+        self._checkpoints.close()
+
+    def _read_history(self) -> list[dict[str, Any]]:
+        path = self.path / METRICS_FILE
+        rows = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # The line that was being written at the end.
+                if row["kind"] == "epoch" and row["epoch"] <= self.epochs_done:
+                    rows.append(row)
+        if [row["epoch"] for row in rows] != list(range(1, self.epochs_done + 1)):
+            raise RunError(
+                f"{path}: damaged, it lacks some of the {self.epochs_done} epochs that have a "
+                "checkpoint"
+            )
+        return rows
+
+    def _rewrite_metrics(self) -> None:
+        rows = [{"kind": "run", **self._header}, *self.history]
+        _write_whole(self.path / METRICS_FILE, "".join(_json_line(row) for row in rows))
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        with (self.path / METRICS_FILE).open("a") as file:
+            file.write(_json_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _replay_events(self) -> SummaryWriter:
+        folder = self.path / EVENTS_FOLDER
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = SummaryWriter(str(folder))
+        self._events = writer
+        for row in self.history:
+            self._add_events(row)
+        return writer
+
+    def _add_events(self, row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            if isinstance(value, float):
+                self._events.add_scalar(key, value, row["epoch"])
+
+
+def require_fresh(path: Path) -> None:
+    """Raises RunError unless a new run could begin in this folder: it is missing or empty."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: not a folder")
+        if path.exists() and not _is_fresh(path):
+            raise RunError(
+                f"{path}: not empty; name another --out, or continue the run in it with --resume"
+            )
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def create(path: Path, config: Mapping[str, Any]) -> None:
+    """Makes the folder of a new run and writes its configuration.
+
+    Raises:
+      RunError: something is there already, or the folder cannot be made.
+    """
+    require_fresh(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_whole(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Returns the configuration of the run in a folder, or None where no run has begun in it.
+
+    Raises:
+      RunError: the folder holds something else, or a configuration that cannot be read.
+    """
+    file = path / CONFIG_FILE
+    try:
+        if not path.exists() or (path.is_dir() and _is_fresh(path)):
+            return None
+        if not path.is_dir():
+            raise RunError(f"{path}: not a folder")
+        if not file.exists():
+            raise RunError(f"{path}: holds no run to resume (no {CONFIG_FILE})")
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{file}: damaged: {error}") from error
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if not isinstance(config, dict):
+        raise RunError(f"{file}: damaged: it is not a JSON object")
+    return config
+
+
+def _is_fresh(path: Path) -> bool:
+    """Whether a folder holds nothing, or only what a kill before the first write left."""
+    return all(entry.name.endswith(_TEMPORARY_SUFFIX) for entry in path.iterdir())
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that a reader sees the old text or the new."""
+    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
