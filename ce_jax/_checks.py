@@ -1,0 +1,134 @@
+"""Argument errors: each names the argument, what was found and what is wanted.
+
+`TypeError` is about kinds (a dtype, a type), `ValueError` about values (a shape, a range, a name).
+Shapes and dtypes are known while tracing, so all checks cost nothing when the compiled function
+runs. Ranges of options are checked where the value is known: a traced one passes unseen.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def floating(name: str, x: ArrayLike) -> Array:
+    """`x` as an array, if its dtype is floating."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+    return x
+
+
+def integer(name: str, x: ArrayLike) -> Array:
+    """`x` as an array, if its dtype is integer."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype (class ids), got {x.dtype}")
+    return x
+
+
+def real(name: str, x: ArrayLike) -> Array:
+    """`x` as an array, if its dtype is floating, integer or bool."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must have a real dtype, got {x.dtype}")
+    return x
+
+
+def boolean(name: str, x: ArrayLike) -> Array:
+    """`x` as an array, if its dtype is bool."""
+    x = jnp.asarray(x)
+    if x.dtype != jnp.bool_:
+        raise TypeError(f"{name} must have dtype bool, got {x.dtype}")
+    return x
+
+
+def shape_is(name: str, x: Array, shape: Sequence[int], meaning: str) -> None:
+    """Raises unless `x` has exactly this shape."""
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({meaning}), got {x.shape}")
+
+
+def broadcast(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
+    """`x` broadcast to `shape`, if that adds nothing to `shape`."""
+    shape = tuple(shape)
+    fits = len(x.shape) <= len(shape) and all(
+        have in (1, want) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be broadcastable to {shape} ({meaning}), got {x.shape}")
+    return jnp.broadcast_to(x, shape)
+
+
+def common_shape(name: str, x: Array, other_name: str, other: Array) -> tuple[int, ...]:
+    """The shape to which both arrays broadcast."""
+    try:
+        return jnp.broadcast_shapes(x.shape, other.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} and {other_name} must have shapes that broadcast together, "
+            f"got {x.shape} and {other.shape}"
+        ) from error
+
+
+def axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """`axis` as a tuple of distinct non-negative axes; None means all of them."""
+    if axis is None:
+        return tuple(range(ndim))
+    wanted = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    for a in wanted:
+        if isinstance(a, bool) or not hasattr(a, "__index__"):
+            raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}")
+        if not -ndim <= a < ndim:
+            raise ValueError(f"axis {axis} is out of range for {ndim} dimension(s)")
+    found = tuple(int(a) % ndim for a in wanted)
+    if not found or len(set(found)) != len(found):
+        raise ValueError(f"axis must name at least one axis and none of them twice, got {axis}")
+    return found
+
+
+def static_axis(axis: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
+    """`axis` in a hashable form."""
+    return tuple(axis) if isinstance(axis, list | tuple) else axis
+
+
+def reduction(value: str) -> None:
+    """Raises unless `value` is one of the three reductions."""
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {value!r}")
+
+
+def integer_option(name: str, value: int | None) -> int | None:
+    """`value` as a Python int: it takes part in the compiled function as a constant."""
+    if value is None:
+        return None
+    if isinstance(value, bool | jax.core.Tracer) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int or None, got {value!r}")
+    return int(value)
+
+
+def float_option(
+    name: str, value: ArrayLike | None, low: float = 0.0, high: float = math.inf
+) -> ArrayLike | None:
+    """The option's value, or None where it is known to be 0 and so has no effect.
+
+    Raises where the value is known and not in `[low, high]`. Any scalar that is not traced is
+    known: outside `jit`, a `jax.Array` is read back for it.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool | str) or jnp.ndim(value) != 0:
+        raise TypeError(f"{name} must be a real scalar, got {value!r}")
+    if not isinstance(value, numbers.Real):
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise TypeError(f"{name} must be a real scalar, got dtype {jnp.result_type(value)}")
+        if isinstance(value, jax.core.Tracer):
+            return value
+    if not low <= float(value) <= high or math.isinf(float(value)):
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    return None if float(value) == 0 else value

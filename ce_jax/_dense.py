@@ -1,0 +1,70 @@
+"""Row statistics of logits that are held in memory, with the fused derivative."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from . import _sharded, _tile
+
+
+def row_statistics(
+    logits: Float[Array, "*rows classes"],
+    target: _tile.Target,
+    *,
+    entropy: bool = False,
+    argmax: bool = False,
+    axis_name: str | None = None,
+    forward_mode: bool = False,
+) -> _tile.RowStatistics:
+    """Statistics of each row of `logits`, differentiable but for `argmax`.
+
+    Args:
+      logits: the class axis is the last one.
+      target: what the rows are compared with; class ids must lie in the row.
+      entropy: whether `entropy` is wanted.
+      argmax: whether `argmax` is wanted.
+      axis_name: mapped mesh axis over which the classes are sharded.
+      forward_mode: leave the derivative to JAX, which then can also push tangents forward.
+    """
+    options = (entropy, argmax, axis_name)
+    if forward_mode:
+        return _tile.finish(_partial(options, logits, target))
+    return _fused(options, logits, target)
+
+
+_Options = tuple[bool, bool, str | None]
+
+
+def _partial(
+    options: _Options, logits: Float[Array, "*rows classes"], target: _tile.Target
+) -> _tile.Partial:
+    entropy, argmax, axis_name = options
+    first_class = _sharded.first_class(logits.shape[-1], axis_name)
+    part = _tile.partial_statistics(
+        logits, target, entropy=entropy, argmax=argmax, first_class=first_class
+    )
+    return _sharded.merge_across(part, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(
+    options: _Options, logits: Float[Array, "*rows classes"], target: _tile.Target
+) -> _tile.RowStatistics:
+    return _tile.finish(_partial(options, logits, target))
+
+
+def _fused_fwd(options, logits, target):
+    part = _partial(options, logits, target)
+    return _tile.finish(part), (logits, target, part)
+
+
+def _fused_bwd(options, residuals, g):
+    logits, target, part = residuals
+    _, _, axis_name = options
+    first_class = _sharded.first_class(logits.shape[-1], axis_name)
+    dz, d_target = _tile.pullback(logits, target, part, g, first_class=first_class)
+    return dz.astype(logits.dtype), d_target
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

@@ -1,0 +1,59 @@
+"""From per-example losses to the result: masks, sample weights, and the three reductions."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from . import _checks
+from ._row_loss import weighted
+
+
+def weights(
+    name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: jnp.dtype
+) -> Float[Array, "..."] | None:
+    """Weights in the loss's shape and dtype."""
+    if x is None:
+        return None
+    x = _checks.real(name, x).astype(dtype)
+    return _checks.broadcast(name, x, shape, "the shape of the loss")
+
+
+def denominator(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    counts: Bool[Array, "*rows"] | None,
+    *weights: Float[Array, "*rows"] | None,
+) -> Float[Array, ""]:
+    """The sum, over the examples that count, of the product of the weights."""
+    total = jnp.ones(shape, dtype)
+    for weight in weights:
+        total = total if weight is None else total * weight
+    return jnp.sum(total if counts is None else jnp.where(counts, total, 0))
+
+
+def reduce(
+    loss: Float[Array, "*rows"],
+    counts: Bool[Array, "*rows"] | None,
+    sample_weight: Float[Array, "*rows"] | None,
+    reduction: str,
+    label_weight: Float[Array, "*rows"] | None = None,
+) -> Float[Array, "..."]:
+    """Applies mask and sample weights, then the reduction.
+
+    The mean divides by `sum(sample_weight * label_weight)` over the examples that count. If that is
+    0, the mean is 0 and so is its gradient.
+    """
+    if sample_weight is not None:
+        loss = weighted(sample_weight, loss)
+    if counts is not None:
+        loss = jnp.where(counts, loss, 0)
+    if reduction == "none":
+        return loss
+    total = jnp.sum(loss)
+    if reduction == "sum":
+        return total
+    return divide(total, denominator(loss.shape, loss.dtype, counts, sample_weight, label_weight))
+
+
+def divide(total: Float[Array, ""], by: Float[Array, ""]) -> Float[Array, ""]:
+    """`total / by`, and 0 with gradient 0 where `by` is 0."""
+    return jnp.where(by == 0, 0, total / jnp.where(by == 0, 1, by))

@@ -1,0 +1,36 @@
+"""The loss of a row from its statistics. Plain functions: JAX differentiates them."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from ._tile import RowStatistics
+
+
+def softmax_loss(
+    statistics: RowStatistics,
+    label_weight: Float[Array, "*rows"] | None = None,
+    label_smoothing: ArrayLike | None = None,
+    z_loss: ArrayLike | None = None,
+) -> Float[Array, "*rows"]:
+    """`(1 - eps) w_y cross + eps / K uniform + z_loss lse**2`, `K` being the allowed classes.
+
+    With `cross = lse - z_y` and `uniform = sum_c w_c (lse - z_c)` this is the cross-entropy of the
+    weighted and smoothed target `t`, `T lse - <t, z>`, written without building `t`.
+    """
+    loss = statistics.cross
+    dtype = loss.dtype
+    if label_weight is not None:
+        loss = weighted(label_weight, loss)
+    if label_smoothing is not None:
+        eps = jnp.asarray(label_smoothing, dtype)
+        loss = weighted(1 - eps, loss)
+        loss = loss + eps / statistics.uniform_count * statistics.uniform
+    if z_loss is not None:
+        loss = loss + jnp.asarray(z_loss, dtype) * jnp.square(statistics.lse)
+    return loss
+
+
+def weighted(weight: Float[Array, "..."], loss: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`weight * loss`, where a weight of 0 also silences a loss of inf or NaN."""
+    silent = (weight == 0) & ~jnp.isfinite(loss)
+    return weight * jnp.where(silent, 0, loss)

@@ -1,0 +1,190 @@
+"""Labels, masks and weights of the rows: what each row is compared with, and whether it counts."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from . import _checks, _sharded
+from ._tile import wide
+
+
+class Rows(NamedTuple):
+    """Logits (or log-probabilities, or labels) by rows.
+
+    Attributes:
+      values: the class axis is last; classes excluded by `where` hold -inf.
+      counts: which rows count; None if nothing excludes any.
+    """
+
+    values: Float[Array, "*rows classes"]
+    counts: Bool[Array, "*rows"] | None
+
+
+class ClassIds(NamedTuple):
+    """Integer labels that are safe to index with.
+
+    Attributes:
+      ids: class ids in range; 0 where the label is out of range or the row does not count.
+      counts: which rows count; None if nothing excludes any.
+      unknown: rows that count with a label that is no class.
+    """
+
+    ids: Int[Array, "*rows"]
+    counts: Bool[Array, "*rows"] | None
+    unknown: Bool[Array, "*rows"]
+
+
+def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
+    """Moves `axes`, flattened in their order, to one axis at the end."""
+    rest = tuple(a for a in range(x.ndim) if a not in axes)
+    if rest + axes != tuple(range(x.ndim)):
+        x = jnp.transpose(x, rest + axes)
+    if len(axes) == 1:
+        return x
+    rows = x.shape[: len(rest)]
+    return jnp.reshape(x, (*rows, -1) if x.size else (*rows, *_size(x.shape[len(rest) :])))
+
+
+def _size(shape: Sequence[int]) -> tuple[int]:
+    size = 1
+    for n in shape:
+        size *= n
+    return (size,)
+
+
+def rows_of(
+    name: str, x: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None
+) -> Rows:
+    """Splits `where` into rows and classes by its number of dimensions, and applies the classes.
+
+    A row none of whose classes is included does not count.
+    """
+    x = _checks.floating(name, x)
+    if x.ndim == 0:
+        raise ValueError(f"{name} must have at least one axis, for the classes; got shape ()")
+    axes = _checks.axes(axis, x.ndim)
+    shape = x.shape
+    x = classes_last(x, axes)
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one class, got shape {shape} with axis {axis}")
+    if where is None:
+        return Rows(x, None)
+    where = _checks.boolean("where", where)
+    if where.ndim == len(shape):
+        included = _checks.broadcast("where", where, shape, f"the shape of {name}")
+        included = classes_last(included, axes)
+        return Rows(jnp.where(included, x, -jnp.inf), jnp.any(included, -1))
+    if where.ndim == x.ndim - 1:
+        rows = f"the rows of {name}, whose own shape is {shape}"
+        return Rows(x, _checks.broadcast("where", where, x.shape[:-1], rows))
+    raise ValueError(
+        f"where must have the shape of the loss {x.shape[:-1]} (rows to include) or the shape of "
+        f"{name} {shape} (classes to include), got {where.shape}"
+    )
+
+
+def without_excluded(
+    x: Float[Array, "*rows classes"], counts: Bool[Array, "*rows"] | None
+) -> Float[Array, "*rows classes"]:
+    """Zeros the rows that do not count, so that no NaN or inf in them reaches any derivative."""
+    return x if counts is None else jnp.where(counts[..., None], x, 0)
+
+
+def distributions(
+    labels: ArrayLike, shape: tuple[int, ...], axis: int | Sequence[int] | None, dtype: jnp.dtype
+) -> Float[Array, "*rows classes"]:
+    """Labels that give every class a number, by rows, in the loss's dtype."""
+    labels = _checks.real("labels", labels).astype(dtype)
+    labels = _checks.broadcast("labels", labels, shape, "the shape of logits")
+    return classes_last(labels, _checks.axes(axis, len(shape)))
+
+
+def smooth(
+    probs: Float[Array, "*rows classes"],
+    label_smoothing: ArrayLike,
+    allowed: Bool[Array, "*rows classes"],
+    axis_name: str | None,
+) -> Float[Array, "*rows classes"]:
+    """Mixes the labels with the uniform distribution over the allowed classes of each row."""
+    eps = jnp.asarray(label_smoothing, probs.dtype)
+    count = _sharded.sum_over(jnp.sum(allowed, -1, dtype=probs.dtype), axis_name)
+    return (1 - eps) * probs + jnp.where(allowed, (eps / count)[..., None], 0)
+
+
+def class_ids(
+    labels: ArrayLike,
+    rows: Sequence[int],
+    classes: int,
+    counts: Bool[Array, "*rows"] | None,
+    ignore_index: int | None,
+) -> ClassIds:
+    """Checks the labels of rows of the given shape and makes them safe to index with."""
+    labels = _checks.integer("labels", labels)
+    _checks.shape_is("labels", labels, rows, "one class id per row")
+    counts = counting(labels, counts, ignore_index)
+    if labels.dtype.itemsize < 4:
+        labels = labels.astype(jnp.int32)  # a number of classes may not fit into 8 or 16 bits
+    valid = (labels >= 0) & (labels < classes)
+    unknown = ~valid if counts is None else ~valid & counts
+    usable = valid if counts is None else valid & counts
+    return ClassIds(jnp.where(usable, labels, 0).astype(jnp.int32), counts, unknown)
+
+
+def nan_if(
+    unknown: Bool[Array, "*rows"], loss: Float[Array, "*rows"], sample_weight: Array | None = None
+) -> Float[Array, "*rows"]:
+    """Makes loss and gradient NaN in rows with an unknown label, unless they weigh nothing."""
+    if sample_weight is not None:
+        unknown = unknown & (sample_weight != 0)
+    return loss * jnp.where(unknown, jnp.nan, 1).astype(loss.dtype)
+
+
+def counting(
+    labels: Int[Array, "*rows"], counts: Bool[Array, "*rows"] | None, ignore_index: int | None
+) -> Bool[Array, "*rows"] | None:
+    """`counts` less the rows whose label is `ignore_index`."""
+    if ignore_index is None:
+        return counts
+    limits = jnp.iinfo(labels.dtype)
+    if not limits.min <= ignore_index <= limits.max:  # no label of this dtype can be equal to it
+        return counts
+    kept = labels != ignore_index
+    return kept if counts is None else kept & counts
+
+
+def class_weight(weight: ArrayLike | None, classes: int, dtype: jnp.dtype) -> Array | None:
+    """Per-class weights in the loss's dtype."""
+    if weight is None:
+        return None
+    weight = _checks.real("weight", weight)
+    _checks.shape_is("weight", weight, (classes,), "one weight per class")
+    return weight.astype(dtype)
+
+
+def elements(
+    name: str,
+    x: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    label_smoothing: ArrayLike | None,
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Bool[Array, "*shape"] | None]:
+    """Inputs of an element-wise loss, its smoothed binary labels, and which elements count.
+
+    All come in the broadcast shape, the labels in the loss's dtype, and with a harmless value in
+    the elements that do not count.
+    """
+    x, labels = _checks.floating(name, x), _checks.real("labels", labels)
+    shape = _checks.common_shape(name, x, "labels", labels)
+    x = jnp.broadcast_to(x, shape)
+    labels = jnp.broadcast_to(labels.astype(wide(x.dtype)), shape)
+    counts = None
+    if where is not None:
+        where = _checks.boolean("where", where)
+        counts = _checks.broadcast("where", where, shape, "the shape of the loss")
+        x, labels = jnp.where(counts, x, 0.5), jnp.where(counts, labels, 0)
+    if label_smoothing is not None:
+        eps = jnp.asarray(label_smoothing, labels.dtype)
+        labels = (1 - eps) * labels + eps / 2
+    return x, labels, counts

@@ -1,0 +1,258 @@
+"""The mathematics of one tile of logits: statistics, their merge, and their pull-back.
+
+Every softmax loss of this package is a function of a few numbers per row, which for logits `z`,
+a target `t` and class coefficients `a` are
+
+    lse     = log sum_c exp(z_c)
+    cross   = <t, lse - z>                    the cross-entropy of `t` with `softmax(z)`
+    label_logit = z_y                         where `t` is the class id `y`
+    uniform = <a, lse - z> over the classes with z > -inf   (what label smoothing needs)
+    entropy = lse - <softmax(z), z>
+
+A row may come in one tile (dense logits), in many (blocks of `hidden @ kernel`) or spread over
+devices: `partial_statistics` reads a tile, `merge` joins two partial results, `finish` turns the
+joined one into the numbers above. Their derivative is one line, in `pullback`. With the cotangents
+`g` of the four numbers, `p = softmax(z)`, `T = sum(t)` and `A = sum(a)`:
+
+    dz = (g_lse + T g_cross + A g_uniform) p - g_cross t - g_uniform a - g_entropy p (log p + H)
+
+(and `g_label_logit` more in the label's column).
+
+For a one-hot `t` and the loss `cross` alone that is `p - y`. `T` is not assumed to be 1, as class
+weights, soft labels and smoothing make it any number.
+
+All sums are kept relative to the row's maximum: `lse - z` computed from two large numbers would
+lose the digits that `log p` is made of.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Target(NamedTuple):
+    """What a row is compared with; each part may be absent.
+
+    Attributes:
+      labels: class ids, counted from the first class of the whole row, not of the tile.
+      probs: a weight for every class of the tile, instead of `labels`.
+      classes: coefficients `a` of the part that is the same for all rows, one per class.
+    """
+
+    labels: Int[Array, "*rows"] | None = None
+    probs: Float[Array, "*rows classes"] | None = None
+    classes: Float[Array, " classes"] | None = None
+
+
+class Partial(NamedTuple):
+    """Sums over the classes seen so far, relative to the row maximum seen so far.
+
+    With `d_c = z_c - max` (or `z_c` while only -inf was seen): `sum_exp` is `sum exp(d)`;
+    `label_logit` is the label's `z` itself, 0 as long as it was not seen;
+    `target_dot`, `target_sum` are `<t, d>`, `sum(t)`; `classes_dot`, `classes_sum`,
+    `classes_count` are `<a, d>`, `sum(a)` and the number of the classes with `z > -inf`;
+    `exp_dot` is `<exp(d), d>`; `argmax` counts from the first class of the whole row.
+    """
+
+    max: Float[Array, "*rows"]
+    sum_exp: Float[Array, "*rows"]
+    label_logit: Float[Array, "*rows"] | None = None
+    target_dot: Float[Array, "*rows"] | None = None
+    target_sum: Float[Array, "*rows"] | None = None
+    classes_dot: Float[Array, "*rows"] | None = None
+    classes_sum: Float[Array, "*rows"] | None = None
+    classes_count: Float[Array, "*rows"] | None = None
+    exp_dot: Float[Array, "*rows"] | None = None
+    argmax: Int[Array, "*rows"] | None = None
+
+
+class RowStatistics(NamedTuple):
+    """The numbers that losses are made of, one each per row; those not asked for are None."""
+
+    lse: Float[Array, "*rows"]
+    cross: Float[Array, "*rows"] | None = None
+    label_logit: Float[Array, "*rows"] | None = None
+    uniform: Float[Array, "*rows"] | None = None
+    uniform_count: Float[Array, "*rows"] | None = None
+    entropy: Float[Array, "*rows"] | None = None
+    argmax: Int[Array, "*rows"] | None = None
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which logits of `dtype` are accumulated: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def partial_statistics(
+    z: Float[Array, "*rows classes"],
+    target: Target,
+    *,
+    entropy: bool = False,
+    argmax: bool = False,
+    first_class: int | Int[Array, ""] = 0,
+) -> Partial:
+    """Reads one tile, whose first column is class `first_class` of the row."""
+    shifted, row_max = _shift(z)
+    exp = jnp.exp(shifted)
+    out = Partial(max=row_max, sum_exp=jnp.sum(exp, -1))
+    if target.labels is not None:
+        # A gather of one element per row is far cheaper than comparing every class with the label.
+        local = target.labels - first_class
+        inside = (local >= 0) & (local < z.shape[-1])
+        index = jnp.where(inside, local, 0)[..., None]
+        logit = jnp.take_along_axis(z, index, axis=-1)[..., 0].astype(shifted.dtype)
+        out = out._replace(label_logit=jnp.where(inside, logit, 0))
+    if target.probs is not None:
+        out = out._replace(
+            target_dot=jnp.sum(_times(target.probs, shifted), -1),
+            target_sum=jnp.sum(target.probs, -1),
+        )
+    if target.classes is not None:
+        allowed = z > -jnp.inf
+        classes = _allowed_classes(target.classes, allowed)
+        out = out._replace(
+            classes_dot=jnp.sum(classes * jnp.where(allowed, shifted, 0), -1),
+            classes_sum=jnp.sum(classes, -1),
+            classes_count=jnp.sum(allowed, -1, dtype=shifted.dtype),
+        )
+    if entropy:
+        out = out._replace(exp_dot=jnp.sum(exp * _finite_part(shifted), -1))
+    if argmax:
+        out = out._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + first_class)
+    return out
+
+
+def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
+    """The same sums relative to another maximum; `max` and `argmax` stay what they were."""
+    move = _base(part.max) - _base(row_max)
+    scale = jnp.where(part.max == -jnp.inf, 0, jnp.exp(move))  # nothing seen: exp may overflow
+    out = part._replace(sum_exp=part.sum_exp * scale)
+    if part.target_dot is not None:
+        out = out._replace(target_dot=part.target_dot + part.target_sum * move)
+    if part.classes_dot is not None:
+        out = out._replace(classes_dot=part.classes_dot + part.classes_sum * move)
+    if part.exp_dot is not None:
+        out = out._replace(exp_dot=(part.exp_dot + part.sum_exp * move) * scale)
+    return out
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Joins the statistics of two disjoint sets of classes, `a` holding the lower class ids."""
+    row_max = jnp.maximum(a.max, b.max)
+    argmax = None if a.argmax is None else jnp.where(b.max > a.max, b.argmax, a.argmax)
+    total = jax.tree.map(jnp.add, *(rebase(x, row_max)._replace(argmax=None) for x in (a, b)))
+    return total._replace(max=row_max, argmax=argmax)
+
+
+def finish(part: Partial) -> RowStatistics:
+    """Turns the sums over all classes of a row into its statistics."""
+    log_sum = jnp.log(part.sum_exp)
+    base = _base(part.max)
+    out = RowStatistics(lse=base + log_sum, argmax=part.argmax)
+    if part.label_logit is not None:
+        cross = log_sum - (part.label_logit - base)
+        out = out._replace(cross=cross, label_logit=part.label_logit)
+    if part.target_dot is not None:
+        out = out._replace(cross=part.target_sum * log_sum - part.target_dot)
+    if part.classes_dot is not None:
+        out = out._replace(
+            uniform=part.classes_sum * log_sum - part.classes_dot,
+            uniform_count=part.classes_count,
+        )
+    if part.exp_dot is not None:
+        out = out._replace(entropy=log_sum - part.exp_dot / part.sum_exp)
+    return out
+
+
+def pullback(
+    z: Float[Array, "*rows classes"],
+    target: Target,
+    part: Partial,
+    g: RowStatistics,
+    *,
+    first_class: int | Int[Array, ""] = 0,
+) -> tuple[Float[Array, "*rows classes"], Target]:
+    """Cotangents of a tile and of its target, from those of the statistics of the whole row.
+
+    `part` is the merged one. `z - max` and its exponential are written as in
+    `partial_statistics`, so that XLA merges them when forward and backward are compiled together,
+    and then keeps or recomputes the exponential as suits the platform: a CPU keeps it (an
+    exponential costs more than memory traffic), a GPU recomputes it and holds nothing of this size.
+    """
+    base = _base(part.max)
+    shifted = z.astype(base.dtype) - base[..., None]
+    exp = jnp.exp(shifted)
+    log_sum = jnp.log(part.sum_exp)
+    onto_p = g.lse
+    if target.labels is not None:
+        onto_p = onto_p + g.cross
+    if target.probs is not None:
+        onto_p = onto_p + part.target_sum * g.cross
+    if target.classes is not None:
+        onto_p = onto_p + part.classes_sum * g.uniform
+    dz = exp * (onto_p / part.sum_exp)[..., None]
+    moved = onto_p != 0
+    d_target = Target()
+    if target.labels is not None:
+        onto_label = g.cross - g.label_logit
+        moved = moved | (onto_label != 0)
+        dz = dz - jnp.where(is_label(target.labels, z, first_class), onto_label[..., None], 0)
+    if target.probs is not None:
+        dz = dz - g.cross[..., None] * target.probs
+        d_probs = g.cross[..., None] * (log_sum[..., None] - shifted)
+        no_mass = (target.probs == 0) & (shifted == -jnp.inf)
+        d_target = d_target._replace(probs=jnp.where(no_mass, 0, d_probs))
+        moved = moved | (g.cross != 0)
+    if target.classes is not None:
+        allowed = z > -jnp.inf
+        dz = dz - g.uniform[..., None] * _allowed_classes(target.classes, allowed)
+        d_classes = g.uniform[..., None] * jnp.where(allowed, log_sum[..., None] - shifted, 0)
+        d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(range(z.ndim - 1))))
+    if part.exp_dot is not None:
+        # log p + H is (z - max) - exp_dot / sum_exp: the logarithm of the sum cancels.
+        mean = part.exp_dot / part.sum_exp
+        onto_log_p = (g.entropy / part.sum_exp)[..., None]
+        dz = dz - exp * onto_log_p * (_finite_part(shifted) - mean[..., None])
+        moved = moved | (g.entropy != 0)
+    # A row that nothing depends on gets exactly 0 even where its logits hold NaN or inf.
+    dz = jnp.where((moved | jnp.isfinite(part.sum_exp))[..., None], dz, 0)
+    return dz, d_target
+
+
+def is_label(
+    labels: Int[Array, "*rows"], z: Float[Array, "*rows classes"], first_class: int | Int[Array, ""]
+) -> Bool[Array, "*rows classes"]:
+    """True in the column of each row's label, by comparison: a scatter is slow off the CPU."""
+    columns = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
+    return columns == (labels - first_class)[..., None]
+
+
+def _shift(z: Float[Array, "*rows classes"]) -> tuple[Array, Array]:
+    # The statistics do not depend on the maximum, so its derivative is left out of forward mode
+    # and of second derivatives too.
+    row_max = jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
+    return z.astype(row_max.dtype) - _base(row_max)[..., None], row_max
+
+
+def _base(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """What is subtracted from a row: its maximum, unless that would give -inf - -inf."""
+    return jnp.where(row_max == -jnp.inf, 0, row_max)
+
+
+def _finite_part(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.where(x == -jnp.inf, 0, x)
+
+
+def _times(weight: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`weight * x` with 0 * -inf = 0."""
+    absent = (weight == 0) & (x == -jnp.inf)
+    return weight * jnp.where(absent, 0, x)
+
+
+def _allowed_classes(
+    classes: Float[Array, " classes"], allowed: Bool[Array, "*rows classes"]
+) -> Float[Array, "*rows classes"]:
+    broadcast = jnp.expand_dims(classes, tuple(range(allowed.ndim - 1)))
+    return jnp.where(allowed, broadcast, 0)

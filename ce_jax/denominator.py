@@ -1,0 +1,87 @@
+"""What `reduction="mean"` divides by, for sums that are put together from parts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks, _reduction, _target
+
+
+def mean_denominator(
+    labels: Shaped[ArrayLike, "..."],
+    *,
+    weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
+) -> Float[Array, ""]:
+    r"""The number by which `reduction="mean"` divides `reduction="sum"`.
+
+    .. math::
+      D = \sum_{i\ \mathrm{counts}} s_i\, w_{y_i}
+
+    with sample weights :math:`s` and, for integer labels, class weights :math:`w`. Micro-batches
+    or devices that each give a mean over their own rows can't be averaged, as their denominators
+    differ; sums of losses over sums of denominators can.
+
+    Args:
+      labels: class ids; or, for losses that take other labels, any floating array of the loss's
+        shape, of which only the shape is used.
+      weight: weight of each class `[C]`; with integer labels only.
+      sample_weight: weight of each example, broadcastable to `labels`.
+      where: bool, broadcastable to `labels`: the examples to include.
+      ignore_index: label of rows that do not count; with integer labels only.
+
+    Returns:
+      The denominator, `[]`, in float32 (float64 if a weight or a floating `labels` is).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit, or an option that needs integer labels.
+      ValueError: for a shape that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> labels = jnp.array([0, 1, -100, 1])
+      >>> weight = jnp.array([1.0, 0.25])
+      >>> print(ce_jax.mean_denominator(labels, weight=weight, ignore_index=-100))
+      1.5
+
+    References:
+      The rule is that of `torch.nn.CrossEntropyLoss`.
+    """
+    ignore_index = _checks.integer_option("ignore_index", ignore_index)
+    return _mean_denominator(labels, weight, sample_weight, where, ignore_index=ignore_index)
+
+
+@functools.partial(jax.jit, static_argnames=("ignore_index",), inline=True)
+def _mean_denominator(
+    labels: ArrayLike,
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    where: ArrayLike | None,
+    *,
+    ignore_index: int | None,
+) -> Array:
+    labels = _checks.real("labels", labels)
+    counts = None
+    if where is not None:
+        where = _checks.boolean("where", where)
+        counts = _checks.broadcast("where", where, labels.shape, "the shape of labels")
+    if weight is not None or ignore_index is not None:
+        labels = _checks.integer("labels", labels)
+    floats = (x for x in (labels, weight, sample_weight) if x is not None)
+    dtypes = [x.dtype for x in map(jnp.asarray, floats) if jnp.issubdtype(x.dtype, jnp.floating)]
+    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+
+    label_weight = None
+    if weight is not None:
+        weight = _checks.real("weight", weight)
+        _checks.shape_is("weight", weight, (weight.size,), "one weight per class")
+        ids = _target.class_ids(labels, labels.shape, weight.size, counts, ignore_index)
+        counts, label_weight = ids.counts, weight.astype(dtype)[ids.ids]
+    elif ignore_index is not None:
+        counts = _target.counting(labels, counts, ignore_index)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, labels.shape, dtype)
+    return _reduction.denominator(labels.shape, dtype, counts, sample_weight, label_weight)

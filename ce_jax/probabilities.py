@@ -1,0 +1,250 @@
+"""Cross-entropy of models that already give probabilities or log-probabilities."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks, _reduction, _target
+from ._row_loss import softmax_loss, weighted
+from ._tile import RowStatistics, wide
+
+
+def nll_loss(
+    log_probs: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    axis: int | Sequence[int] = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
+    reduction: str = "none",
+) -> Float[Array, "..."]:
+    r"""Negative log-likelihood of class ids under given log-probabilities, in nats.
+
+    For log-probabilities :math:`l`, label :math:`y`, class weights :math:`w` and smoothing
+    :math:`\epsilon` over the :math:`K` classes with :math:`l_c > -\infty`:
+
+    .. math::
+      \ell = -(1 - \epsilon)\, w_y l_y - \frac{\epsilon}{K} \sum_c w_c l_c
+
+    Nothing is normalised: on the output of `jax.nn.log_softmax` this is
+    `softmax_cross_entropy_with_integer_labels`, on anything else it is what the formula says.
+
+    Args:
+      log_probs: log-probabilities `[..., C]`, floating.
+      labels: class ids `[...]`, of any integer dtype.
+      axis: the class axis, or a tuple of them: labels are then flat indices.
+      where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
+      weight: weight of each class `[C]`.
+      sample_weight: weight of each example, broadcastable to the loss.
+      ignore_index: label of rows that do not count.
+      label_smoothing: share of the target that is spread over the allowed classes, in [0, 1].
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight * weight[label])` of the
+        rows that count (0 if that is 0, where torch gives NaN).
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 log-probabilities). A
+      label outside `[0, C)` that is not `ignore_index` gives NaN.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> log_probs = jnp.log(jnp.array([[0.1, 0.8, 0.1]]))
+      >>> print(ce_jax.nll_loss(log_probs, jnp.array([1])))
+      [0.223]
+
+    References:
+      Bishop, `Pattern Recognition and Machine Learning`, 2006, section 4.3.4.
+    """
+    _checks.reduction(reduction)
+    return _nll_loss(
+        log_probs,
+        labels,
+        where,
+        weight,
+        sample_weight,
+        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        axis=_checks.static_axis(axis),
+        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        reduction=reduction,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction"), inline=True)
+def _nll_loss(
+    log_probs: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    label_smoothing: ArrayLike | None,
+    *,
+    axis: int | tuple[int, ...] | None,
+    ignore_index: int | None,
+    reduction: str,
+) -> Array:
+    rows = _target.rows_of("log_probs", log_probs, axis, where)
+    classes, dtype = rows.values.shape[-1], wide(rows.values.dtype)
+    label = _target.class_ids(labels, rows.values.shape[:-1], classes, rows.counts, ignore_index)
+    weight = _target.class_weight(weight, classes, dtype)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, label.ids.shape, dtype)
+
+    log_p = _target.without_excluded(rows.values, label.counts).astype(dtype)
+    cross = -jnp.take_along_axis(log_p, label.ids[..., None], axis=-1)[..., 0]
+    statistics = RowStatistics(lse=jnp.zeros_like(cross), cross=cross)
+    if label_smoothing is not None:
+        allowed = log_p > -jnp.inf
+        spread = jnp.ones((classes,), dtype) if weight is None else weight
+        terms = jnp.broadcast_to(spread, log_p.shape) * jnp.where(allowed, log_p, 0)
+        statistics = statistics._replace(
+            uniform=-jnp.sum(terms, -1), uniform_count=jnp.sum(allowed, -1, dtype=dtype)
+        )
+    label_weight = None if weight is None else weight[label.ids]
+    loss = softmax_loss(statistics, label_weight, label_smoothing)
+    loss = _target.nan_if(label.unknown, loss, sample_weight)
+    return _reduction.reduce(loss, label.counts, sample_weight, reduction, label_weight)
+
+
+def binary_cross_entropy(
+    probs: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    *,
+    weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
+    reduction: str = "none",
+) -> Float[Array, "..."]:
+    r"""Cross-entropy between probabilities and binary labels, element by element, in nats.
+
+    For probabilities :math:`p`, labels :math:`q` smoothed to
+    :math:`y = (1 - \epsilon) q + \epsilon / 2` and weights :math:`w`:
+
+    .. math::
+      \ell = -w \left( y \log p + (1 - y) \log(1 - p) \right)
+
+    Each logarithm is at least -100, as in torch. Where one is held there, it is constant and its
+    derivative is 0 (torch instead divides by `max(p (1 - p), 1e-12)`). Logits lose fewer digits:
+    prefer `sigmoid_binary_cross_entropy` where there are any.
+
+    Args:
+      probs: numbers in [0, 1], floating, of any shape. Outside that range the loss is NaN.
+      labels: numbers in [0, 1], of any real dtype; broadcast together with `probs`.
+      weight: weight of each element, broadcastable to the loss.
+      sample_weight: the same, but it also counts in the denominator of the mean.
+      where: bool, broadcastable to the loss: elements to include.
+      label_smoothing: share of the label that is spread evenly over both classes, in [0, 1].
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
+        count (0 if that is 0).
+
+    Returns:
+      The loss, of the broadcast shape or `[]`, in float32 (float64 for float64 probabilities).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> probs, labels = jnp.array([0.1, 0.7, 0.8]), jnp.array([0, 1, 1])
+      >>> print(ce_jax.binary_cross_entropy(probs, labels, reduction="sum"))
+      0.685
+
+    References:
+      Good, `Rational Decisions`, 1952.
+    """
+    _checks.reduction(reduction)
+    return _binary_cross_entropy(
+        probs,
+        labels,
+        weight,
+        sample_weight,
+        where,
+        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        reduction=reduction,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("reduction",), inline=True)
+def _binary_cross_entropy(
+    probs: ArrayLike,
+    labels: ArrayLike,
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    where: ArrayLike | None,
+    label_smoothing: ArrayLike | None,
+    *,
+    reduction: str,
+) -> Array:
+    p, y, counts = _target.elements("probs", probs, labels, where, label_smoothing)
+    p = p.astype(y.dtype)
+    loss = -(y * _clamped_log(p) + (1 - y) * _clamped_log(1 - p))
+    if weight is not None:
+        loss = weighted(_reduction.weights("weight", weight, loss.shape, loss.dtype), loss)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
+    return _reduction.reduce(loss, counts, sample_weight, reduction)
+
+
+def _clamped_log(p: Float[Array, "..."]) -> Float[Array, "..."]:
+    held = (p >= 0) & (jnp.log(p) < -100)
+    return jnp.where(held, -100, jnp.log(jnp.where(held, 1, p)))
+
+
+def smooth_labels(
+    labels: Shaped[ArrayLike, "..."],
+    alpha: Shaped[ArrayLike, ""],
+    *,
+    axis: int | Sequence[int] | None = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    r"""Mixes target distributions with the uniform one: `(1 - alpha) labels + alpha / K`.
+
+    Args:
+      labels: target distributions `[..., C]`, floating.
+      alpha: share of the uniform distribution, in [0, 1]. May be traced.
+      axis: the class axis, a tuple of them, or None for all.
+      where: bool, broadcastable to `labels`: the `K` classes of each row that take a share of
+        `alpha`. The others get none (optax gives them `alpha / K` as well).
+
+    Returns:
+      The smoothed labels, of the shape and dtype of `labels`.
+
+    Raises:
+      TypeError: for labels of a dtype that is not floating.
+      ValueError: for a shape, an axis or an `alpha` that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.smooth_labels(jnp.array([0.0, 1.0, 0.0, 0.0]), 0.2))
+      [0.05 0.85 0.05 0.05]
+
+    References:
+      Szegedy et al., `Rethinking the Inception Architecture for Computer Vision`, 2016;
+      Mueller et al., `When Does Label Smoothing Help?`, 2019.
+    """
+    _checks.float_option("alpha", alpha, 0.0, 1.0)
+    return _smooth_labels(labels, alpha, where, axis=_checks.static_axis(axis))
+
+
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _smooth_labels(
+    labels: ArrayLike, alpha: ArrayLike, where: ArrayLike | None, *, axis: int | tuple | None
+) -> Array:
+    labels = _checks.floating("labels", labels)
+    axes = _checks.axes(axis, labels.ndim)
+    included = jnp.ones(labels.shape, bool)
+    if where is not None:
+        where = _checks.boolean("where", where)
+        included = _checks.broadcast("where", where, labels.shape, "the shape of labels")
+    alpha = jnp.asarray(alpha, wide(labels.dtype))
+    share = alpha / jnp.sum(included, axes, keepdims=True, dtype=alpha.dtype)
+    smoothed = (1 - alpha) * labels.astype(alpha.dtype) + jnp.where(included, share, 0)
+    return smoothed.astype(labels.dtype)

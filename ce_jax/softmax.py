@@ -1,0 +1,385 @@
+r"""Softmax cross-entropy of logits held in memory.
+
+Each function runs the same four stages: target (`_target`), row statistics (`_dense`, which has
+the derivative), row loss (`_row_loss`) and reduction (`_reduction`).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
+
+from . import _checks, _reduction, _sharded, _target
+from ._dense import row_statistics
+from ._row_loss import softmax_loss
+from ._tile import Target, wide
+
+_STATIC = ("axis", "ignore_index", "axis_name", "reduction", "forward_mode")
+_Axis = int | Sequence[int] | None
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    axis: int | Sequence[int] = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
+    z_loss: Shaped[ArrayLike, ""] = 0.0,
+    axis_name: str | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Cross-entropy between softmax(logits) and class ids, in nats.
+
+    For logits :math:`z`, label :math:`y`, class weights :math:`w` and smoothing
+    :math:`\epsilon` over the :math:`K` allowed classes (those with :math:`z_c > -\infty`):
+
+    .. math::
+      \ell = (1 - \epsilon)\, w_y (\mathrm{lse}(z) - z_y)
+        + \frac{\epsilon}{K} \sum_c w_c (\mathrm{lse}(z) - z_c) + \zeta\, \mathrm{lse}(z)^2,
+      \qquad \mathrm{lse}(z) = \log \sum_c e^{z_c}
+
+    With no option set the gradient is :math:`\mathrm{softmax}(z) - y`.
+
+    Args:
+      logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
+        allowed.
+      labels: class ids `[...]`, of any integer dtype; the shape of `logits` less the class axis.
+      axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
+      where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
+        dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
+      weight: weight of each class `[C]`.
+      sample_weight: weight of each example, broadcastable to the loss. A weight of 0 silences the
+        row, even if its loss is inf or NaN.
+      ignore_index: label of rows that do not count.
+      label_smoothing: share of the target that is spread evenly over the allowed classes, in
+        [0, 1]. May be traced.
+      z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded.
+        `logits`, `weight` and a `where` over classes hold this device's classes, labels are ids
+        among all classes, and the loss is the same on all devices of that axis.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight * weight[label])` of the
+        rows that count (0 if that is 0, where torch gives NaN; see `mean_denominator`).
+      forward_mode: let JAX derive the derivative instead of using the fused one, so that
+        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits).
+      A label outside `[0, C)` that is not `ignore_index` makes its row's loss and gradient NaN; a
+      label on a class that is not allowed, +inf.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ce_jax
+      >>> logits = jnp.log(jnp.array([[0.34, 0.46, 0.20]]))
+      >>> labels = jnp.array([0])
+      >>> print(ce_jax.softmax_cross_entropy_with_integer_labels(logits, labels))
+      [1.0788]
+      >>> loss = ce_jax.softmax_cross_entropy_with_integer_labels
+      >>> print(jax.grad(lambda z: loss(z, labels, reduction="sum"))(logits))
+      [[-0.66  0.46  0.2 ]]
+
+    References:
+      Bridle, `Training Stochastic Model Recognition Algorithms as Networks can Lead to Maximum
+      Mutual Information Estimation of Parameters`, 1989. Smoothing: Szegedy et al.,
+      `Rethinking the Inception Architecture for Computer Vision`, 2016. z-loss: Chowdhery et al.,
+      `PaLM`, 2022.
+    """
+    _checks.reduction(reduction)
+    return _integer_loss(
+        logits,
+        labels,
+        where,
+        weight,
+        sample_weight,
+        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        _checks.float_option("z_loss", z_loss),
+        axis=_checks.static_axis(axis),
+        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        axis_name=axis_name,
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+def _integer_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    label_smoothing: ArrayLike | None,
+    z_loss: ArrayLike | None,
+    *,
+    axis: _Axis,
+    ignore_index: int | None,
+    axis_name: str | None,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    rows = _target.rows_of("logits", logits, axis, where)
+    z, dtype = rows.values, wide(rows.values.dtype)
+    classes = _sharded.all_classes(z.shape[-1], axis_name)
+    label = _target.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
+    weight = _target.class_weight(weight, z.shape[-1], dtype)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
+
+    spread = None
+    if label_smoothing is not None:
+        spread = jnp.ones(z.shape[-1:], dtype) if weight is None else weight
+    statistics = row_statistics(
+        _target.without_excluded(z, label.counts),
+        Target(labels=label.ids, classes=spread),
+        axis_name=axis_name,
+        forward_mode=forward_mode,
+    )
+
+    label_weight = None
+    if weight is not None:
+        label_weight = _sharded.take_class(weight, label.ids, axis_name)
+    loss = softmax_loss(statistics, label_weight, label_smoothing, z_loss)
+    loss = _target.nan_if(label.unknown, loss, sample_weight)
+    return _reduction.reduce(loss, label.counts, sample_weight, reduction, label_weight)
+
+
+def softmax_cross_entropy(
+    logits: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    axis: int | Sequence[int] | None = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
+    z_loss: Shaped[ArrayLike, ""] = 0.0,
+    axis_name: str | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Cross-entropy between softmax(logits) and target distributions, in nats.
+
+    For logits :math:`z` and labels :math:`q`, smoothed over the :math:`K` allowed classes and
+    weighted to :math:`t_c = w_c ((1 - \epsilon) q_c + \epsilon / K)`, with
+    :math:`T = \sum_c t_c`:
+
+    .. math::
+      \ell = T\, \mathrm{lse}(z) - \langle t, z \rangle + \zeta\, \mathrm{lse}(z)^2,
+      \qquad \mathrm{lse}(z) = \log \sum_c e^{z_c}
+
+    and the gradient is :math:`(T + 2 \zeta\, \mathrm{lse}(z))\, \mathrm{softmax}(z) - t`. Labels
+    need not sum to 1, and their own gradient is :math:`\mathrm{lse}(z) - z` (where unweighted).
+
+    Args:
+      logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
+        allowed; a label of 0 there costs nothing, any other is +inf.
+      labels: a non-negative number for each class, broadcastable to `logits`; floating, integer or
+        bool (one-hot).
+      axis: the class axis, a tuple of them, or None for all.
+      where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
+        dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
+      weight: weight of each class `[C]`.
+      sample_weight: weight of each example, broadcastable to the loss. A weight of 0 silences the
+        row, even if its loss is inf or NaN.
+      label_smoothing: share of the target that is spread evenly over the allowed classes, in
+        [0, 1]. May be traced.
+      z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded, of
+        `logits` as of `labels` and `weight`.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0, where torch gives NaN).
+      forward_mode: let JAX derive the derivative instead of using the fused one, so that
+        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+
+    Returns:
+      The loss, of the shape of `logits` less the class axes or `[]`, in float32 (float64 for
+      float64 logits).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> logits = jnp.log(jnp.array([[0.3, 0.6, 0.1]]))
+      >>> print(ce_jax.softmax_cross_entropy(logits, jnp.array([[0.0, 1.0, 0.0]])))
+      [0.511]
+
+    References:
+      Good, `Rational Decisions`, 1952; Szegedy et al., `Rethinking the Inception Architecture for
+      Computer Vision`, 2016 (smoothing); Chowdhery et al., `PaLM`, 2022 (z-loss).
+    """
+    _checks.reduction(reduction)
+    return _distribution_loss(
+        logits,
+        labels,
+        where,
+        weight,
+        sample_weight,
+        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        _checks.float_option("z_loss", z_loss),
+        axis=_checks.static_axis(axis),
+        axis_name=axis_name,
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+safe_softmax_cross_entropy = softmax_cross_entropy
+
+
+@functools.partial(
+    jax.jit, static_argnames=("axis", "axis_name", "reduction", "forward_mode"), inline=True
+)
+def _distribution_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    label_smoothing: ArrayLike | None,
+    z_loss: ArrayLike | None,
+    *,
+    axis: _Axis,
+    axis_name: str | None,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    rows = _target.rows_of("logits", logits, axis, where)
+    z, dtype = _target.without_excluded(*rows), wide(rows.values.dtype)
+    weight = _target.class_weight(weight, z.shape[-1], dtype)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
+
+    probs = _target.distributions(labels, jnp.shape(logits), axis, dtype)
+    if label_smoothing is not None:
+        probs = _target.smooth(probs, label_smoothing, z > -jnp.inf, axis_name)
+    if weight is not None:
+        probs = probs * jnp.broadcast_to(weight, probs.shape)
+    statistics = row_statistics(
+        z,
+        Target(probs=_target.without_excluded(probs, rows.counts)),
+        axis_name=axis_name,
+        forward_mode=forward_mode,
+    )
+
+    loss = softmax_loss(statistics, z_loss=z_loss)
+    return _reduction.reduce(loss, rows.counts, sample_weight, reduction)
+
+
+class SoftmaxStatistics(NamedTuple):
+    """What one pass over the logits of each row tells about it; see `softmax_statistics`."""
+
+    lse: Float[Array, "*rows"]
+    label_logit: Float[Array, "*rows"]
+    log_prob: Float[Array, "*rows"]
+    entropy: Float[Array, "*rows"]
+    argmax: Int[Array, "*rows"]
+
+
+def softmax_statistics(
+    logits: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    axis: int | Sequence[int] = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    ignore_index: int | None = None,
+    axis_name: str | None = None,
+    forward_mode: bool = False,
+) -> SoftmaxStatistics:
+    r"""Log-normaliser, label log-probability, entropy and argmax of each row of logits.
+
+    .. math::
+      \mathrm{lse} = \log \sum_c e^{z_c}, \quad \mathrm{label\_logit} = z_y, \quad
+      \mathrm{log\_prob} = z_y - \mathrm{lse}, \quad
+      \mathrm{entropy} = \mathrm{lse} - \sum_c \mathrm{softmax}(z)_c\, z_c
+
+    All but `argmax` are differentiable, so that any loss made of them has a true gradient: a
+    policy-gradient loss from `log_prob` and `entropy`, a focal loss from `log_prob`.
+
+    Args:
+      logits: `[..., C]`, floating; `-inf` marks a class that is not allowed.
+      labels: class ids `[...]`, of any integer dtype.
+      axis: the class axis, or a tuple of them: labels and `argmax` are then flat indices.
+      where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
+      ignore_index: label of rows that do not count.
+      axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
+      forward_mode: let JAX derive the derivative, so that forward mode works.
+
+    Returns:
+      A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 logits), and
+      `argmax`, int32: the first of the largest. A row that does not count is 0 throughout;
+      `label_logit` and `log_prob` are NaN for a label that is no class.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> stats = ce_jax.softmax_statistics(jnp.zeros((1, 4)), jnp.array([2]))
+      >>> print(stats.log_prob, stats.entropy, stats.argmax)
+      [-1.3863] [1.3863] [0]
+
+    References:
+      Shannon, `A Mathematical Theory of Communication`, 1948.
+    """
+    return _statistics(
+        logits,
+        labels,
+        where,
+        axis=_checks.static_axis(axis),
+        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        axis_name=axis_name,
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("axis", "ignore_index", "axis_name", "forward_mode"), inline=True
+)
+def _statistics(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    *,
+    axis: _Axis,
+    ignore_index: int | None,
+    axis_name: str | None,
+    forward_mode: bool,
+) -> SoftmaxStatistics:
+    rows = _target.rows_of("logits", logits, axis, where)
+    z = rows.values
+    classes = _sharded.all_classes(z.shape[-1], axis_name)
+    label = _target.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
+    found = row_statistics(
+        _target.without_excluded(z, label.counts),
+        Target(labels=label.ids),
+        entropy=True,
+        argmax=True,
+        axis_name=axis_name,
+        forward_mode=forward_mode,
+    )
+    out = SoftmaxStatistics(
+        lse=found.lse,
+        label_logit=_target.nan_if(label.unknown, found.label_logit),
+        log_prob=_target.nan_if(label.unknown, -found.cross),
+        entropy=found.entropy,
+        argmax=found.argmax,
+    )
+    if label.counts is None:
+        return out
+    return jax.tree.map(functools.partial(_select, label.counts), out)
+
+
+def _select(counts: Bool[Array, "*rows"], x: Shaped[Array, "*rows"]) -> Shaped[Array, "*rows"]:
+    return jnp.where(counts, x, 0)
