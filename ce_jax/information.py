@@ -16,7 +16,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Float, Real
 
-from ce_jax import _checks
+from . import _checks
 
 # 1/17, ..., 1/5, 1/3: the series of `_kl_terms`. With |s| <= 1/8 the first term left out is below
 # float64's rounding.
@@ -43,10 +43,11 @@ def self_information(
       TypeError: if `p` is not of a floating dtype, or `base` is no real number.
       ValueError: if `base` is not a scalar, not positive, or 1.
 
-    >>> import jax.numpy as jnp
-    >>> import ce_jax
-    >>> print(ce_jax.self_information(jnp.array([0.5, 0.25, 0.125]), base=2))
-    [1. 2. 3.]
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import ce_jax
+      >>> print(ce_jax.self_information(jnp.array([0.5, 0.25, 0.125]), base=2))
+      [1. 2. 3.]
 
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
@@ -83,10 +84,11 @@ def entropy(
       ValueError: if `axis` is out of range or repeated, or `base` is not a scalar, not positive,
         or 1.
 
-    >>> import jax.numpy as jnp
-    >>> import ce_jax
-    >>> print(ce_jax.entropy(jnp.array([0.5, 0.25, 0.25, 0.0]), base=2))
-    1.5
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import ce_jax
+      >>> print(ce_jax.entropy(jnp.array([0.5, 0.25, 0.25, 0.0]), base=2))
+      1.5
 
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
@@ -118,10 +120,11 @@ def binary_entropy(
       TypeError: if `p` is not of a floating dtype, or `base` is no real number.
       ValueError: if `base` is not a scalar, not positive, or 1.
 
-    >>> import jax.numpy as jnp
-    >>> import ce_jax
-    >>> print(ce_jax.binary_entropy(jnp.array([0.0, 0.5, 1.0]), base=2))
-    [0. 1. 0.]
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import ce_jax
+      >>> print(ce_jax.binary_entropy(jnp.array([0.0, 0.5, 1.0]), base=2))
+      [0. 1. 0.]
 
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
@@ -160,11 +163,12 @@ def cross_entropy(
       ValueError: if the shapes differ, `axis` is out of range or repeated, or `base` is not a
         scalar, not positive, or 1.
 
-    >>> import jax.numpy as jnp
-    >>> import ce_jax
-    >>> p = jnp.array([0.0, 1.0, 0.0])
-    >>> print(ce_jax.cross_entropy(p, jnp.array([0.25, 0.5, 0.25]), base=2))
-    1.0
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import ce_jax
+      >>> p = jnp.array([0.0, 1.0, 0.0])
+      >>> print(ce_jax.cross_entropy(p, jnp.array([0.25, 0.5, 0.25]), base=2))
+      1.0
 
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
@@ -207,11 +211,12 @@ def kl_divergence(
       ValueError: if the shapes differ, `axis` is out of range or repeated, or `base` is not a
         scalar, not positive, or 1.
 
-    >>> import jax.numpy as jnp
-    >>> import ce_jax
-    >>> p = jnp.array([1.0, 0.0])
-    >>> print(ce_jax.kl_divergence(p, jnp.array([0.25, 0.75]), base=2))
-    2.0
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import ce_jax
+      >>> p = jnp.array([1.0, 0.0])
+      >>> print(ce_jax.kl_divergence(p, jnp.array([0.25, 0.75]), base=2))
+      2.0
 
     References:
       S. Kullback and R. A. Leibler, On Information and Sufficiency, 1951.
