@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -94,7 +95,7 @@ def axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 
 def static_axis(axis: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
     """`axis` in a hashable form."""
-    return tuple(axis) if isinstance(axis, list | tuple) else axis
+    return tuple(axis) if isinstance(axis, Sequence) else axis
 
 
 def reduction(value: str) -> None:
@@ -122,13 +123,14 @@ def float_option(
     """
     if value is None:
         return None
-    if isinstance(value, bool | str) or jnp.ndim(value) != 0:
+    if isinstance(value, jax.core.Tracer):
+        if value.ndim != 0 or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"{name} must be a real scalar, got {value.aval}")
+        return value
+    is_number = isinstance(value, numbers.Real | jax.Array | np.ndarray)
+    if not is_number or isinstance(value, bool) or jnp.ndim(value) != 0:
         raise TypeError(f"{name} must be a real scalar, got {value!r}")
-    if not isinstance(value, numbers.Real):
-        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            raise TypeError(f"{name} must be a real scalar, got dtype {jnp.result_type(value)}")
-        if isinstance(value, jax.core.Tracer):
-            return value
-    if not low <= float(value) <= high or math.isinf(float(value)):
+    number = float(np.asarray(value))
+    if not low <= number <= high or math.isinf(number):
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    return None if float(value) == 0 else value
+    return None if number == 0 else value

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import _sharded, _tile
@@ -54,13 +55,20 @@ def _fused(
     return _tile.finish(_partial(options, logits, target))
 
 
-def _fused_fwd(options, logits, target):
+_Residuals = tuple[Array, _tile.Target, _tile.Partial]
+
+
+def _fused_fwd(
+    options: _Options, logits: Array, target: _tile.Target
+) -> tuple[_tile.RowStatistics, _Residuals]:
     part = _partial(options, logits, target)
     return _tile.finish(part), (logits, target, part)
 
 
-def _fused_bwd(options, residuals, g):
-    logits, target, part = residuals
+def _fused_bwd(
+    options: _Options, residuals: _Residuals, g: _tile.RowStatistics
+) -> tuple[Array, _tile.Target]:
+    logits, target, part = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
     _, _, axis_name = options
     first_class = _sharded.first_class(logits.shape[-1], axis_name)
     dz, d_target = _tile.pullback(logits, target, part, g, first_class=first_class)

@@ -24,8 +24,9 @@ def merge_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
         # The lowest class among those that reach the maximum, as `jnp.argmax` has it.
         candidate = jnp.where(part.max == row_max, argmax, jnp.iinfo(argmax.dtype).max)
         argmax = jax.lax.pmin(candidate, axis_name)
-    sums = _tile.rebase(part, row_max)._replace(max=None, argmax=None)
-    return jax.lax.psum(sums, axis_name)._replace(max=row_max, argmax=argmax)
+    sums = _tile.rebase(part, row_max)._replace(max=_tile.ABSENT, argmax=_tile.ABSENT)
+    total: _tile.Partial = jax.lax.psum(sums, axis_name)
+    return total._replace(max=row_max, argmax=argmax)
 
 
 def take_class(

@@ -25,11 +25,15 @@ All sums are kept relative to the row's maximum: `lse - z` computed from two lar
 lose the digits that `log p` is made of.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+
+# A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
+ABSENT: Any = None
 
 
 class Target(NamedTuple):
@@ -41,9 +45,9 @@ class Target(NamedTuple):
       classes: coefficients `a` of the part that is the same for all rows, one per class.
     """
 
-    labels: Int[Array, "*rows"] | None = None
-    probs: Float[Array, "*rows classes"] | None = None
-    classes: Float[Array, " classes"] | None = None
+    labels: Int[Array, "*rows"] = ABSENT
+    probs: Float[Array, "*rows classes"] = ABSENT
+    classes: Float[Array, " classes"] = ABSENT
 
 
 class Partial(NamedTuple):
@@ -58,26 +62,26 @@ class Partial(NamedTuple):
 
     max: Float[Array, "*rows"]
     sum_exp: Float[Array, "*rows"]
-    label_logit: Float[Array, "*rows"] | None = None
-    target_dot: Float[Array, "*rows"] | None = None
-    target_sum: Float[Array, "*rows"] | None = None
-    classes_dot: Float[Array, "*rows"] | None = None
-    classes_sum: Float[Array, "*rows"] | None = None
-    classes_count: Float[Array, "*rows"] | None = None
-    exp_dot: Float[Array, "*rows"] | None = None
-    argmax: Int[Array, "*rows"] | None = None
+    label_logit: Float[Array, "*rows"] = ABSENT
+    target_dot: Float[Array, "*rows"] = ABSENT
+    target_sum: Float[Array, "*rows"] = ABSENT
+    classes_dot: Float[Array, "*rows"] = ABSENT
+    classes_sum: Float[Array, "*rows"] = ABSENT
+    classes_count: Float[Array, "*rows"] = ABSENT
+    exp_dot: Float[Array, "*rows"] = ABSENT
+    argmax: Int[Array, "*rows"] = ABSENT
 
 
 class RowStatistics(NamedTuple):
     """The numbers that losses are made of, one each per row; those not asked for are None."""
 
     lse: Float[Array, "*rows"]
-    cross: Float[Array, "*rows"] | None = None
-    label_logit: Float[Array, "*rows"] | None = None
-    uniform: Float[Array, "*rows"] | None = None
-    uniform_count: Float[Array, "*rows"] | None = None
-    entropy: Float[Array, "*rows"] | None = None
-    argmax: Int[Array, "*rows"] | None = None
+    cross: Float[Array, "*rows"] = ABSENT
+    label_logit: Float[Array, "*rows"] = ABSENT
+    uniform: Float[Array, "*rows"] = ABSENT
+    uniform_count: Float[Array, "*rows"] = ABSENT
+    entropy: Float[Array, "*rows"] = ABSENT
+    argmax: Int[Array, "*rows"] = ABSENT
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -141,8 +145,9 @@ def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
 def merge(a: Partial, b: Partial) -> Partial:
     """Joins the statistics of two disjoint sets of classes, `a` holding the lower class ids."""
     row_max = jnp.maximum(a.max, b.max)
-    argmax = None if a.argmax is None else jnp.where(b.max > a.max, b.argmax, a.argmax)
-    total = jax.tree.map(jnp.add, *(rebase(x, row_max)._replace(argmax=None) for x in (a, b)))
+    argmax = ABSENT if a.argmax is None else jnp.where(b.max > a.max, b.argmax, a.argmax)
+    sums = (rebase(x, row_max)._replace(argmax=ABSENT) for x in (a, b))
+    total: Partial = jax.tree.map(jnp.add, *sums)
     return total._replace(max=row_max, argmax=argmax)
 
 

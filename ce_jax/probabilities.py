@@ -187,8 +187,9 @@ def _binary_cross_entropy(
     p, y, counts = _target.elements("probs", probs, labels, where, label_smoothing)
     p = p.astype(y.dtype)
     loss = -(y * _clamped_log(p) + (1 - y) * _clamped_log(1 - p))
+    weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)
     if weight is not None:
-        loss = weighted(_reduction.weights("weight", weight, loss.shape, loss.dtype), loss)
+        loss = weighted(weight, loss)
     sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     return _reduction.reduce(loss, counts, sample_weight, reduction)
 
@@ -236,7 +237,7 @@ def smooth_labels(
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _smooth_labels(
-    labels: ArrayLike, alpha: ArrayLike, where: ArrayLike | None, *, axis: int | tuple | None
+    labels: ArrayLike, alpha: ArrayLike, where: ArrayLike | None, *, axis: int | tuple[int, ...] | None
 ) -> Array:
     labels = _checks.floating("labels", labels)
     axes = _checks.axes(axis, labels.ndim)

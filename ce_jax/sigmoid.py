@@ -93,15 +93,16 @@ def _loss(
     forward_mode: bool,
 ) -> Array:
     z, y, counts = _target.elements("logits", logits, labels, where, label_smoothing)
-    shape = y.shape
     positive, negative = y, 1 - y
+    pos_weight = _reduction.weights("pos_weight", pos_weight, y.shape, y.dtype)
     if pos_weight is not None:
-        positive = positive * _reduction.weights("pos_weight", pos_weight, shape, y.dtype)
+        positive = positive * pos_weight
     loss = (logistic if forward_mode else _fused)(z, positive, negative)
 
+    weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)
     if weight is not None:
-        loss = weighted(_reduction.weights("weight", weight, shape, loss.dtype), loss)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, shape, loss.dtype)
+        loss = weighted(weight, loss)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     return _reduction.reduce(loss, counts, sample_weight, reduction)
 
 
@@ -118,18 +119,18 @@ def logistic(
     return (positive + negative) * jnp.log1p(jnp.exp(away)) - linear
 
 
-@jax.custom_vjp
-def _fused(z, positive, negative):
-    return logistic(z, positive, negative)
+_fused = jax.custom_vjp(logistic)
+
+_Residuals = tuple[ArrayLike, ArrayLike, ArrayLike]
 
 
-def _fused_fwd(z, positive, negative):
+def _fused_fwd(z: Array, positive: Array, negative: Array) -> tuple[Array, _Residuals]:
     return logistic(z, positive, negative), (z, positive, negative)
 
 
-def _fused_bwd(residuals, g):
+def _fused_bwd(residuals: _Residuals, g: Array) -> tuple[Array, Array, Array]:
     """`p - y` for the coefficients `y` and `1 - y`; in general `negative p - positive (1 - p)`."""
-    z, positive, negative = residuals
+    z, positive, negative = map(jnp.asarray, residuals)  # a scalar may come as a literal
     away = _minus_abs(z.astype(positive.dtype))
     u = jnp.exp(away)
     up = z > 0

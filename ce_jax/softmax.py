@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 from . import _checks, _reduction, _sharded, _target
 from ._dense import row_statistics
 from ._row_loss import softmax_loss
-from ._tile import Target, wide
+from ._tile import ABSENT, Target, wide
 
 _STATIC = ("axis", "ignore_index", "axis_name", "reduction", "forward_mode")
 _Axis = int | Sequence[int] | None
@@ -135,7 +135,7 @@ def _integer_loss(
     weight = _target.class_weight(weight, z.shape[-1], dtype)
     sample_weight = _reduction.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
 
-    spread = None
+    spread = ABSENT
     if label_smoothing is not None:
         spread = jnp.ones(z.shape[-1:], dtype) if weight is None else weight
     statistics = row_statistics(
