@@ -1,0 +1,196 @@
+"""What several test modules share: problems to solve, the comparison with the truth, counters."""
+
+import contextlib
+import itertools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ce_jax
+from tests import reference
+
+# (shape of the logits, class axis): last, first, in the middle, a tuple out of order, no batch.
+LAYOUTS = {
+    "last": ((5, 4), -1),
+    "first": ((4, 5), 0),
+    "middle": ((2, 4, 3), 1),
+    "tuple": ((2, 3, 2), (2, 0)),
+    "vector": ((4,), -1),
+}
+# A row that does not count may hold anything.
+GARBAGE = (np.nan, np.inf, -np.inf, 7.0)
+
+
+def covering(strength=3, seed=0, **options):
+    """Few combinations among which every `strength` options meet in all combinations of values."""
+    names = list(options)
+    missing = {
+        tuple(zip(chosen, values, strict=True)): None
+        for chosen in itertools.combinations(names, strength)
+        for values in itertools.product(*(range(len(options[name])) for name in chosen))
+    }
+    choose = random.Random(seed)
+
+    def covered(candidate):
+        met = itertools.combinations(candidate.items(), strength)
+        return [tuple(pairs) for pairs in met if tuple(pairs) in missing]
+
+    while missing:
+        wanted = dict(next(iter(missing)))
+        fills = (
+            {name: wanted.get(name, choose.randrange(len(options[name]))) for name in names}
+            for _ in range(30)
+        )
+        best = max(fills, key=lambda fill: len(covered(fill)))
+        for met in covered(best):
+            del missing[met]
+        yield {name: options[name][index] for name, index in best.items()}
+
+
+def named(case):
+    """A readable test id: the options that are set."""
+    return "-".join(
+        name if value is True else f"{name}={value}"
+        for name, value in case.items()
+        if value is not None and value is not False
+    )
+
+
+def in_layout(rows, shape, axis):
+    """Inverse of moving the class axes last: [..., C] back to the layout of the logits."""
+    order = reference._class_last(np.arange(np.prod(shape, dtype=int)).reshape(shape), axis)
+    out = np.empty(order.size, rows.dtype)
+    out[order] = rows
+    return out.reshape(shape)
+
+
+def softmax_arguments(
+    *,
+    layout="last",
+    soft=False,
+    where=None,
+    weight=False,
+    sample_weight=False,
+    ignore_index=None,
+    masked=False,
+    seed=0,
+    **options,
+):
+    """Logits, labels and the options asked for, with rows that do not count holding garbage."""
+    shape, axis = LAYOUTS[layout]
+    draw = np.random.default_rng(seed)
+    logits = reference._class_last(2 * draw.normal(size=shape), axis)
+    *batch, classes = logits.shape
+    labels = draw.integers(classes, size=batch)
+    is_label = labels[..., None] == np.arange(classes)
+    targets = draw.uniform(0.1, 1.5, size=logits.shape)
+
+    counts = np.ones(batch, bool)
+    allowed = np.ones(logits.shape, bool)
+    if where == "rows":
+        counts &= draw.random(batch) < 0.7
+        options["where"] = counts.copy()
+    if where == "classes":
+        allowed &= is_label | (draw.random(logits.shape) < 0.7)
+        if batch:
+            allowed[(0,) * len(batch)] = counts[(0,) * len(batch)] = False
+        options["where"] = in_layout(allowed, shape, axis)
+    if ignore_index is not None and not soft:
+        if batch:
+            labels[(-1,) * len(batch)] = ignore_index
+        counts &= labels != ignore_index
+        options["ignore_index"] = ignore_index
+    if masked:
+        hidden = ~is_label & (draw.random(logits.shape) < 0.4)
+        logits[hidden] = -np.inf
+        allowed &= ~hidden
+    targets[~allowed] = 0.0
+    logits[~counts] = np.resize(GARBAGE, classes)
+
+    if weight:
+        options["weight"] = draw.uniform(0.5, 2.0, size=classes)
+    if sample_weight:
+        weights = draw.uniform(0.5, 2.0, size=batch)
+        if batch:
+            weights[(1,) * len(batch)] = 0.0
+        options["sample_weight"] = weights
+    return {
+        "logits": in_layout(logits, shape, axis),
+        "labels": in_layout(targets, shape, axis) if soft else labels,
+        "axis": axis,
+        **options,
+    }
+
+
+def result_dtype(dtype):
+    """The dtype of losses and statistics of inputs in `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def check(name, arguments, wrt=(), *, dtype=jnp.float32, forward_mode=None, rtol=None):
+    """Compare value and gradients with the truth, under a random, unequal cotangent.
+
+    Gradients are taken with respect to every float array among the arguments, and to the floats
+    named in `wrt`, which makes these traced.
+    """
+    truth, loss = getattr(reference, name), getattr(ce_jax, name)
+    with jax.enable_x64(dtype == jnp.float64):
+        arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray)}
+        smooth = {k: jnp.asarray(v, dtype) for k, v in arrays.items() if v.dtype.kind == "f"}
+        scalars = {k: jnp.asarray(arguments[k], result_dtype(dtype)) for k in wrt}
+        smooth |= scalars
+        others = {k: v for k, v in arrays.items() if k not in smooth}
+        fixed = {k: v for k, v in arguments.items() if k not in smooth and k not in others}
+        if forward_mode is not None:
+            fixed["forward_mode"] = forward_mode
+        exact = arguments | {k: np.asarray(v, np.float64) for k, v in smooth.items()}
+        expected = np.asarray(truth(**exact))
+        cotangent = np.random.default_rng(1).normal(size=expected.shape)
+
+        @jax.jit
+        def value_and_gradients(smooth, others, cotangent):
+            value, pull = jax.vjp(lambda smooth: loss(**smooth, **others, **fixed), smooth)
+            return value, pull(cotangent.astype(value.dtype))[0]
+
+        value, gradients = value_and_gradients(smooth, others, jnp.asarray(cotangent))
+    cotangent = np.asarray(cotangent, result_dtype(dtype)).astype(np.float64)
+    assert value.dtype == result_dtype(dtype)
+    close(value, expected, rtol or accuracy(value.dtype))
+    for key, gradient in gradients.items():
+        assert gradient.dtype == smooth[key].dtype
+        slope = reference.vjp(truth, exact, key, cotangent)
+        close(gradient, slope, rtol or accuracy(gradient.dtype), name=f"d {key}")
+
+
+def accuracy(dtype):
+    """Relative error allowed: a few roundings, and in narrow dtypes just the last one."""
+    few = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 1.01 * 2**-8, "float16": 1.01 * 2**-11}
+    return few[jnp.dtype(dtype).name]
+
+
+def close(actual, expected, rtol, name="value"):
+    """`actual` is `expected`, relative to the largest finite entry for entries near 0."""
+    expected = np.asarray(expected, np.float64)
+    scale = np.max(np.abs(expected[np.isfinite(expected)]), initial=0.0)
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float64), expected, rtol=rtol, atol=rtol * scale / 8, err_msg=name
+    )
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts the programs XLA compiles inside the block: `with compilations() as seen: ...`."""
+    seen = []
+
+    def listen(event, duration, **kwargs):
+        del duration, kwargs
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

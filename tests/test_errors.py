@@ -1,0 +1,169 @@
+"""Wrong arguments raise while tracing; the message names them, what was found, what is wanted."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ce_jax
+
+INTEGER = "softmax_cross_entropy_with_integer_labels"
+SOFT = "softmax_cross_entropy"
+SIGMOID = "sigmoid_binary_cross_entropy"
+BINARY = "binary_cross_entropy"
+NLL = "nll_loss"
+STATISTICS = "softmax_statistics"
+
+F32 = np.float32
+LOGITS = np.zeros((5, 4), F32)
+IDS = np.zeros(5, np.int32)
+# Arguments every function accepts; each case below changes one.
+RIGHT = {
+    INTEGER: {"logits": LOGITS, "labels": IDS},
+    SOFT: {"logits": LOGITS, "labels": LOGITS},
+    SIGMOID: {"logits": LOGITS, "labels": LOGITS},
+    BINARY: {"probs": LOGITS + F32(0.5), "labels": LOGITS},
+    NLL: {"log_probs": LOGITS, "labels": IDS},
+    STATISTICS: {"logits": LOGITS, "labels": IDS},
+    "mean_denominator": {"labels": IDS},
+    "smooth_labels": {"labels": LOGITS, "alpha": 0.1},
+}
+SOFTMAX = (INTEGER, SOFT)
+OF_IDS = (INTEGER, NLL, STATISTICS)
+WITH_AXIS = (INTEGER, SOFT, NLL, STATISTICS)
+WITH_OPTIONS = (INTEGER, SOFT, SIGMOID, BINARY, NLL)
+
+
+INTEGERS = np.zeros((5, 4), np.int32)
+COMPLEX = np.zeros((5, 4), np.complex64)
+
+
+def ones(*shape):
+    return np.ones(shape, F32)
+
+
+# (functions, the argument changed, its value, the exception, what the message must hold besides
+# the argument's name). Found and wanted are both there wherever both are known.
+CASES = [
+    # Dtypes.
+    ((INTEGER, SOFT, SIGMOID, STATISTICS), "logits", INTEGERS, TypeError, ["int32", "float"]),
+    ((NLL,), "log_probs", INTEGERS, TypeError, ["int32", "float"]),
+    ((BINARY,), "probs", INTEGERS, TypeError, ["int32", "float"]),
+    ((INTEGER, SOFT, SIGMOID), "logits", COMPLEX, TypeError, ["complex64", "float"]),
+    (OF_IDS, "labels", np.zeros(5, F32), TypeError, ["float32", "integer"]),
+    (OF_IDS, "labels", np.zeros(5, bool), TypeError, ["bool", "integer"]),
+    ((SOFT, SIGMOID, BINARY), "labels", COMPLEX, TypeError, ["complex64"]),
+    (("smooth_labels",), "labels", INTEGERS, TypeError, ["int32", "float"]),
+    ((*WITH_OPTIONS, STATISTICS), "where", INTEGERS, TypeError, ["int32", "bool"]),
+    (WITH_OPTIONS, "weight", COMPLEX[0], TypeError, ["complex64"]),
+    (WITH_OPTIONS, "sample_weight", COMPLEX[:, 0], TypeError, ["complex64"]),
+    # Shapes.
+    (OF_IDS, "labels", np.zeros(4, np.int32), ValueError, ["(4,)", "(5,)"]),
+    (OF_IDS, "labels", INTEGERS, ValueError, ["(5, 4)", "(5,)"]),
+    (OF_IDS, "labels", np.zeros((5, 1), np.int32), ValueError, ["(5, 1)", "(5,)"]),
+    ((SOFT, SIGMOID, BINARY), "labels", ones(5, 3), ValueError, ["(5, 3)", "(5, 4)"]),
+    ((SOFT, SIGMOID, BINARY), "labels", ones(5), ValueError, ["(5,)", "(5, 4)"]),
+    ((INTEGER, SOFT, NLL), "weight", ones(5), ValueError, ["(5,)", "(4,)"]),
+    ((INTEGER, SOFT, NLL), "weight", ones(1, 4), ValueError, ["(1, 4)", "(4,)"]),
+    ((SIGMOID, BINARY), "weight", ones(5), ValueError, ["(5,)", "(5, 4)"]),
+    ((SIGMOID,), "pos_weight", ones(3), ValueError, ["(3,)", "(5, 4)"]),
+    ((INTEGER, SOFT, NLL), "sample_weight", ones(4), ValueError, ["(4,)", "(5,)"]),
+    ((INTEGER, SOFT, NLL), "sample_weight", ones(5, 1), ValueError, ["(5, 1)", "(5,)"]),
+    ((SIGMOID, BINARY), "sample_weight", ones(5), ValueError, ["(5,)", "(5, 4)"]),
+    (("mean_denominator",), "sample_weight", ones(4), ValueError, ["(4,)", "(5,)"]),
+    (WITH_AXIS, "where", np.ones(4, bool), ValueError, ["(4,)", "(5,)"]),
+    (WITH_AXIS, "where", np.ones((5, 3), bool), ValueError, ["(5, 3)", "(5, 4)"]),
+    (WITH_AXIS, "where", np.ones((1, 5, 4), bool), ValueError, ["(1, 5, 4)"]),
+    (WITH_AXIS, "where", np.ones((), bool), ValueError, ["()"]),
+    ((SIGMOID, BINARY), "where", np.ones((5, 3), bool), ValueError, ["(5, 3)", "(5, 4)"]),
+    # Axes.
+    (WITH_AXIS, "axis", 2, ValueError, ["2"]),
+    (WITH_AXIS, "axis", -3, ValueError, ["-3"]),
+    (WITH_AXIS, "axis", (0, 0), ValueError, ["(0, 0)"]),
+    ((SOFT, INTEGER), "axis", (-1, 1), ValueError, ["(-1, 1)"]),
+    ((INTEGER,), "axis", None, (TypeError, ValueError), ["None"]),
+    ((SOFT, INTEGER), "axis", 0.5, TypeError, ["0.5"]),
+    # Options.
+    (WITH_OPTIONS, "reduction", "average", ValueError, ["'average'", "none", "sum", "mean"]),
+    (WITH_OPTIONS, "label_smoothing", -0.1, ValueError, ["-0.1", "0", "1"]),
+    (WITH_OPTIONS, "label_smoothing", 1.5, ValueError, ["1.5", "0", "1"]),
+    (WITH_OPTIONS, "label_smoothing", float("nan"), ValueError, ["nan", "0", "1"]),
+    (WITH_OPTIONS, "label_smoothing", jnp.array(1.5), ValueError, ["1.5", "0", "1"]),
+    (WITH_OPTIONS, "label_smoothing", "0.1", TypeError, ["str"]),
+    (WITH_OPTIONS, "label_smoothing", ones(5), ValueError, ["(5,)"]),
+    (SOFTMAX, "z_loss", -1e-4, ValueError, ["-0.0001", "0"]),
+    (SOFTMAX, "z_loss", float("nan"), ValueError, ["nan", "0"]),
+    (SOFTMAX, "z_loss", ones(5), ValueError, ["(5,)"]),
+    (("smooth_labels",), "alpha", -0.1, ValueError, ["-0.1"]),
+    ((INTEGER, NLL, STATISTICS), "ignore_index", 1.5, TypeError, ["1.5", "int"]),
+    ((INTEGER, NLL, STATISTICS), "ignore_index", "pad", TypeError, ["pad", "int"]),
+]
+
+
+def words(text):
+    """Each as itself, not as a part of a longer word or number."""
+    return rf"(?<![\w.\-]){re.escape(text)}" if text[-1].isalnum() else re.escape(text)
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "value", "error", "holds"),
+    [
+        pytest.param(function, argument, value, error, holds, id=f"{function}-{argument}-{i}")
+        for i, (functions, argument, value, error, holds) in enumerate(CASES)
+        for function in functions
+    ],
+)
+def test_wrong_argument(function, argument, value, error, holds):
+    with pytest.raises(error) as raised:
+        getattr(ce_jax, function)(**RIGHT[function] | {argument: value})
+    message = str(raised.value)
+    for text in (argument, *holds):
+        assert re.search(words(text), message), f"{text!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize("function", RIGHT)
+def test_right_arguments_are_accepted(function):
+    """Or the cases above would prove nothing."""
+    getattr(ce_jax, function)(**RIGHT[function])
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "match"),
+    [
+        (INTEGER, {"labels": np.zeros(5, F32)}, TypeError, "labels"),
+        (INTEGER, {"labels": np.zeros(4, np.int32)}, ValueError, "labels"),
+        (SOFT, {"weight": ones(3)}, ValueError, "weight"),
+        (SIGMOID, {"pos_weight": ones(3)}, ValueError, "pos_weight"),
+    ],
+)
+def test_errors_come_while_tracing(function, arguments, error, match):
+    """Abstract values are enough: nothing runs."""
+    with pytest.raises(error, match=match):
+        jax.eval_shape(getattr(ce_jax, function), **RIGHT[function] | arguments)
+
+
+def test_ignore_index_needs_integer_labels():
+    with pytest.raises(TypeError, match="ignore_index"):
+        ce_jax.softmax_cross_entropy(LOGITS, LOGITS, ignore_index=-100)
+
+
+def test_options_are_keywords():
+    """Only optax's four arguments are positional: no option can land in another's place."""
+    for function in (INTEGER, SOFT):
+        with pytest.raises(TypeError, match="positional"):
+            getattr(ce_jax, function)(*RIGHT[function].values(), -1, None, ones(4))
+    with pytest.raises(TypeError, match="positional"):
+        ce_jax.sigmoid_binary_cross_entropy(LOGITS, LOGITS, ones(4))
+
+
+def test_a_traced_option_out_of_range_is_not_checked():
+    """Its value is unknown while tracing; the formula holds for any."""
+    loss = jax.jit(lambda eps: ce_jax.softmax_cross_entropy(LOGITS, LOGITS, label_smoothing=eps))
+    np.testing.assert_allclose(loss(2.0), 2 * np.log(4.0), rtol=1e-6)
+
+
+def test_no_batch_to_wrap_in():
+    with pytest.raises(ValueError, match="logits"):
+        ce_jax.softmax_cross_entropy_with_integer_labels(np.zeros((), F32), np.int32(0))
