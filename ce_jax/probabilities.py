@@ -237,7 +237,11 @@ def smooth_labels(
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _smooth_labels(
-    labels: ArrayLike, alpha: ArrayLike, where: ArrayLike | None, *, axis: int | tuple[int, ...] | None
+    labels: ArrayLike,
+    alpha: ArrayLike,
+    where: ArrayLike | None,
+    *,
+    axis: int | tuple[int, ...] | None,
 ) -> Array:
     labels = _checks.floating("labels", labels)
     axes = _checks.axes(axis, labels.ndim)
