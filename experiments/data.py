@@ -124,7 +124,7 @@ def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
     if data_dir is not None:
         return read_mnist(data_dir)
     try:
-        return fetch_mnist()
+        return fetch_mnist(mirrors=MIRRORS)
     except DataError as error:
         if name == "auto":
             return replace(

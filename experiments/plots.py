@@ -18,6 +18,7 @@ from experiments.report import Evaluation
 _TRAIN_COLOR = "#b35806"
 _TEST_COLOR = "#2166ac"
 _GAP_COLOR = "#d6604d"
+_MISTAKE_COLOR = "#b2182b"
 _DOTS_PER_INCH = 130
 _HARDEST_ROWS, _HARDEST_COLUMNS = 4, 6
 
@@ -51,7 +52,7 @@ def save_all(
     for name, figure in figures.items():
         figure.suptitle(title, fontsize=11)
         if notice:
-            figure.supxlabel(notice, color="white", backgroundcolor="#b2182b", fontsize=9)
+            figure.supxlabel(notice, color="white", backgroundcolor=_MISTAKE_COLOR, fontsize=9)
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=_DOTS_PER_INCH)
         paths.append(path)
@@ -77,8 +78,12 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     loss_axes.set_yscale("log")
     loss_axes.legend(frameon=False, fontsize=9)
     accuracy_axes.set_ylabel("accuracy (%)")
-    if history:
-        _mark_last(accuracy_axes, epochs[-1], history[-1]["test_accuracy"] * 100)
+    accuracies = [row["test_accuracy"] * 100 for row in history]
+    # The differences that matter are near the top: training accuracy of the first epoch, measured
+    # from the untrained model on, may begin below the picture.
+    accuracy_axes.set_ylim(bottom=min(accuracies) - 1)
+    accuracy_axes.set_title(f"test accuracy at the end: {accuracies[-1]:.2f} %", fontsize=10)
+    loss_axes.set_title(f"test loss at the end: {history[-1]['test_loss']:.4f}", fontsize=10)
     return figure
 
 
@@ -86,28 +91,22 @@ def confusion(evaluation: Evaluation) -> Figure:
     """Counts of true against predicted classes; colours show the mistakes alone."""
     counts = evaluation.confusion
     classes = len(counts)
-    figure = Figure(figsize=(1.6 + 0.58 * max(classes, 6), 1.2 + 0.55 * max(classes, 6)))
-    figure.set_layout_engine("constrained")
+    side = 1.4 + 0.5 * max(classes, 7)
+    figure = Figure(figsize=(side, side + 0.3), layout="constrained")
     axes = figure.subplots()
-    mistakes = np.where(np.eye(classes, dtype=bool) | (counts == 0), np.nan, counts)
-    worst = int(np.nanmax(mistakes)) if np.isfinite(mistakes).any() else 1
-    picture = axes.imshow(mistakes, cmap="Reds", norm=LogNorm(1, max(worst, 2)))
-    figure.colorbar(picture, ax=axes, label="mistakes", shrink=0.8)
-    for true in range(classes):
-        for predicted in range(classes):
-            count = int(counts[true, predicted])
-            right = true == predicted
-            dark = not right and count > 1 and np.log(count) > 0.6 * np.log(max(worst, 2))
-            axes.text(
-                predicted,
-                true,
-                str(count),
-                ha="center",
-                va="center",
-                fontsize=8,
-                fontweight="bold" if right else "normal",
-                color="white" if dark else "black" if count else "#bbbbbb",
-            )
+    right = np.eye(classes, dtype=bool)
+    mistakes = np.where(right | (counts == 0), np.nan, counts)
+    scale = LogNorm(0.5, max(2, np.max(counts[~right], initial=0)))
+    axes.imshow(mistakes, cmap="Reds", norm=scale)
+    for true, predicted in np.ndindex(counts.shape):
+        count = int(counts[true, predicted])
+        if true == predicted:
+            style = {"color": _TEST_COLOR, "fontweight": "bold"}
+        elif count == 0:
+            style = {"color": "#cccccc"}
+        else:
+            style = {"color": "white" if scale(count) > 0.6 else "black"}
+        axes.text(predicted, true, str(count), ha="center", va="center", fontsize=9, **style)
     axes.set_xticks(range(classes), evaluation.class_names)
     axes.set_yticks(range(classes), evaluation.class_names)
     axes.set_xlabel("predicted class")
@@ -127,14 +126,15 @@ def reliability(evaluation: Evaluation) -> Figure:
     filled = calibration.counts > 0
     confidence, accuracy = calibration.confidence[filled], calibration.accuracy[filled]
     upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfect")
-    upper.bar(centers[filled], accuracy, width * 0.92, color=_TEST_COLOR, label="accuracy")
+    upper.bar(centers[filled], accuracy, width * 0.92, color="#92c5de", label="accuracy")
     upper.bar(
         centers[filled],
         confidence - accuracy,
         width * 0.92,
         bottom=accuracy,
-        color=_GAP_COLOR,
-        alpha=0.35,
+        facecolor="none",
+        edgecolor=_GAP_COLOR,
+        hatch="////",
         label="gap to the confidence",
     )
     upper.set_ylabel("accuracy")
@@ -163,23 +163,14 @@ def hardest(evaluation: Evaluation, images: np.ndarray) -> Figure:
     for axes, index in zip(grid, shown, strict=False):
         axes.imshow(images[index], cmap="gray_r")
         true, predicted = evaluation.labels[index], evaluation.predicted[index]
+        wrong = true != predicted
+        verdict = f"taken for {names[predicted]}" if wrong else "recognised"
         axes.set_title(
-            f"{names[true]}, taken for {names[predicted]}\nloss {evaluation.nll[index]:.2f}",
+            f"{names[true]}, {verdict}\nloss {evaluation.nll[index]:.2f}",
             fontsize=8.5,
-            color=_GAP_COLOR if true != predicted else "black",
+            color=_MISTAKE_COLOR if wrong else "black",
         )
     return figure
-
-
-def _mark_last(axes: Axes, epoch: int, value: float) -> None:
-    axes.annotate(
-        f"{value:.2f}",
-        (epoch, value),
-        xytext=(0, 6),
-        textcoords="offset points",
-        ha="right",
-        color=_TEST_COLOR,
-    )
 
 
 def _clean(axes: Axes) -> None:

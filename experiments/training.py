@@ -7,7 +7,7 @@ ran in this process or in one that was killed.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,9 +63,8 @@ class Tally(NamedTuple):
     count: jax.Array
 
 
-def make_mesh(batch_size: int) -> Mesh:
-    """A mesh over as many of the local devices as share the batch evenly."""
-    devices = jax.devices()
+def make_mesh(batch_size: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh over as many of the devices as share the batch evenly."""
     used = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
     return jax.make_mesh((used,), (_BATCH_AXIS,), (AxisType.Auto,), devices=devices[:used])
 
@@ -93,12 +92,21 @@ class Trainer:
       dataset: what to learn.
       objective: by which loss.
       settings: how.
+      devices: on what; by default all there are. The batch is spread over them.
     """
 
-    def __init__(self, dataset: Dataset, objective: Objective, settings: Settings):
+    def __init__(
+        self,
+        dataset: Dataset,
+        objective: Objective,
+        settings: Settings,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        devices = jax.devices() if devices is None else devices
         self.dataset = dataset
         self.settings = settings
-        self.mesh = make_mesh(settings.batch_size)
+        self.mesh = make_mesh(settings.batch_size, devices)
+        self._idle_devices = len(devices) - self.mesh.size
         self._objective = objective
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
         self._by_batch = NamedSharding(self.mesh, PartitionSpec(_BATCH_AXIS))
@@ -125,9 +133,9 @@ class Trainer:
     def devices(self) -> str:
         """Number and kind of the devices in use."""
         used = self.mesh.devices.flat
-        spare = jax.device_count() - len(used)
-        idle = f" ({spare} more cannot share the batch evenly)" if spare else ""
-        return f"{len(used)} x {used[0].device_kind} ({used[0].platform}){idle}"
+        idle = self._idle_devices
+        note = f", {idle} more idle as they cannot share the batch evenly" if idle else ""
+        return f"{len(used)} x {used[0].device_kind} ({used[0].platform}){note}"
 
     @property
     def widths(self) -> tuple[int, ...]:

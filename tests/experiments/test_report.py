@@ -1,0 +1,89 @@
+import matplotlib.image
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from experiments import plots
+from experiments.report import Evaluation
+
+NAMES = ("a", "b", "c", "d")
+
+
+def evaluation(count=400, classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(count, classes)) * 2
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    # Labels drawn from the probabilities: a calibrated classifier.
+    labels = (rng.random((count, 1)) > np.exp(log_probs).cumsum(axis=1)).sum(axis=1)
+    labels = np.minimum(labels, classes - 1)
+    return Evaluation(0.5, log_probs.astype(np.float32), labels.astype(np.int32), NAMES[:classes])
+
+
+def test_figures_agree_with_scikit_learn():
+    found = evaluation()
+    np.testing.assert_array_equal(
+        found.confusion, metrics.confusion_matrix(found.labels, found.predicted)
+    )
+    assert found.accuracy == metrics.accuracy_score(found.labels, found.predicted)
+    np.testing.assert_allclose(
+        found.summary["test_nll"],
+        metrics.log_loss(found.labels, np.exp(found.log_probs)),
+        rtol=1e-5,
+    )
+    precision, recall, f1, examples = metrics.precision_recall_fscore_support(
+        found.labels, found.predicted
+    )
+    for key, wanted in (
+        ("precision", precision), ("recall", recall), ("f1", f1), ("examples", examples)
+    ):  # fmt: skip
+        np.testing.assert_allclose([row[key] for row in found.per_class], wanted, rtol=1e-12)
+
+
+def test_a_class_without_examples_has_no_figures():
+    log_probs = np.log(np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]))
+    row = Evaluation(0.0, log_probs, np.array([0, 0]), NAMES[:3]).per_class[2]
+    assert row["examples"] == 0
+    assert all(np.isnan(row[key]) for key in ("precision", "recall", "f1", "nll"))
+
+
+def test_calibration_of_a_worked_example():
+    log_probs = np.log(np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]))
+    found = Evaluation(0.0, log_probs, np.array([0, 1, 0, 0]), NAMES[:2]).calibration
+    filled = found.counts > 0
+    np.testing.assert_allclose(found.confidence[filled], [0.6, 0.9])
+    np.testing.assert_allclose(found.accuracy[filled], [1.0, 0.5])
+    np.testing.assert_allclose(found.error, (0.4 + 0.4) / 2)
+
+
+def test_calibration_error_is_small_for_a_calibrated_classifier():
+    assert evaluation(count=20_000).calibration.error < 0.02
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("notice", ["", "NOT MNIST"])
+def test_plots_are_pictures(tmp_path, classes, notice):
+    found = evaluation(classes=classes)
+    history = [
+        {"epoch": epoch, **dict.fromkeys(("train_loss", "test_loss"), 1.0 / epoch)}
+        | dict.fromkeys(("train_accuracy", "test_accuracy"), 1 - 0.5 / epoch)
+        for epoch in (1, 2, 3)
+    ]
+    images = np.random.default_rng(0).integers(0, 255, (400, 8, 8), np.uint8)
+    paths = plots.save_all(tmp_path / "plots", "a title", notice, history, found, images)
+    assert [path.name for path in paths] == [
+        "curves.png", "confusion.png", "reliability.png", "hardest.png"
+    ]  # fmt: skip
+    for path in paths:
+        picture = matplotlib.image.imread(path)[..., :3]
+        # The notice is white on red, at the bottom.
+        red = np.all(np.abs(picture - np.array([0xB2, 0x18, 0x2B]) / 255) < 0.02, axis=-1)
+        assert (red[-picture.shape[0] // 12 :].sum() > 500) == bool(notice)
+
+
+def test_plots_of_a_perfect_and_a_tiny_test_set(tmp_path):
+    log_probs = np.log(np.full((3, 3), 0.005) + 0.985 * np.eye(3))
+    found = Evaluation(0.1, log_probs, np.arange(3), NAMES[:3])
+    row = dict.fromkeys(("train_loss", "test_loss"), 0.1)
+    row |= dict.fromkeys(("train_accuracy", "test_accuracy"), 1.0)
+    images = np.zeros((3, 8, 8), np.uint8)
+    assert len(plots.save_all(tmp_path, "t", "", [{"epoch": 1, **row}], found, images)) == 4

@@ -1,0 +1,146 @@
+import json
+import os
+import shutil
+import struct
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from experiments import runs
+from experiments.errors import RunError
+
+HEADER = {"dataset": "digits", "notice": "a notice"}
+
+
+def state(value):
+    return {"w": jnp.full((3, 2), value, jnp.float32)}
+
+
+def metrics_rows(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(path):
+    """Step and value of each `loss` in the TensorBoard events, read from the record format."""
+    found = []
+    for file in (path / "events").iterdir():
+        content = file.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            found += [
+                (event.step, value.simple_value)
+                for value in event.summary.value
+                if value.tag == "loss"
+            ]
+    return found
+
+
+def record(path, epochs):
+    with runs.RunFolder(path, HEADER) as folder:
+        for epoch in epochs:
+            folder.record_epoch({"loss": 1.0 / epoch}, state(epoch))
+
+
+def test_a_run_is_continued(tmp_path):
+    record(tmp_path, [1, 2, 3])
+    with runs.RunFolder(tmp_path, HEADER) as folder:
+        assert folder.epochs_done == 3
+        assert [row["epoch"] for row in folder.history] == [1, 2, 3]
+        np.testing.assert_array_equal(folder.restore(state(0.0))["w"], np.full((3, 2), 3.0))
+        folder.record_epoch({"loss": 0.25}, state(4))
+        folder.record_final({"loss": 0.25})
+    rows = metrics_rows(tmp_path)
+    assert rows[0] == {"kind": "run", **HEADER}
+    assert [row.get("epoch") for row in rows[1:]] == [1, 2, 3, 4, None]
+    assert rows[-1] == {"kind": "final", "loss": 0.25}
+    assert sorted(scalars(tmp_path)) == [
+        (1, 1.0), (2, 0.5), (3, np.float32(1 / 3)), (4, 0.25)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tail", ["", '{"kind": "ep', '{"kind": "epoch", "epoch": 4}\n', "\0\0"])
+def test_what_lies_beyond_the_checkpoint_is_cut_off(tmp_path, tail):
+    record(tmp_path, [1, 2, 3])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(tail)
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    record(tmp_path, [])
+    assert [row.get("epoch") for row in metrics_rows(tmp_path)] == [None, 1, 2]
+    assert [step for step, _ in sorted(scalars(tmp_path))] == [1, 2]
+
+
+def test_an_unfinished_checkpoint_does_not_count(tmp_path):
+    record(tmp_path, [1, 2])
+    done = tmp_path / "checkpoints" / "2"
+    os.rename(done, f"{done}.orbax-checkpoint-tmp")
+    with runs.RunFolder(tmp_path, HEADER) as folder:
+        assert folder.epochs_done == 1
+        folder.record_epoch({"loss": 0.5}, state(2))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_lost_metrics_are_an_error(tmp_path):
+    record(tmp_path, [1, 2])
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run"}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl: damaged, it lacks some of the 2 epochs"):
+        runs.RunFolder(tmp_path, HEADER)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    record(tmp_path, [1, 2])
+    for file in (tmp_path / "checkpoints" / "2").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"damaged")
+    with runs.RunFolder(tmp_path, HEADER) as folder, pytest.raises(RunError) as error:
+        folder.restore(state(0.0))
+    assert str(error.value).startswith(str(tmp_path / "checkpoints" / "2"))
+
+
+def test_figures_that_json_lacks_become_null(tmp_path):
+    with runs.RunFolder(tmp_path, HEADER) as folder:
+        folder.record_final({"loss": float("nan"), "per_class": [{"f1": float("inf")}]})
+    assert metrics_rows(tmp_path)[-1] == {
+        "kind": "final", "loss": None, "per_class": [{"f1": None}]
+    }  # fmt: skip
+
+
+def test_a_new_run_wants_an_empty_folder(tmp_path):
+    runs.create(tmp_path / "new" / "run", {"seed": 1})
+    assert runs.read_config(tmp_path / "new" / "run") == {"seed": 1}
+    with pytest.raises(RunError, match=r"run: not empty; name another --out, or .* --resume"):
+        runs.create(tmp_path / "new" / "run", {"seed": 1})
+
+
+def test_a_kill_before_the_first_write_leaves_a_fresh_folder(tmp_path):
+    (tmp_path / "config.json.partial").write_text('{"se')
+    assert runs.read_config(tmp_path) is None
+    runs.create(tmp_path, {"seed": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_no_run_yet(tmp_path):
+    assert runs.read_config(tmp_path) is None
+    assert runs.read_config(tmp_path / "absent") is None
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunError, match="holds no run to resume"):
+        runs.read_config(tmp_path)
+    with pytest.raises(RunError, match="not a folder"):
+        runs.read_config(tmp_path / "thesis.tex")
+    with pytest.raises(RunError, match="not a folder"):
+        runs.require_fresh(tmp_path / "thesis.tex")
+    with pytest.raises(RunError, match="cannot be written: Not a directory"):
+        runs.create(tmp_path / "thesis.tex" / "run", {})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(RunError, match=r"config\.json: damaged"):
+        runs.read_config(tmp_path)
