@@ -124,12 +124,14 @@ def float_option(
     if value is None:
         return None
     if isinstance(value, jax.core.Tracer):
-        if value.ndim != 0 or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(f"{name} must be a real scalar, got {value.aval}")
-        return value
-    is_number = isinstance(value, numbers.Real | jax.Array | np.ndarray)
-    if not is_number or isinstance(value, bool) or jnp.ndim(value) != 0:
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"{name} must be a real scalar, got dtype {value.dtype}")
+    elif not isinstance(value, numbers.Real | jax.Array | np.ndarray) or isinstance(value, bool):
         raise TypeError(f"{name} must be a real scalar, got {value!r}")
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
+    if isinstance(value, jax.core.Tracer):
+        return value
     number = float(np.asarray(value))
     if not low <= number <= high or math.isinf(number):
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")

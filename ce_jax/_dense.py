@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from . import _sharded, _tile
 
@@ -55,7 +55,7 @@ def _fused(
     return _tile.finish(_partial(options, logits, target))
 
 
-_Residuals = tuple[Array, _tile.Target, _tile.Partial]
+_Residuals = tuple[ArrayLike, _tile.Target, _tile.Partial]
 
 
 def _fused_fwd(

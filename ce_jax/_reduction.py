@@ -1,6 +1,7 @@
 """From per-example losses to the result: masks, sample weights, and the three reductions."""
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from . import _checks
@@ -8,7 +9,7 @@ from ._row_loss import weighted
 
 
 def weights(
-    name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: jnp.dtype
+    name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Float[Array, "..."] | None:
     """Weights in the loss's shape and dtype."""
     if x is None:
@@ -19,7 +20,7 @@ def weights(
 
 def denominator(
     shape: tuple[int, ...],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     counts: Bool[Array, "*rows"] | None,
     *weights: Float[Array, "*rows"] | None,
 ) -> Float[Array, ""]:

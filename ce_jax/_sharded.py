@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from . import _tile
 
 
-def first_class(local_classes: int, axis_name: str | None) -> int | Int[Array, ""]:
+def first_class(local_classes: int, axis_name: str | None) -> int | Integer[Array, ""]:
     """The id of this device's first class; devices hold consecutive ranges of equal size."""
     if axis_name is None:
         return 0
@@ -30,7 +30,7 @@ def merge_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
 
 
 def take_class(
-    per_class: Float[Array, " classes"], ids: Int[Array, "*rows"], axis_name: str | None
+    per_class: Float[Array, " classes"], ids: Integer[Array, "*rows"], axis_name: str | None
 ) -> Float[Array, "*rows"]:
     """`per_class[ids]`, with `per_class` sharded like the classes."""
     if axis_name is None:
@@ -48,3 +48,9 @@ def all_classes(local_classes: int, axis_name: str | None) -> int:
 def sum_over(x: Float[Array, "*rows"], axis_name: str | None) -> Float[Array, "*rows"]:
     """The sum over the devices of the class axis."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def max_over(x: Float[Array, "*rows"], axis_name: str | None) -> Float[Array, "*rows"]:
+    """The maximum over the devices of the class axis, as a constant."""
+    x = jax.lax.stop_gradient(x)
+    return x if axis_name is None else jax.lax.pmax(x, axis_name)

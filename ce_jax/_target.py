@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from . import _checks, _sharded
 from ._tile import wide
@@ -31,7 +32,7 @@ class ClassIds(NamedTuple):
       unknown: rows that count with a label that is no class.
     """
 
-    ids: Int[Array, "*rows"]
+    ids: Integer[Array, "*rows"]
     counts: Bool[Array, "*rows"] | None
     unknown: Bool[Array, "*rows"]
 
@@ -55,7 +56,11 @@ def _size(shape: Sequence[int]) -> tuple[int]:
 
 
 def rows_of(
-    name: str, x: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None
+    name: str,
+    x: ArrayLike,
+    axis: int | Sequence[int] | None,
+    where: ArrayLike | None,
+    axis_name: str | None = None,
 ) -> Rows:
     """Splits `where` into rows and classes by its number of dimensions, and applies the classes.
 
@@ -75,7 +80,8 @@ def rows_of(
     if where.ndim == len(shape):
         included = _checks.broadcast("where", where, shape, f"the shape of {name}")
         included = classes_last(included, axes)
-        return Rows(jnp.where(included, x, -jnp.inf), jnp.any(included, -1))
+        most = _sharded.max_over(jnp.max(included, -1).astype(jnp.float32), axis_name)
+        return Rows(jnp.where(included, x, -jnp.inf), most > 0)
     if where.ndim == x.ndim - 1:
         rows = f"the rows of {name}, whose own shape is {shape}"
         return Rows(x, _checks.broadcast("where", where, x.shape[:-1], rows))
@@ -86,14 +92,26 @@ def rows_of(
 
 
 def without_excluded(
-    x: Float[Array, "*rows classes"], counts: Bool[Array, "*rows"] | None
+    x: Float[Array, "*rows classes"],
+    counts: Bool[Array, "*rows"] | None,
+    sample_weight: Float[Array, "*rows"] | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, "*rows classes"]:
-    """Zeros the rows that do not count, so that no NaN or inf in them reaches any derivative."""
-    return x if counts is None else jnp.where(counts[..., None], x, 0)
+    """Zeros the rows that do not count, so that no NaN or inf in them reaches any derivative.
+
+    So it does with rows of weight 0, where they hold a NaN or have no normaliser. Other rows of
+    weight 0 stay: the derivative with respect to their weight is their loss.
+    """
+    if counts is not None:
+        x = jnp.where(counts[..., None], x, 0)
+    if sample_weight is not None:
+        silent = (sample_weight == 0) & ~jnp.isfinite(_sharded.max_over(jnp.max(x, -1), axis_name))
+        x = jnp.where(silent[..., None], 0, x)
+    return x
 
 
 def distributions(
-    labels: ArrayLike, shape: tuple[int, ...], axis: int | Sequence[int] | None, dtype: jnp.dtype
+    labels: ArrayLike, shape: tuple[int, ...], axis: int | Sequence[int] | None, dtype: DTypeLike
 ) -> Float[Array, "*rows classes"]:
     """Labels that give every class a number, by rows, in the loss's dtype."""
     labels = _checks.real("labels", labels).astype(dtype)
@@ -142,7 +160,7 @@ def nan_if(
 
 
 def counting(
-    labels: Int[Array, "*rows"], counts: Bool[Array, "*rows"] | None, ignore_index: int | None
+    labels: Integer[Array, "*rows"], counts: Bool[Array, "*rows"] | None, ignore_index: int | None
 ) -> Bool[Array, "*rows"] | None:
     """`counts` less the rows whose label is `ignore_index`."""
     if ignore_index is None:
@@ -154,7 +172,7 @@ def counting(
     return kept if counts is None else kept & counts
 
 
-def class_weight(weight: ArrayLike | None, classes: int, dtype: jnp.dtype) -> Array | None:
+def class_weight(weight: ArrayLike | None, classes: int, dtype: DTypeLike) -> Array | None:
     """Per-class weights in the loss's dtype."""
     if weight is None:
         return None

@@ -29,8 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
+from jaxtyping import Array, Bool, Float, Integer
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -45,7 +44,7 @@ class Target(NamedTuple):
       classes: coefficients `a` of the part that is the same for all rows, one per class.
     """
 
-    labels: Int[Array, "*rows"] = ABSENT
+    labels: Integer[Array, "*rows"] = ABSENT
     probs: Float[Array, "*rows classes"] = ABSENT
     classes: Float[Array, " classes"] = ABSENT
 
@@ -69,7 +68,7 @@ class Partial(NamedTuple):
     classes_sum: Float[Array, "*rows"] = ABSENT
     classes_count: Float[Array, "*rows"] = ABSENT
     exp_dot: Float[Array, "*rows"] = ABSENT
-    argmax: Int[Array, "*rows"] = ABSENT
+    argmax: Integer[Array, "*rows"] = ABSENT
 
 
 class RowStatistics(NamedTuple):
@@ -81,12 +80,12 @@ class RowStatistics(NamedTuple):
     uniform: Float[Array, "*rows"] = ABSENT
     uniform_count: Float[Array, "*rows"] = ABSENT
     entropy: Float[Array, "*rows"] = ABSENT
-    argmax: Int[Array, "*rows"] = ABSENT
+    argmax: Integer[Array, "*rows"] = ABSENT
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype in which logits of `dtype` are accumulated: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def partial_statistics(
@@ -95,7 +94,7 @@ def partial_statistics(
     *,
     entropy: bool = False,
     argmax: bool = False,
-    first_class: int | Int[Array, ""] = 0,
+    first_class: int | Integer[Array, ""] = 0,
 ) -> Partial:
     """Reads one tile, whose first column is class `first_class` of the row."""
     shifted, row_max = _shift(z)
@@ -177,7 +176,7 @@ def pullback(
     part: Partial,
     g: RowStatistics,
     *,
-    first_class: int | Int[Array, ""] = 0,
+    first_class: int | Integer[Array, ""] = 0,
 ) -> tuple[Float[Array, "*rows classes"], Target]:
     """Cotangents of a tile and of its target, from those of the statistics of the whole row.
 
@@ -198,18 +197,15 @@ def pullback(
     if target.classes is not None:
         onto_p = onto_p + part.classes_sum * g.uniform
     dz = exp * (onto_p / part.sum_exp)[..., None]
-    moved = onto_p != 0
     d_target = Target()
     if target.labels is not None:
         onto_label = g.cross - g.label_logit
-        moved = moved | (onto_label != 0)
         dz = dz - jnp.where(is_label(target.labels, z, first_class), onto_label[..., None], 0)
     if target.probs is not None:
         dz = dz - g.cross[..., None] * target.probs
         d_probs = g.cross[..., None] * (log_sum[..., None] - shifted)
         no_mass = (target.probs == 0) & (shifted == -jnp.inf)
         d_target = d_target._replace(probs=jnp.where(no_mass, 0, d_probs))
-        moved = moved | (g.cross != 0)
     if target.classes is not None:
         allowed = z > -jnp.inf
         dz = dz - g.uniform[..., None] * _allowed_classes(target.classes, allowed)
@@ -220,14 +216,13 @@ def pullback(
         mean = part.exp_dot / part.sum_exp
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
         dz = dz - exp * onto_log_p * (_finite_part(shifted) - mean[..., None])
-        moved = moved | (g.entropy != 0)
-    # A row that nothing depends on gets exactly 0 even where its logits hold NaN or inf.
-    dz = jnp.where((moved | jnp.isfinite(part.sum_exp))[..., None], dz, 0)
     return dz, d_target
 
 
 def is_label(
-    labels: Int[Array, "*rows"], z: Float[Array, "*rows classes"], first_class: int | Int[Array, ""]
+    labels: Integer[Array, "*rows"],
+    z: Float[Array, "*rows classes"],
+    first_class: int | Integer[Array, ""],
 ) -> Bool[Array, "*rows classes"]:
     """True in the column of each row's label, by comparison: a scatter is slow off the CPU."""
     columns = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)

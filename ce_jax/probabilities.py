@@ -21,7 +21,7 @@ def nll_loss(
     weight: Shaped[ArrayLike, "..."] | None = None,
     sample_weight: Shaped[ArrayLike, "..."] | None = None,
     ignore_index: int | None = None,
-    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
+    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
     reduction: str = "none",
 ) -> Float[Array, "..."]:
     r"""Negative log-likelihood of class ids under given log-probabilities, in nats.
@@ -120,7 +120,7 @@ def binary_cross_entropy(
     weight: Shaped[ArrayLike, "..."] | None = None,
     sample_weight: Shaped[ArrayLike, "..."] | None = None,
     where: Shaped[ArrayLike, "..."] | None = None,
-    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
+    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
     reduction: str = "none",
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between probabilities and binary labels, element by element, in nats.
@@ -201,7 +201,7 @@ def _clamped_log(p: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def smooth_labels(
     labels: Shaped[ArrayLike, "..."],
-    alpha: Shaped[ArrayLike, ""],
+    alpha: Shaped[ArrayLike, "..."],
     *,
     axis: int | Sequence[int] | None = -1,
     where: Shaped[ArrayLike, "..."] | None = None,
@@ -250,6 +250,7 @@ def _smooth_labels(
         where = _checks.boolean("where", where)
         included = _checks.broadcast("where", where, labels.shape, "the shape of labels")
     alpha = jnp.asarray(alpha, wide(labels.dtype))
-    share = alpha / jnp.sum(included, axes, keepdims=True, dtype=alpha.dtype)
+    count = jnp.sum(included, axes, keepdims=True, dtype=alpha.dtype)
+    share = alpha / jnp.maximum(count, 1)
     smoothed = (1 - alpha) * labels.astype(alpha.dtype) + jnp.where(included, share, 0)
     return smoothed.astype(labels.dtype)

@@ -18,7 +18,7 @@ def sigmoid_binary_cross_entropy(
     pos_weight: Shaped[ArrayLike, "..."] | None = None,
     sample_weight: Shaped[ArrayLike, "..."] | None = None,
     where: Shaped[ArrayLike, "..."] | None = None,
-    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
+    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
     reduction: str = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -93,6 +93,9 @@ def _loss(
     forward_mode: bool,
 ) -> Array:
     z, y, counts = _target.elements("logits", logits, labels, where, label_smoothing)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, y.shape, y.dtype)
+    if sample_weight is not None:
+        z = jnp.where((sample_weight == 0) & jnp.isnan(z), 0, z)
     positive, negative = y, 1 - y
     pos_weight = _reduction.weights("pos_weight", pos_weight, y.shape, y.dtype)
     if pos_weight is not None:
@@ -102,7 +105,6 @@ def _loss(
     weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, loss)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     return _reduction.reduce(loss, counts, sample_weight, reduction)
 
 
@@ -139,9 +141,7 @@ def _fused_bwd(residuals: _Residuals, g: Array) -> tuple[Array, Array, Array]:
     far = near - away
     d_positive = g * jnp.where(up, near, far)
     d_negative = g * jnp.where(up, far, near)
-    # Where nothing depends on the loss, the gradient is 0 even for a logit of NaN.
-    dz = jnp.where((g == 0) & ~jnp.isfinite(u), 0, g * dz)
-    return dz.astype(z.dtype), d_positive, d_negative
+    return (g * dz).astype(z.dtype), d_positive, d_negative
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

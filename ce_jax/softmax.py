@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Shaped
 
 from . import _checks, _reduction, _sharded, _target
 from ._dense import row_statistics
@@ -30,8 +30,8 @@ def softmax_cross_entropy_with_integer_labels(
     weight: Shaped[ArrayLike, "..."] | None = None,
     sample_weight: Shaped[ArrayLike, "..."] | None = None,
     ignore_index: int | None = None,
-    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
-    z_loss: Shaped[ArrayLike, ""] = 0.0,
+    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
+    z_loss: Shaped[ArrayLike, "..."] = 0.0,
     axis_name: str | None = None,
     reduction: str = "none",
     forward_mode: bool = False,
@@ -128,7 +128,7 @@ def _integer_loss(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    rows = _target.rows_of("logits", logits, axis, where)
+    rows = _target.rows_of("logits", logits, axis, where, axis_name)
     z, dtype = rows.values, wide(rows.values.dtype)
     classes = _sharded.all_classes(z.shape[-1], axis_name)
     label = _target.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
@@ -139,7 +139,7 @@ def _integer_loss(
     if label_smoothing is not None:
         spread = jnp.ones(z.shape[-1:], dtype) if weight is None else weight
     statistics = row_statistics(
-        _target.without_excluded(z, label.counts),
+        _target.without_excluded(z, label.counts, sample_weight, axis_name),
         Target(labels=label.ids, classes=spread),
         axis_name=axis_name,
         forward_mode=forward_mode,
@@ -161,8 +161,8 @@ def softmax_cross_entropy(
     *,
     weight: Shaped[ArrayLike, "..."] | None = None,
     sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    label_smoothing: Shaped[ArrayLike, ""] = 0.0,
-    z_loss: Shaped[ArrayLike, ""] = 0.0,
+    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
+    z_loss: Shaped[ArrayLike, "..."] = 0.0,
     axis_name: str | None = None,
     reduction: str = "none",
     forward_mode: bool = False,
@@ -255,10 +255,11 @@ def _distribution_loss(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    rows = _target.rows_of("logits", logits, axis, where)
-    z, dtype = _target.without_excluded(*rows), wide(rows.values.dtype)
+    rows = _target.rows_of("logits", logits, axis, where, axis_name)
+    z, dtype = rows.values, wide(rows.values.dtype)
     weight = _target.class_weight(weight, z.shape[-1], dtype)
     sample_weight = _reduction.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
+    z = _target.without_excluded(z, rows.counts, sample_weight, axis_name)
 
     probs = _target.distributions(labels, jnp.shape(logits), axis, dtype)
     if label_smoothing is not None:
@@ -283,7 +284,7 @@ class SoftmaxStatistics(NamedTuple):
     label_logit: Float[Array, "*rows"]
     log_prob: Float[Array, "*rows"]
     entropy: Float[Array, "*rows"]
-    argmax: Int[Array, "*rows"]
+    argmax: Integer[Array, "*rows"]
 
 
 def softmax_statistics(
@@ -357,7 +358,7 @@ def _statistics(
     axis_name: str | None,
     forward_mode: bool,
 ) -> SoftmaxStatistics:
-    rows = _target.rows_of("logits", logits, axis, where)
+    rows = _target.rows_of("logits", logits, axis, where, axis_name)
     z = rows.values
     classes = _sharded.all_classes(z.shape[-1], axis_name)
     label = _target.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
