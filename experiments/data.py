@@ -7,6 +7,7 @@ none scikit-learn's bundled digits, with a notice that every result has to carry
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -151,8 +152,8 @@ def read_mnist(folder: Path, files: Sequence[IdxFile] = MNIST_FILES) -> Dataset:
     if missing:
         raise DataError(f"{folder}: lacks {', '.join(missing)} (plain or .gz)")
     found = [path for path in paths if path is not None]
-    train_images, train_labels = read_idx_pair(*found[:2], *files[:2])
-    test_images, test_labels = read_idx_pair(*found[2:], *files[2:])
+    train_images, train_labels = read_idx_pair(found[0], found[1], files[0], files[1])
+    test_images, test_labels = read_idx_pair(found[2], found[3], files[2], files[3])
     return Dataset(
         name="mnist",
         source=str(folder),
@@ -189,7 +190,7 @@ def fetch_mnist(
                 cache,
                 mirrors,
                 max_bytes=file.unpacked_bytes + _GZIP_OVERHEAD_BYTES,
-                check=lambda path, file=file: read_idx(path, file),
+                check=partial(read_idx, expected=file),
                 timeout=timeout,
             )
     return read_mnist(cache, files)

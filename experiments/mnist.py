@@ -7,12 +7,11 @@ files and without a network it trains on scikit-learn's small digits instead, an
 """
 
 import dataclasses
-import enum
 import math
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, NoReturn
 
 import flax
 import jax
@@ -27,9 +26,6 @@ from experiments.errors import ExperimentError, RunError
 from experiments.objectives import LossName, make_objective
 from experiments.training import Settings, Trainer, fit
 
-LossChoice = enum.StrEnum("LossChoice", {name: name for name in get_args(LossName)})
-DatasetChoice = enum.StrEnum("DatasetChoice", {name: name for name in get_args(data.DatasetName)})
-
 SIGMOID_LOSSES = ("one-vs-rest", "even-odd")
 
 # By data set: the digits are 1437 training images where MNIST has 60000.
@@ -42,7 +38,7 @@ DEFAULT_LEARNING_RATE = {"mnist": 4e-3, "digits": 2e-3}
 class Config(Settings):
     """Everything that decides the result of a run. It is what a resumed run has to agree with."""
 
-    dataset: str
+    dataset: data.DatasetName
     loss: LossName
     label_smoothing: float
     z_loss: float
@@ -61,7 +57,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     loss: Annotated[
-        LossChoice | None,
+        LossName | None,
         typer.Option(
             help="softmax: integer labels. one-hot: softmax, one-hot labels. one-vs-rest: a "
             "sigmoid per class, n-hot labels. even-odd: one sigmoid, is the digit odd? weighted: "
@@ -123,7 +119,7 @@ def main(
         ),
     ] = None,
     dataset: Annotated[
-        DatasetChoice | None,
+        data.DatasetName | None,
         typer.Option(
             help="mnist: the real one, or an error. digits: scikit-learn's 8x8 digits. auto: mnist "
             "where it is at hand or can be downloaded, otherwise digits.",
@@ -160,7 +156,7 @@ def main(
     options, 130 for an interrupt.
     """
     given = {
-        "loss": loss and loss.value,
+        "loss": loss,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "epochs": epochs,
@@ -169,7 +165,7 @@ def main(
         "weight_decay": weight_decay,
         "dropout": dropout,
         "seed": seed,
-        "dataset": dataset and dataset.value,
+        "dataset": dataset,
     }
     given = {name: value for name, value in given.items() if value is not None}
     check_options(given)

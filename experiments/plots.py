@@ -101,7 +101,7 @@ def confusion(evaluation: Evaluation) -> Figure:
     for true, predicted in np.ndindex(counts.shape):
         count = int(counts[true, predicted])
         if true == predicted:
-            style = {"color": _TEST_COLOR, "fontweight": "bold"}
+            style: dict[str, Any] = {"color": _TEST_COLOR, "fontweight": "bold"}
         elif count == 0:
             style = {"color": "#cccccc"}
         else:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from experiments.model import HIDDEN, MLP
 from experiments.objectives import LossSum, Objective
 from experiments.report import Evaluation
 from experiments.runs import RunFolder
+
+Params: TypeAlias = nnx.State[Any, Any]
 
 _BATCH_AXIS = "batch"
 _WARMUP_FRACTION = 0.1
@@ -44,7 +46,7 @@ class Settings:
 class TrainState(NamedTuple):
     """What changes from step to step."""
 
-    params: nnx.State
+    params: Params
     opt_state: optax.OptState
 
 
@@ -60,7 +62,7 @@ class Tally(NamedTuple):
 
     loss: LossSum
     correct: jax.Array
-    count: jax.Array
+    examples: jax.Array
 
 
 def make_mesh(batch_size: int, devices: Sequence[jax.Device]) -> Mesh:
@@ -126,7 +128,8 @@ class Trainer:
         self._train = self._place(dataset.train_images, dataset.train_labels)
         self._test = self._place(dataset.test_images, dataset.test_labels)
         # A replicated result is what the next epoch was compiled for.
-        self._run_epoch = jax.jit(self._epoch, donate_argnums=0, out_shardings=self._replicated)
+        self._jit_epoch = jax.jit(self._epoch, donate_argnums=0, out_shardings=self._replicated)
+        self._run_epoch: Callable[..., tuple[TrainState, Tally]] = self._jit_epoch
         self._run_predictions = jax.jit(self._predictions, out_shardings=self._replicated)
 
     @property
@@ -157,7 +160,7 @@ class Trainer:
     def compile(self) -> None:
         """Compiles the epoch now rather than at its first run, so that both can be timed."""
         arguments = self._epoch_arguments(self.initial_state(), 0)
-        self._run_epoch = self._run_epoch.lower(*arguments).compile()
+        self._run_epoch = self._jit_epoch.lower(*arguments).compile()
 
     def run_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, Tally]:
         """Trains on every example once, in an order and with dropout that depend on the epoch.
@@ -181,8 +184,8 @@ class Trainer:
         return state, self._train, self._key, number
 
     def _place(self, images: np.ndarray, labels: np.ndarray) -> Examples:
-        examples = Examples(images.reshape(len(images), -1), labels)
-        return jax.device_put(examples, self._replicated)
+        flat = images.reshape(len(images), -1)
+        return Examples(*jax.device_put((flat, labels), self._replicated))
 
     def _epoch(
         self, state: TrainState, examples: Examples, key: jax.Array, epoch: jax.Array
@@ -195,7 +198,7 @@ class Trainer:
             rows, where, number = batch
             images, labels = self._take(examples, rows)
 
-            def mean_loss(params: nnx.State) -> tuple[jax.Array, tuple[LossSum, jax.Array]]:
+            def mean_loss(params: Params) -> tuple[jax.Array, tuple[LossSum, jax.Array]]:
                 model = nnx.merge(self._graph, params)
                 logits = model(images, jax.random.fold_in(dropout_key, number))
                 loss = self._objective.loss(logits, labels, where)
@@ -213,7 +216,7 @@ class Trainer:
         state, tallies = jax.lax.scan(step, state, (rows, where, jnp.arange(len(rows))))
         return state, jax.tree.map(lambda values: values.sum(axis=0), tallies)
 
-    def _predictions(self, params: nnx.State, examples: Examples) -> tuple[LossSum, jax.Array]:
+    def _predictions(self, params: Params, examples: Examples) -> tuple[LossSum, jax.Array]:
         count = len(examples.labels)
         rows, _ = _batches(jnp.arange(count), self.settings.batch_size)
         model = nnx.merge(self._graph, params)
@@ -262,7 +265,7 @@ def fit(
             )
         row = {
             "train_loss": train_loss,
-            "train_accuracy": int(tally.correct) / int(tally.count),
+            "train_accuracy": int(tally.correct) / int(tally.examples),
             **evaluation.summary,
             "seconds": seconds,
         }

@@ -5,13 +5,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import jax
 import pytest
 from typer.testing import CliRunner
 
 from experiments import data, mnist
-from experiments.objectives import make_objective
+from experiments.objectives import LossName, make_objective
 from experiments.training import Trainer
 from tests.experiments.idx_files import write_all
 
@@ -85,11 +86,6 @@ def test_a_run_from_the_first_line_to_the_last(tmp_path):
     }  # fmt: skip
     assert len(list((out / "plots").iterdir())) == 4
 
-    # Resuming a finished run trains nothing and ends with the same figures.
-    again = finish(command("--out", out, "--resume"))
-    assert "resuming after epoch 40 of 40" in again
-    assert without_times(rows(out, "final")[0]) == without_times(final)
-
 
 @pytest.mark.parametrize(
     ("loss", "options"),
@@ -117,17 +113,15 @@ def kill_when(process, reached):
 
 
 def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(tmp_path):
-    options = ("--dataset", "digits", "--epochs", 12, "--seed", 3)
+    options = ("--dataset", "digits", "--epochs", 8, "--seed", 3)
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     finish(command(*options, "--out", unbroken))
 
     checkpoints = killed / "checkpoints"
-    # Before the first epoch; while a checkpoint is being written; right after one is complete.
+    # Before the first epoch, and then while a checkpoint is being written.
     kill_when(command(*options, "--out", killed), (killed / "config.json").exists)
     process = command("--out", killed, "--resume")
     kill_when(process, lambda: any(checkpoints.glob("4.*")))
-    process = command("--out", killed, "--resume")
-    kill_when(process, (checkpoints / "8").exists)
     shown = finish(command(*options, "--out", killed, "--resume"))
 
     assert "resuming after epoch" in shown
@@ -152,11 +146,13 @@ def test_what_stands_in_for_mnist_says_so_for_good(begun):
         assert "NOT MNIST" in rows(begun, kind)[0]["notice"]
     assert json.loads((begun / "config.json").read_text())["options"]["dataset"] == "digits"
 
-    # It goes on with the digits even where MNIST has turned up, and still says so.
+    # Resuming a finished run trains nothing and says the same.
+    final = rows(begun, "final")
     result = invoke("--dataset", "auto", "--out", begun, "--resume")
     assert result.exit_code == 0, result.output
+    assert "resuming after epoch 2 of 2" in result.output
     assert "NOT MNIST" in result.output
-    assert "NOT MNIST" in rows(begun, "final")[0]["notice"]
+    assert list(map(without_times, rows(begun, "final"))) == list(map(without_times, final))
 
     result = invoke("--out", begun)
     assert result.exit_code == 1
@@ -170,21 +166,21 @@ def test_what_stands_in_for_mnist_says_so_for_good(begun):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--loss", "hinge"], "'hinge' is not one of"),
-        (["--dataset", "cifar"], "'cifar' is not one of"),
-        (["--epochs", "0"], "0 is not in the range x>=1"),
-        (["--epochs", "many"], "'many' is not a valid int"),
-        (["--batch-size", "-1"], "-1 is not in the range x>=1"),
+        (["--loss", "hinge"], "--loss"),
+        (["--dataset", "cifar"], "--dataset"),
+        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "many"], "--epochs"),
+        (["--batch-size", "-1"], "--batch-size"),
         (["--learning-rate", "0"], "--learning-rate has to be positive, not 0.0"),
         (["--learning-rate", "nan"], "--learning-rate has to be finite, not nan"),
-        (["--label-smoothing", "1.5"], "1.5 is not in the range 0<=x<=1"),
-        (["--z-loss", "-1"], "-1.0 is not in the range x>=0"),
+        (["--label-smoothing", "1.5"], "--label-smoothing"),
+        (["--z-loss", "-1"], "--z-loss"),
         (["--z-loss", "inf"], "--z-loss has to be finite, not inf"),
         (["--z-loss", "1", "--loss", "even-odd"], "--z-loss belongs to the softmax losses"),
         (["--dropout", "1"], "--dropout 1 would leave nothing"),
         (["--resume"], "--resume wants the folder of the run"),
         (["--dataset", "digits", "--data-dir", "x"], "--data-dir is of no use"),
-        (["--learning_rate", "1"], "No such option: --learning_rate"),
+        (["--learning_rate", "1"], "--learning_rate"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path, monkeypatch, options, message):
@@ -242,8 +238,8 @@ def test_help_names_every_option(monkeypatch):
         "--weight-decay", "--dropout", "--seed", "--dataset", "--data-dir", "--out", "--resume",
     ):  # fmt: skip
         assert option in shown
-    for loss in mnist.LossChoice:
-        assert f"{loss.value}:" in shown
+    for loss in get_args(LossName):
+        assert f"{loss}:" in shown
 
 
 @pytest.mark.skipif(not REAL_MNIST, reason=f"{data.DATA_DIR_VARIABLE} names no folder of MNIST")

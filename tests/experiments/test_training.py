@@ -58,7 +58,7 @@ def test_epochs_and_seeds_differ(digits, trainer):
 def test_every_example_counts_once_per_epoch(digits, trainer):
     _, tally = trainer.run_epoch(trainer.initial_state(), 0)
     assert len(digits.train_labels) % SETTINGS.batch_size != 0
-    assert int(tally.count) == len(digits.train_labels)
+    assert int(tally.examples) == len(digits.train_labels)
     assert float(tally.loss.denominator) == len(digits.train_labels)
 
 
@@ -73,7 +73,7 @@ def test_all_epochs_share_one_compilation(trainer):
     for epoch in range(3):
         state, _ = trainer.run_epoch(state, epoch)
         trainer.evaluate(state)
-    assert trainer._run_epoch._cache_size() == 1
+    assert trainer._jit_epoch._cache_size() == 1
     assert trainer._run_predictions._cache_size() == 1
 
 
