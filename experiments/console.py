@@ -1,6 +1,7 @@
 """What a person sees of a run: its setting, its progress and its result."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
@@ -20,13 +21,15 @@ from experiments.report import Evaluation
 
 def warn(console: Console, notice: str, reason: str = "") -> None:
     """Shows a notice that nobody should overlook."""
-    text = Text.assemble((notice, "bold"), f"\n{reason}" if reason else "")
+    text = Text.assemble((notice, "bold"), f"\n{reason}" if reason else "", overflow="fold")
     console.print(Panel(text, title="NOTICE", border_style="bold red"))
 
 
 def setting(console: Console, rows: Mapping[str, str]) -> None:
     """Shows names and values, one pair per line."""
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(Text(name, "bold"), Text(value))
     console.print(table)
@@ -67,7 +70,8 @@ class EpochProgress:
             f"epoch {row['epoch']:3d}: "
             f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
             f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2%}; "
-            f"{row['seconds']:.2f} s"
+            f"{row['seconds']:.2f} s",
+            soft_wrap=True,
         )
         self._bar.update(self._task, advance=1, figures=_figures([row]))
 
@@ -76,6 +80,12 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(
         f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2%}" for row in rows
     )
+
+
+def files(console: Console, folder: Path) -> None:
+    """Says where the files of the run are, unwrapped so that the path can be copied."""
+    text = Text(f"configuration, metrics, events, checkpoints and plots: {folder}")
+    console.print(text, soft_wrap=True)
 
 
 def result(console: Console, title: str, evaluation: Evaluation) -> None:

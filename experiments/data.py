@@ -72,6 +72,7 @@ class Dataset:
       test_labels: int32 `[m]`.
       class_names: one name per class.
       notice: what every result has to say about the data; empty where there is nothing to say.
+      reason: why the notice is needed, for the console.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Dataset:
     test_labels: np.ndarray
     class_names: tuple[str, ...] = DIGIT_NAMES
     notice: str = ""
+    reason: str = ""
 
     @property
     def features(self) -> int:
@@ -130,8 +132,8 @@ def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
         if name == "auto":
             return replace(
                 load_digits(),
-                source=f"scikit-learn, because {error}",
                 notice="NOT MNIST: scikit-learn's 8x8 digits stand in for it",
+                reason=str(error),
             )
         raise DataError(
             f"{error}. Put the four MNIST files into a folder and name it with --data-dir or "

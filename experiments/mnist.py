@@ -193,7 +193,7 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
       path: folder of the run.
       resume: whether to continue the run in that folder.
     """
-    console = Console(soft_wrap=True)
+    console = Console()
     recorded = runs.read_config(path) if resume else None
     if recorded is None:
         runs.require_fresh(path)
@@ -202,12 +202,14 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
     else:
         config = recorded_config(path, recorded)
         check_unchanged(path, config, given)
+        if data_dir is not None and config.dataset == "digits":
+            raise RunError(f"{path}: the run in it is on digits, --data-dir is of no use to it")
         dataset = data.load(config.dataset, data_dir)
         dataset = dataclasses.replace(dataset, notice=recorded["notice"])
     if config.z_loss and config.loss in SIGMOID_LOSSES:
         raise typer.BadParameter(f"--z-loss belongs to the softmax losses, not to {config.loss}")
     if dataset.notice:
-        show.warn(console, dataset.notice, dataset.source)
+        show.warn(console, dataset.notice, dataset.reason)
     task = dataset.parity() if config.loss == "even-odd" else dataset
     objective = make_objective(config.loss, task, config.label_smoothing, config.z_loss)
     trainer = Trainer(task, objective, config)
@@ -241,7 +243,7 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
         if folder.epochs_done:
             console.print(f"resuming after epoch {folder.epochs_done} of {config.epochs}")
         elif resume:
-            console.print(f"nothing to resume in {path} yet, starting at the first epoch")
+            console.print("nothing to resume yet, starting at the first epoch")
         compile_start = time.perf_counter()
         trainer.compile()
         compile_seconds = time.perf_counter() - compile_start
@@ -264,7 +266,7 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
         plots.save_all(
             path / "plots", title, dataset.notice, folder.history, evaluation, dataset.test_images
         )
-        console.print(f"configuration, metrics, events, checkpoints and plots: {folder.path}")
+        show.files(console, folder.path)
 
 
 def new_config(given: dict[str, Any], dataset: str) -> Config:

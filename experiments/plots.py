@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from experiments.report import Evaluation
 
@@ -76,6 +76,9 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         _clean(axes)
     loss_axes.set_ylabel("loss")
     loss_axes.set_yscale("log")
+    loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss_axes.yaxis.set_major_formatter("{x:g}")
+    loss_axes.yaxis.set_minor_locator(NullLocator())
     loss_axes.legend(frameon=False, fontsize=9)
     accuracy_axes.set_ylabel("accuracy (%)")
     accuracies = [row["test_accuracy"] * 100 for row in history]

@@ -164,7 +164,7 @@ def test_auto_falls_back_to_the_digits_and_says_so():
     assert time.monotonic() - start < 10
     assert dataset.name == "digits"
     assert "NOT MNIST" in dataset.notice
-    assert "refused" in dataset.source
+    assert "refused" in dataset.reason
 
 
 def test_mnist_never_falls_back():

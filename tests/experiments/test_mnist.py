@@ -154,6 +154,10 @@ def test_what_stands_in_for_mnist_says_so_for_good(begun):
     assert "NOT MNIST" in result.output
     assert list(map(without_times, rows(begun, "final"))) == list(map(without_times, final))
 
+    result = invoke("--out", begun, "--resume", "--data-dir", begun)
+    assert result.exit_code == 1
+    assert "is on digits, --data-dir is of no use" in result.stderr
+
     result = invoke("--out", begun)
     assert result.exit_code == 1
     assert "not empty; name another --out" in result.stderr
