@@ -95,9 +95,9 @@ def nll_loss(
         if counts[row]:
             target = _target(labels[row], allowed[row], weight, label_smoothing)
             loss = sum(
-                (-t * lp if ok else np.inf)
+                -t * lp if ok else np.inf
                 for t, lp, ok in zip(target, batch[row], allowed[row], strict=True)
-                if t != 0
+                if ok or t.real != 0
             )
             losses[row] = _scaled(sample_weight, row, labels.shape, loss)
     denominator = mean_denominator(labels, weight=weight, sample_weight=sample_weight, where=counts)
@@ -266,8 +266,10 @@ def _row_loss(z, label, allowed, weight, smoothing, z_loss):
     above = np.log(np.sum(np.exp(z[allowed] - highest)))
     loss = z_loss * (above + highest) ** 2
     for t, value, ok in zip(target, z, allowed, strict=True):
-        if t != 0:
-            loss = loss + (t * (above - (value - highest)) if ok else np.inf)
+        if ok:
+            loss = loss + t * (above - (value - highest))
+        elif t.real != 0:
+            loss = np.inf
     return loss
 
 

@@ -17,65 +17,54 @@ def temporaries(function, *arguments):
     return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
 
-LOGITS = ((ROWS, CLASSES), jnp.float32)
-NARROW = ((ROWS, CLASSES), jnp.bfloat16)
-LABELS = ((ROWS,), jnp.int32)
+def integer(z, y, **options):
+    return ce_jax.softmax_cross_entropy_with_integer_labels(z, y, reduction="mean", **options)
 
 
-@pytest.mark.parametrize("logits", [LOGITS, NARROW], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"label_smoothing": 0.1},
-        {"label_smoothing": 0.1, "z_loss": 1e-4, "weight": jnp.ones(CLASSES), "ignore_index": -1},
-    ],
-    ids=["plain", "smoothed", "all"],
-)
-def test_the_loss_of_ids_builds_no_target(options, logits):
-    """Forward, whatever the options: nothing of the size of the logits, in no dtype."""
-    used = temporaries(
-        lambda z, y: ce_jax.softmax_cross_entropy_with_integer_labels(
-            z, y, **options, reduction="mean"
-        ),
-        logits,
-        LABELS,
-    )
-    assert used < ALL / 16
+def smoothed(z, y):
+    return integer(z, y, label_smoothing=0.1, weight=jnp.ones(CLASSES), ignore_index=-1)
 
 
-def test_statistics_build_nothing_of_the_logits_size():
-    assert temporaries(ce_jax.softmax_statistics, LOGITS, LABELS) < ALL / 16
+def optax_smoothed(z, y):
+    one_hot = jax.nn.one_hot(y, CLASSES, dtype=z.dtype)
+    return optax.losses.softmax_cross_entropy(z, optax.losses.smooth_labels(one_hot, 0.1)).mean()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_gradient_holds_one_array_of_the_logits_size(smoothing):
-    """And no more than optax's: the weights, the mask and the reduction add none."""
+IDS = ((ROWS,), jnp.int32)
+# Name -> (our loss, optax's, what its labels are: None for the like of the logits).
+LOSSES = {
+    "integer": (
+        integer,
+        lambda z, y: optax.losses.softmax_cross_entropy_with_integer_labels(z, y).mean(),
+        IDS,
+    ),
+    "smoothed": (smoothed, optax_smoothed, IDS),
+    "soft": (
+        lambda z, t: ce_jax.softmax_cross_entropy(z, t, reduction="mean"),
+        lambda z, t: optax.losses.softmax_cross_entropy(z, t).mean(),
+        None,
+    ),
+    "sigmoid": (
+        lambda z, t: ce_jax.sigmoid_binary_cross_entropy(z, t, reduction="mean"),
+        lambda z, t: optax.losses.sigmoid_binary_cross_entropy(z, t).mean(),
+        None,
+    ),
+}
 
-    def ours(z, y):
-        return ce_jax.softmax_cross_entropy_with_integer_labels(
-            z,
-            y,
-            ignore_index=-100,
-            weight=jnp.ones(CLASSES),
-            label_smoothing=smoothing,
-            reduction="mean",
-        )
 
-    def theirs(z, y):
-        return optax.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
-
-    used = temporaries(jax.value_and_grad(ours), LOGITS, LABELS)
-    assert used < 1.1 * ALL
-    assert used <= 1.02 * temporaries(jax.value_and_grad(theirs), LOGITS, LABELS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("transform", [lambda f: f, jax.value_and_grad], ids=["value", "gradient"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_never_more_than_optax(name, transform, dtype):
+    ours, theirs, labels = LOSSES[name]
+    logits = ((ROWS, CLASSES), dtype)
+    used = temporaries(transform(ours), logits, labels or logits)
+    # A page for scalars and rows.
+    assert used <= temporaries(transform(theirs), logits, labels or logits) + 4096
 
 
-def test_the_sigmoid_loss_and_its_gradient_are_one_pass():
-    used = temporaries(
-        jax.value_and_grad(
-            lambda z, y: ce_jax.sigmoid_binary_cross_entropy(z, y, reduction="mean")
-        ),
-        LOGITS,
-        LOGITS,
-    )
-    assert used < ALL / 16
+def test_the_loss_of_ids_and_its_gradient_build_nothing_of_the_logits_size():
+    """Neither one-hot targets nor probabilities: the gradient itself is the only such array."""
+    logits = ((ROWS, CLASSES), jnp.float32)
+    assert temporaries(integer, logits, IDS) < ALL / 16
+    assert temporaries(jax.value_and_grad(integer), logits, IDS) < ALL / 16

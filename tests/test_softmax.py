@@ -229,7 +229,7 @@ def naive(logits, targets):
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 20.0])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_error_is_not_above_the_naive_formulas(dtype, spread, offset, soft):
-    """Root mean square error against the truth: no worse than the textbook's in that dtype."""
+    """Against the truth: no worse than the textbook's in that dtype."""
     draw = np.random.default_rng(0)
     with jax.enable_x64(dtype == "float64"):
         logits = jnp.asarray(offset + spread * draw.normal(size=(512, 16)), dtype)
@@ -248,12 +248,15 @@ def test_error_is_not_above_the_naive_formulas(dtype, spread, offset, soft):
     truth = (t * (lse - z)).sum(-1)
     true_slopes = t.sum(-1, keepdims=True) * np.exp(z - lse) - t
 
-    def error(found, exact):
-        return float(np.sqrt(np.mean((np.asarray(found, np.longdouble) - exact) ** 2)))
+    def error(found, exact, norm):
+        return float(norm(np.asarray(found, np.longdouble) - exact))
 
-    # Two orders of summing the same terms differ by chance: a tenth of the naive error.
-    assert error(losses, truth) <= 1.1 * error(plain, truth)
-    assert error(slopes, true_slopes) <= 1.1 * error(plain_slopes, true_slopes)
+    # Two orders of summing the same terms differ by chance: a tenth of the naive error. A slope may
+    # be off by one unit in the last place of the largest, 1, whatever the naive formula's luck.
+    rms, largest = np.linalg.norm, lambda x: np.abs(x).max()
+    assert error(losses, truth, rms) <= 1.1 * error(plain, truth, rms)
+    allowed = max(error(plain_slopes, true_slopes, largest), float(jnp.finfo(dtype).eps))
+    assert error(slopes, true_slopes, largest) <= allowed
 
 
 def test_logits_far_below_and_far_apart():
