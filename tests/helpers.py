@@ -23,19 +23,17 @@ LAYOUTS = {
 GARBAGE = (np.nan, np.inf, -np.inf, 7.0)
 
 
-def covering(strength=3, seed=0, **options):
-    """Few combinations among which every `strength` options meet in all combinations of values."""
+def covering(seed=0, **options):
+    """Few combinations among which every two options meet in all pairs of their values."""
     names, chosen, choose = list(options), [], random.Random(seed)
     missing = {
-        tuple(zip(some, values, strict=True)): None
-        for some in itertools.combinations(names, strength)
-        for values in itertools.product(*(range(len(options[name])) for name in some))
+        tuple(zip(pair, values, strict=True)): None
+        for pair in itertools.combinations(names, 2)
+        for values in itertools.product(*(range(len(options[name])) for name in pair))
     }
 
     def newly_met(candidate):
-        return [
-            met for met in itertools.combinations(candidate.items(), strength) if met in missing
-        ]
+        return [pair for pair in itertools.combinations(candidate.items(), 2) if pair in missing]
 
     while missing:
         wanted = dict(next(iter(missing)))
@@ -44,8 +42,8 @@ def covering(strength=3, seed=0, **options):
             for _ in range(30)
         )
         best = max(fills, key=lambda fill: len(newly_met(fill)))
-        for met in newly_met(best):
-            del missing[met]
+        for pair in newly_met(best):
+            del missing[pair]
         chosen.append({name: options[name][index] for name, index in best.items()})
     return chosen
 
@@ -127,7 +125,7 @@ def softmax_arguments(
 
 def result_dtype(dtype):
     """The dtype of losses and statistics of inputs in `dtype`."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def check(name, arguments, wrt=(), *, dtype=jnp.float32, forward_mode=None):

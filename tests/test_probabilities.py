@@ -23,7 +23,7 @@ NLL_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", covering(2, seed=4, **NLL_OPTIONS), ids=named)
+@pytest.mark.parametrize("case", covering(seed=4, **NLL_OPTIONS), ids=named)
 def test_nll_loss(case):
     """Of any scores: nothing in the loss normalises them."""
     case = {key: value for key, value in case.items() if value is not None}
@@ -98,7 +98,6 @@ def binary_arguments(**options):
 @pytest.mark.parametrize(
     "case",
     covering(
-        2,
         weight=[False, True],
         sample_weight=[False, True],
         where=[False, True],

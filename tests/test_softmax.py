@@ -121,45 +121,35 @@ def test_empty_batch(shape, soft):
         assert gradient.shape == shape
 
 
-@pytest.mark.parametrize(
-    ("dtype", "wide"),
-    [
-        *(
-            (f"{sign}int{bits}", wide)
-            for sign in ("", "u")
-            for bits in (8, 16, 32)
-            for wide in (False, True)
-        ),
-        ("int64", True),
-        ("uint64", True),
-        ("int64", False),
-    ],
-)
-def test_labels_of_every_width(dtype, wide):
+@pytest.mark.parametrize("wide", [False, True])
+def test_labels_of_every_width(wide):
     """Class ids mean the same in every integer dtype, also where -100 is not a value of it."""
-    draw = np.random.default_rng(0)
-    logits = draw.normal(size=(5, 200)).astype(np.float32)
-    labels = np.array([0, 127, 3, 100, 126], dtype)
-    if np.iinfo(dtype).min == 0:
-        labels[3] = 156  # -100 in eight bits
-    with jax.enable_x64(wide):
-        loss = jax.jit(
-            jax.value_and_grad(
-                lambda z, y: ce_jax.softmax_cross_entropy_with_integer_labels(
-                    z, y, ignore_index=-100, label_smoothing=0.1, reduction="mean"
-                )
-            )
+    logits = np.random.default_rng(0).normal(size=(5, 200)).astype(np.float32)
+    ids = {f"int{bits}": np.array([0, 127, 3, 100, 126]) for bits in (8, 16, 32, 64)}
+    # 156 is -100 in eight bits.
+    ids |= {f"uint{bits}": np.array([0, 127, 3, 156, 126]) for bits in (8, 16, 32, 64)}
+
+    @jax.jit
+    def value_and_slopes(logits, labels):
+        return jax.value_and_grad(ce_jax.softmax_cross_entropy_with_integer_labels)(
+            logits, labels, ignore_index=-100, label_smoothing=0.1, reduction="mean"
         )
-        value, gradient = loss(logits, labels)
-    arguments = {
-        "logits": logits.astype(np.float64),
-        "labels": labels.astype(int),
-        "label_smoothing": 0.1,
-        "reduction": "mean",
-    }
+
+    with jax.enable_x64(wide):
+        labels = {dtype: np.asarray(value, dtype) for dtype, value in ids.items()}
+        found = {dtype: value_and_slopes(logits, value) for dtype, value in labels.items()}
     truth = reference.softmax_cross_entropy_with_integer_labels
-    close(value, truth(**arguments), 1e-6)
-    close(gradient, reference.vjp(truth, arguments, "logits", 1.0), 4e-6)
+    for signed in ("int", "uint"):
+        arguments = {
+            "logits": logits.astype(np.float64),
+            "labels": ids[f"{signed}8"],
+            "label_smoothing": 0.1,
+            "reduction": "mean",
+        }
+        value, slope = truth(**arguments), reference.vjp(truth, arguments, "logits", 1.0)
+        for bits in (8, 16, 32, 64):
+            close(found[f"{signed}{bits}"][0], value, 1e-6)
+            close(found[f"{signed}{bits}"][1], slope, 4e-6)
 
 
 @pytest.mark.parametrize("label", [2**32, 2**32 - 100, 2**31, 2**63 - 1])
@@ -252,10 +242,10 @@ def test_error_is_not_above_the_naive_formulas(dtype, spread, offset, soft):
         return float(norm(np.asarray(found, np.longdouble) - exact))
 
     # Two orders of summing the same terms differ by chance: a tenth of the naive error. A slope may
-    # be off by one unit in the last place of the largest, 1, whatever the naive formula's luck.
+    # be off by two units in the last place of the largest, 1: those of exp(z - lse).
     rms, largest = np.linalg.norm, lambda x: np.abs(x).max()
     assert error(losses, truth, rms) <= 1.1 * error(plain, truth, rms)
-    allowed = max(error(plain_slopes, true_slopes, largest), float(jnp.finfo(dtype).eps))
+    allowed = max(error(plain_slopes, true_slopes, largest), 2 * float(jnp.finfo(dtype).eps))
     assert error(slopes, true_slopes, largest) <= allowed
 
 

@@ -28,7 +28,6 @@ def statistics_arguments(**case):
 @pytest.mark.parametrize(
     "case",
     covering(
-        2,
         layout=list(LAYOUTS),
         where=[None, "classes"],
         masked=[False, True],
