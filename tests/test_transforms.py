@@ -272,7 +272,7 @@ def test_one_trace_per_shape_whatever_the_float_options(name):
         rates = dict.fromkeys(schedules, rate)
         return getattr(ce_jax, name)(logits, labels, **rates, reduction="mean")
 
-    step = jax.jit(chex.assert_max_traces(jax.grad(loss, argnums=(0, 1)), n=1))
+    step = jax.jit(jax.grad(chex.assert_max_traces(loss, n=1), argnums=(0, 1)))
     with compilations() as seen:
         slopes = [step(jnp.ones((2, 3)) * i, rate)[1] for i, rate in enumerate((0.1, 0.2, 0.3))]
         before = len(seen)

@@ -295,3 +295,31 @@ def test_sample_weight_of_zero_keeps_its_own_gradient():
         jnp.array([0.0, 1.0])
     )
     np.testing.assert_allclose(slopes, integer_loss(logits, labels), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("excluded_by", ["where", "sample_weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["softmax_cross_entropy", "nll_loss", "sigmoid_binary_cross_entropy", "binary_cross_entropy"],
+)
+def test_excluded_garbage_is_exactly_zero_in_every_loss(name, excluded_by, reduction):
+    """As for integer labels: not counting, or weighing 0, silences NaN and infinity."""
+    inputs = jnp.array([[NAN, NAN], [INF, -INF], [-INF, -INF], [INF, INF], [0.25, 0.75]])
+    labels = jnp.array([0, 0, 1, 1, 1]) if name == "nll_loss" else jnp.array([[1.0, 0.5]] * 5)
+    counts = jnp.array([False] * 4 + [True])
+    counts = counts[:, None] if name.startswith(("sigmoid", "binary")) else counts
+    by_weight = excluded_by == "sample_weight"
+    option = {excluded_by: counts.astype(jnp.float32) if by_weight else counts}
+    losses, slopes = pulled(
+        lambda z: getattr(ce_jax, name)(
+            z, labels, **option, label_smoothing=0.1, reduction=reduction
+        ),
+        inputs,
+    )
+    assert np.isfinite(losses).all()
+    np.testing.assert_array_equal(slopes[:4], 0.0)
+    assert np.isfinite(slopes[4]).all()
+    assert np.abs(slopes[4]).max() > 0
+    if reduction == "none":
+        np.testing.assert_array_equal(losses[:4], 0.0)
