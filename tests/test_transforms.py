@@ -266,6 +266,7 @@ def test_a_batch_sharded_over_a_mesh_stays_sharded():
 def test_one_trace_per_shape_whatever_the_float_options(name):
     """A schedule of label_smoothing (and z_loss) compiles once."""
     labels = jnp.array([0, 1]) if name == INTEGER else jnp.ones((2, 3))
+    chex.clear_trace_counter()
     schedules = ("label_smoothing",) if name == SIGMOID else ("label_smoothing", "z_loss")
 
     def loss(logits, rate):
