@@ -136,3 +136,39 @@ def float_option(
     if not low <= number <= high or math.isinf(number):
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
     return None if number == 0 else value
+
+
+def soft_cap(value: ArrayLike | None) -> ArrayLike | None:
+    """The value of `logit_soft_cap`, which has no number that means "none"."""
+    if float_option("logit_soft_cap", value) is None and value is not None:
+        raise ValueError(f"logit_soft_cap must be positive or None, got {value}")
+    return value
+
+
+def kernel_axis(hidden: Array, kernel: Array, axis: int) -> int:
+    """The axis of `kernel` that holds the classes, if the other one fits `hidden`."""
+    if hidden.ndim == 0 or kernel.ndim != 2:
+        raise ValueError(
+            "hidden must have shape [..., D] and kernel two axes, of D and of the classes; "
+            f"got {hidden.shape} and {kernel.shape}"
+        )
+    if kernel.dtype != hidden.dtype:
+        raise TypeError(
+            f"kernel must have the dtype of hidden, {hidden.dtype}, got {kernel.dtype}; "
+            "cast the one that is to be rounded or widened"
+        )
+    (axis,) = axes(integer_option("class_axis", axis), 2)
+    width = kernel.shape[1 - axis]
+    if width != hidden.shape[-1] or 0 in kernel.shape:
+        raise ValueError(
+            f"kernel must have shape {('D, V' if axis else 'V, D')} with D = {hidden.shape[-1]} "
+            f"and V > 0 for class_axis={axis}, got {kernel.shape}"
+        )
+    return axis
+
+
+def class_count(value: int | None, held: int) -> int:
+    """The value of `num_classes`: by default all that the kernel holds."""
+    if value is not None and not 0 < value <= held:
+        raise ValueError(f"num_classes must be in [1, {held}], what kernel holds, got {value}")
+    return held if value is None else value

@@ -28,6 +28,8 @@ def row_statistics(
       axis_name: mapped mesh axis over which the classes are sharded.
       forward_mode: leave the derivative to JAX, which then can also push tangents forward.
     """
+    _sharded.check_sharded("logits", logits, axis_name)
+    logits, target = _sharded.align((logits, target))
     options = (entropy, argmax, axis_name)
     if forward_mode:
         return _tile.finish(_partial(options, logits, target))

@@ -1,10 +1,55 @@
-"""Row statistics when the classes are spread over the devices of a mesh axis."""
+"""Row statistics when the classes are spread over the devices of a mesh axis.
+
+`axis_name` is None throughout where they are not. Inside `jax.shard_map` JAX tracks over which mesh
+axes a value varies; a derivative rule of our own is right only if all that enters it varies over
+the same axes, so `align` casts what does not. JAX's derivative of that cast is the sum over devices
+that, say, the gradient of a replicated `hidden` needs.
+"""
+
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from . import _tile
+
+_Tree = TypeVar("_Tree")
+
+
+def align(tree: _Tree) -> _Tree:
+    """Makes all arrays vary over the mesh axes over which any of them does."""
+    leaves = jax.tree.leaves(tree)
+    axes = frozenset[Any]().union(*map(_varying, leaves))
+    return _vary(tree, axes)
+
+
+def like(tree: _Tree, x: Array) -> _Tree:
+    """Makes fresh arrays vary over the mesh axes over which `x` does."""
+    return _vary(tree, _varying(x))
+
+
+def _vary(tree: _Tree, axes: frozenset[Any]) -> _Tree:
+    def cast(x: Array) -> Array:
+        missing = tuple(axes - _varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def _varying(x: Array) -> frozenset[Any]:
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def check_sharded(name: str, x: Array, axis_name: str | None) -> None:
+    """Raises where `axis_name` is given but JAX does not see `x` vary over it."""
+    if axis_name is not None and axis_name not in _varying(x):
+        raise ValueError(
+            f"{name} must vary over the mesh axis {axis_name!r} (axis_name), but varies over "
+            f"{sorted(_varying(x))}. Call this inside jax.shard_map with {name} sharded over that "
+            "axis and check_vma=True, its default: with check_vma=False gradients would be "
+            "silently wrong"
+        )
 
 
 def first_class(local_classes: int, axis_name: str | None) -> int | Integer[Array, ""]:

@@ -6,11 +6,10 @@ the derivative), row loss (`_row_loss`) and reduction (`_reduction`).
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Shaped
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _sharded, _target
 from ._dense import row_statistics
@@ -275,112 +274,3 @@ def _distribution_loss(
 
     loss = softmax_loss(statistics, z_loss=z_loss)
     return _reduction.reduce(loss, rows.counts, sample_weight, reduction)
-
-
-class SoftmaxStatistics(NamedTuple):
-    """What one pass over the logits of each row tells about it; see `softmax_statistics`."""
-
-    lse: Float[Array, "*rows"]
-    label_logit: Float[Array, "*rows"]
-    log_prob: Float[Array, "*rows"]
-    entropy: Float[Array, "*rows"]
-    argmax: Integer[Array, "*rows"]
-
-
-def softmax_statistics(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
-    axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    *,
-    ignore_index: int | None = None,
-    axis_name: str | None = None,
-    forward_mode: bool = False,
-) -> SoftmaxStatistics:
-    r"""Log-normaliser, label log-probability, entropy and argmax of each row of logits.
-
-    .. math::
-      \mathrm{lse} = \log \sum_c e^{z_c}, \quad \mathrm{label\_logit} = z_y, \quad
-      \mathrm{log\_prob} = z_y - \mathrm{lse}, \quad
-      \mathrm{entropy} = \mathrm{lse} - \sum_c \mathrm{softmax}(z)_c\, z_c
-
-    All but `argmax` are differentiable, so that any loss made of them has a true gradient: a
-    policy-gradient loss from `log_prob` and `entropy`, a focal loss from `log_prob`.
-
-    Args:
-      logits: `[..., C]`, floating; `-inf` marks a class that is not allowed.
-      labels: class ids `[...]`, of any integer dtype.
-      axis: the class axis, or a tuple of them: labels and `argmax` are then flat indices.
-      where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
-      ignore_index: label of rows that do not count.
-      axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
-
-    Returns:
-      A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 logits), and
-      `argmax`, int32: the first of the largest. A row that does not count is 0 throughout;
-      `label_logit` and `log_prob` are NaN for a label that is no class.
-
-    Raises:
-      TypeError: for a dtype or type that does not fit.
-      ValueError: for a shape, an axis or a value that does not fit.
-
-    Example:
-      >>> import jax.numpy as jnp, ce_jax
-      >>> stats = ce_jax.softmax_statistics(jnp.zeros((1, 4)), jnp.array([2]))
-      >>> print(stats.log_prob, stats.entropy, stats.argmax)
-      [-1.3863] [1.3863] [0]
-
-    References:
-      Shannon, `A Mathematical Theory of Communication`, 1948.
-    """
-    return _statistics(
-        logits,
-        labels,
-        where,
-        axis=_checks.static_axis(axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
-        axis_name=axis_name,
-        forward_mode=forward_mode,
-    )
-
-
-@functools.partial(
-    jax.jit, static_argnames=("axis", "ignore_index", "axis_name", "forward_mode"), inline=True
-)
-def _statistics(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    *,
-    axis: _Axis,
-    ignore_index: int | None,
-    axis_name: str | None,
-    forward_mode: bool,
-) -> SoftmaxStatistics:
-    rows = _target.rows_of("logits", logits, axis, where, axis_name)
-    z = rows.values
-    classes = _sharded.all_classes(z.shape[-1], axis_name)
-    label = _target.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
-    found = row_statistics(
-        _target.without_excluded(z, label.counts),
-        Target(labels=label.ids),
-        entropy=True,
-        argmax=True,
-        axis_name=axis_name,
-        forward_mode=forward_mode,
-    )
-    out = SoftmaxStatistics(
-        lse=found.lse,
-        label_logit=_target.nan_if(label.unknown, found.label_logit),
-        log_prob=_target.nan_if(label.unknown, -found.cross),
-        entropy=found.entropy,
-        argmax=found.argmax,
-    )
-    if label.counts is None:
-        return out
-    return jax.tree.map(functools.partial(_select, label.counts), out)
-
-
-def _select(counts: Bool[Array, "*rows"], x: Shaped[Array, "*rows"]) -> Shaped[Array, "*rows"]:
-    return jnp.where(counts, x, 0)

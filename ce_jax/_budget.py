@@ -1,0 +1,57 @@
+"""How the linear form divides its work: by tokens or by classes, and into blocks of what size."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Blocks(NamedTuple):
+    """Sizes of the blocks. `tokens` is None where the loss is not to be computed by tokens."""
+
+    classes: int
+    tokens: int | None
+
+
+# An accelerator works best on blocks of at least this many rows; with fewer, adding up the gradient
+# of the kernel once per block (read and written, [D, V]) costs more than the matmul that it saves.
+_FEWEST_TOKENS = 1024
+# Matrix units and vector registers want multiples of this.
+_ALIGNMENT = 128
+# Indices into a larger tile overflow 32 bits in XLA.
+_LARGEST_TILE = 2**31 - 1
+
+
+def default_budget(kernel_bytes: int) -> int:
+    """Bytes of temporaries: half the kernel's, within 256 MB and 1 GB; 14 MB on a CPU.
+
+    An accelerator needs blocks large enough to keep its matrix units busy. A CPU computes blocks of
+    any size at the same rate, and is fastest while a block stays in its last-level cache.
+    """
+    if jax.default_backend() == "cpu":
+        return 14 * 10**6
+    return min(max(kernel_bytes // 2, 256 * 10**6), 10**9)
+
+
+def blocks(tokens: int, classes: int, itemsize: int, budget: int, *, summed: bool) -> Blocks:
+    """The largest blocks whose logits (4 bytes) and logits' gradients fit the budget.
+
+    Only a sum of losses can be computed by tokens, which saves one matmul in four. That pays where
+    a block holds enough tokens, or all of them.
+    """
+    entries = min(budget // (4 + itemsize), _LARGEST_TILE)
+    by_class = _block(entries, max(tokens, 1), classes)
+    by_token = _block(entries, classes, max(tokens, 1))
+    if not summed or by_token < min(tokens, _FEWEST_TOKENS):
+        return Blocks(by_class, None)
+    return Blocks(by_class, by_token)
+
+
+def _block(entries: int, across: int, total: int) -> int:
+    """The size of equal blocks of at most `entries / across`, rounded for the hardware."""
+    most = max(entries // across, 1)
+    if most >= total:
+        return total
+    rounding = _ALIGNMENT if most >= _ALIGNMENT else 1
+    most = most // rounding * rounding
+    even = -(-total // -(-total // most))
+    return -(-even // rounding) * rounding

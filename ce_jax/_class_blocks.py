@@ -1,0 +1,165 @@
+"""Row statistics of `hidden @ kernel` in blocks of classes, which the backward pass recomputes.
+
+Never more than one block of logits and of its gradient exist. Four matmuls of the size of the whole
+product in all (`8 N D V` operations for value and gradient); any cotangent is served.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from . import _sharded, _tile
+from ._head import First, Head, Pull, logits, over_blocks, put, take, take_classes
+from ._tile import ABSENT
+
+
+class Options(NamedTuple):
+    """What is fixed when the function is compiled.
+
+    Attributes:
+      block: classes per block.
+      class_axis: the axis of the kernel that holds the classes.
+      classes: how many classes there are; what the kernels of all devices hold beyond is padding.
+      axis_name: mapped mesh axis over which the classes are sharded.
+      entropy: whether the entropy is wanted.
+      argmax: whether the argmax is wanted.
+    """
+
+    block: int
+    class_axis: int
+    classes: int
+    axis_name: str | None = None
+    entropy: bool = False
+    argmax: bool = False
+
+
+def row_statistics(
+    options: Options,
+    hidden: Float[Array, "tokens width"],
+    head: Head,
+    target: _tile.Target,
+    *,
+    forward_mode: bool = False,
+) -> _tile.RowStatistics:
+    """Statistics of each row of the logits, differentiable but for `argmax`."""
+    _sharded.check_sharded("kernel", head.kernel, options.axis_name)
+    hidden, head, target = _sharded.align((hidden, head, target))
+    if forward_mode:
+        return _tile.finish(_partial(options, hidden, head, target))
+    return _fused(options, hidden, head, target)
+
+
+def tile(
+    options: Options, hidden: Float[Array, "tokens width"], head: Head, first: First, size: int
+) -> tuple[Float[Array, "tokens classes"], Pull]:
+    """Logits of `size` classes from `first` on, and their pull-back.
+
+    Classes that are padding get -inf: a logit of 0 would count in the sum.
+    """
+    z, pull = logits(
+        hidden, take_classes(head, first, size, options.class_axis), options.class_axis
+    )
+    held = _sharded.all_classes(head.kernel.shape[options.class_axis], options.axis_name)
+    if options.classes < held:
+        ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
+        z = jnp.where(ids + _first_class(options, head, first) < options.classes, z, -jnp.inf)
+    return z, pull
+
+
+def _first_class(options: Options, head: Head, first: First) -> First:
+    local = head.kernel.shape[options.class_axis]
+    return _sharded.first_class(local, options.axis_name) + first
+
+
+def _target_of(target: _tile.Target, first: First, size: int) -> _tile.Target:
+    if target.classes is None:
+        return target
+    return target._replace(classes=take(target.classes, first, size))
+
+
+def _extent(options: Options, head: Head) -> tuple[int, int]:
+    """How many of the local classes to visit, and how many at a time."""
+    total = head.kernel.shape[options.class_axis]
+    if options.axis_name is None:
+        total = min(
+            total, options.classes
+        )  # devices differ in their padding, one device needs none
+    return total, min(options.block, total)
+
+
+def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) -> _tile.Partial:
+    # In forward mode JAX adds up the cotangents of `hidden` over the blocks, in the dtype that the
+    # blocks find it in. The detour through the accumulation dtype changes no value.
+    widened = hidden.astype(_tile.wide(hidden.dtype))
+
+    def of_block(first: First, size: int) -> _tile.Partial:
+        z, _ = tile(options, widened.astype(hidden.dtype), head, first, size)
+        return _tile.partial_statistics(
+            z,
+            _target_of(target, first, size),
+            entropy=options.entropy,
+            argmax=options.argmax,
+            first_class=_first_class(options, head, first),
+        )
+
+    def step(part: _tile.Partial, first: First, size: int) -> _tile.Partial:
+        return _tile.merge(part, of_block(first, size))
+
+    total, size = _extent(options, head)
+    like = jax.eval_shape(lambda: of_block(0, size))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    nothing = nothing._replace(max=jnp.full_like(nothing.max, -jnp.inf))
+    part = over_blocks(step, _sharded.like(nothing, hidden), total, size)
+    return _sharded.merge_across(part, options.axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(
+    options: Options, hidden: Array, head: Head, target: _tile.Target
+) -> _tile.RowStatistics:
+    return _tile.finish(_partial(options, hidden, head, target))
+
+
+_Residuals = tuple[Array, Head, _tile.Target, _tile.Partial]
+
+
+def _fused_fwd(
+    options: Options, hidden: Array, head: Head, target: _tile.Target
+) -> tuple[_tile.RowStatistics, _Residuals]:
+    part = _partial(options, hidden, head, target)
+    return _tile.finish(part), (hidden, head, target, part)
+
+
+def _fused_bwd(
+    options: Options, residuals: _Residuals, g: _tile.RowStatistics
+) -> tuple[Array, Head, _tile.Target]:
+    hidden, head, target, part = residuals
+
+    def step(carry: tuple[Array, Head, Any], first: First, size: int) -> tuple[Array, Head, Any]:
+        d_hidden, d_head, d_classes = carry
+        z, pull = tile(options, hidden, head, first, size)
+        first_class = _first_class(options, head, first)
+        of_block = _target_of(target, first, size)
+        dz, d_target = _tile.pullback(z, of_block, part, g, first_class=first_class)
+        more_hidden, block = pull(dz)
+        d_head = Head(
+            kernel=put(d_head.kernel, block.kernel, first, options.class_axis),
+            bias=ABSENT if head.bias is None else put(d_head.bias, block.bias, first),
+            soft_cap=ABSENT if head.soft_cap is None else d_head.soft_cap + block.soft_cap,
+        )
+        if d_classes is not None:
+            d_classes = put(d_classes, d_target.classes, first)
+        return d_hidden + more_hidden, d_head, d_classes
+
+    zeros = jnp.zeros(hidden.shape, _tile.wide(hidden.dtype))
+    carry = (zeros, *jax.tree.map(jnp.zeros_like, (head, target.classes)))
+    d_hidden, d_head, d_classes = over_blocks(
+        step, _sharded.like(carry, hidden), *_extent(options, head)
+    )
+    return d_hidden.astype(hidden.dtype), d_head, _tile.Target(classes=d_classes)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

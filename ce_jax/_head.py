@@ -1,0 +1,110 @@
+"""The last layer of a model, hidden states to logits, one block at a time."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from ._tile import ABSENT, wide
+
+_Carry = TypeVar("_Carry")
+First = int | Integer[Array, ""]
+
+
+class Head(NamedTuple):
+    """Parameters of the last layer, or their cotangents; bias and soft cap may be absent.
+
+    Attributes:
+      kernel: `[D, V]`, or `[V, D]` as an embedding table has it.
+      bias: `[V]`.
+      soft_cap: the logits `u` become `soft_cap * tanh(u / soft_cap)`.
+    """
+
+    kernel: Float[Array, "_ _"]
+    bias: Float[Array, " classes"] = ABSENT
+    soft_cap: Float[Array, ""] = ABSENT
+
+
+Pull = Callable[[Float[Array, "tokens classes"]], tuple[Float[Array, "tokens width"], Head]]
+
+
+def logits(
+    hidden: Float[Array, "tokens width"], head: Head, class_axis: int
+) -> tuple[Float[Array, "tokens classes"], Pull]:
+    """Logits in the accumulation dtype, and the function that takes their cotangents back.
+
+    That function rounds the logits' cotangents to the dtype of `hidden` before its two matmuls, as
+    a matmul in float32 is many times slower on an accelerator, and returns sums in the accumulation
+    dtype.
+    """
+    dtype = wide(hidden.dtype)
+    width_axis = 1 - class_axis
+    capped = _dot(hidden, 1, head.kernel, width_axis)
+    if head.bias is not None:
+        capped = capped + head.bias.astype(dtype)[None]
+    uncap = None
+    if head.soft_cap is not None:
+        capped, uncap = jax.vjp(_soft_cap, capped, head.soft_cap)
+
+    def pull(dz: Float[Array, "tokens classes"]) -> tuple[Float[Array, "tokens width"], Head]:
+        d_cap = ABSENT
+        if uncap is not None:
+            dz, d_cap = uncap(dz)
+        d_bias = ABSENT if head.bias is None else jnp.sum(dz, 0)
+        dz = dz.astype(hidden.dtype)
+        pair = (hidden, dz) if class_axis == 1 else (dz, hidden)
+        d_kernel = _dot(pair[0], 0, pair[1], 0)
+        return _dot(dz, 1, head.kernel, class_axis), Head(d_kernel, d_bias, d_cap)
+
+    return capped, pull
+
+
+def _dot(a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide(a.dtype))
+
+
+def _soft_cap(u: Float[Array, "..."], cap: Float[Array, ""]) -> Float[Array, "..."]:
+    return cap * jnp.tanh(u / cap)
+
+
+def take(x: Array, first: First, size: int, axis: int = 0) -> Array:
+    """`size` consecutive entries of an axis; all of them without a copy."""
+    return x if size == x.shape[axis] else jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+
+
+def put(x: Array, block: Array, first: First, axis: int = 0) -> Array:
+    """`x` with `block` from entry `first` of an axis on, in the dtype of `x`."""
+    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), first, axis)
+
+
+def take_classes(head: Head, first: First, size: int, class_axis: int) -> Head:
+    """The part of the head that gives the logits of some classes."""
+    bias = ABSENT if head.bias is None else take(head.bias, first, size)
+    return head._replace(kernel=take(head.kernel, first, size, class_axis), bias=bias)
+
+
+def over_blocks(
+    step: Callable[[_Carry, First, int], _Carry], carry: _Carry, total: int, size: int
+) -> _Carry:
+    """Runs `step(carry, first, size)` over `total` entries in blocks, the last as ragged as it is.
+
+    Each step is checkpointed: whoever differentiates the loop (forward mode, second derivatives)
+    recomputes a block instead of storing all of them.
+    """
+
+    def one(carry: _Carry, first: First, size: int) -> _Carry:
+        run = jax.checkpoint(lambda c, f: step(c, f, size), prevent_cse=False)
+        return run(carry, first)
+
+    full, rest = divmod(total, size)
+    if full == 1:
+        carry = one(carry, 0, size)
+    elif full > 1:
+        firsts = jnp.arange(full, dtype=jnp.int32) * size
+        carry, _ = jax.lax.scan(lambda c, first: (one(c, first, size), None), carry, firsts)
+    if rest:
+        carry = one(carry, full * size, rest)
+    return carry

@@ -1,0 +1,131 @@
+"""The sum of a loss over the rows of `hidden @ kernel`, in blocks of tokens.
+
+The derivative of a sum is known up to one factor before anybody asks for it. So the forward pass
+computes the logits of a block once, and from them its loss and all its gradients at once: three
+matmuls (`6 N D V` operations) where recomputing the logits takes four. The price is a block of
+logits over all classes, and a gradient of the kernel that every block adds to.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from . import _class_blocks, _sharded, _tile
+from ._head import First, Head, over_blocks, put, take
+
+
+class RowInputs(NamedTuple):
+    """What the loss of a row is made of besides its statistics.
+
+    Attributes:
+      scales: tuple of arrays `[tokens]`.
+      shared: tuple of arrays that are the same for all rows.
+      flags: tuple of bool arrays `[tokens]`.
+
+    Each array may be absent.
+    """
+
+    scales: Any
+    shared: Any
+    flags: Any
+
+
+RowLoss = Callable[[_tile.RowStatistics, RowInputs], Float[Array, " tokens"]]
+
+
+class Options(NamedTuple):
+    """What is fixed when the function is compiled.
+
+    Attributes:
+      block: tokens per block.
+      row_loss: the loss of each row, weighted and masked.
+      head: what the head is, and how it is read where no gradient is wanted.
+    """
+
+    block: int
+    row_loss: RowLoss
+    head: _class_blocks.Options
+
+
+def loss_sum(
+    options: Options,
+    hidden: Float[Array, "tokens width"],
+    head: Head,
+    target: _tile.Target,
+    rows: RowInputs,
+) -> Float[Array, ""]:
+    """The sum of `row_loss` over all rows."""
+    return _fused(options, *_sharded.align((hidden, head, target, rows)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(
+    options: Options, hidden: Array, head: Head, target: _tile.Target, rows: RowInputs
+) -> Float[Array, ""]:
+    statistics = _class_blocks.row_statistics(options.head, hidden, head, target)
+    return jnp.sum(options.row_loss(statistics, rows))
+
+
+class _Inputs(NamedTuple):
+    """The differentiable inputs, or their cotangents."""
+
+    hidden: Float[Array, "tokens width"]
+    head: Head
+    classes: Any
+    scales: Any
+    shared: Any
+
+
+def _fused_fwd(
+    options: Options, hidden: Array, head: Head, target: _tile.Target, rows: RowInputs
+) -> tuple[Array, tuple[_Inputs, _Inputs]]:
+    def step(carry: tuple[Array, _Inputs], first: First, size: int) -> tuple[Array, _Inputs]:
+        total, grads = carry
+        part = functools.partial(take, first=first, size=size)
+        of_block = target._replace(labels=part(target.labels))
+        block = jax.tree.map(part, rows._replace(shared=()))
+        z, pull = _class_blocks.tile(
+            options.head, part(hidden), head, 0, head.kernel.shape[options.head.class_axis]
+        )
+        partial = _tile.partial_statistics(z, of_block)
+
+        def block_loss(statistics: _tile.RowStatistics, scales: Any, shared: Any) -> Array:
+            inputs = block._replace(scales=scales, shared=shared)
+            return jnp.sum(options.row_loss(statistics, inputs))
+
+        statistics = _tile.finish(partial)
+        loss, pull_loss = jax.vjp(block_loss, statistics, block.scales, rows.shared)
+        g, d_scales, d_shared = pull_loss(jnp.ones_like(loss))
+        dz, d_target = _tile.pullback(z, of_block, partial, g)
+        d_hidden, d_head = pull(dz)
+        return total + loss, _Inputs(
+            hidden=put(grads.hidden, d_hidden, first),
+            head=jax.tree.map(jnp.add, grads.head, d_head),
+            classes=jax.tree.map(jnp.add, grads.classes, d_target.classes),
+            scales=jax.tree.map(lambda d, new: put(d, new, first), grads.scales, d_scales),
+            shared=jax.tree.map(lambda d, new: d + new.astype(d.dtype), grads.shared, d_shared),
+        )
+
+    inputs = _Inputs(hidden, head, target.classes, rows.scales, rows.shared)
+    dtype = _tile.wide(hidden.dtype)
+    zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), (0, inputs))
+    tokens = hidden.shape[0]
+    block = min(options.block, tokens)
+    total, grads = over_blocks(step, _sharded.like(zeros, hidden), tokens, block)
+    return total, (inputs, grads)
+
+
+def _fused_bwd(
+    options: Options, residuals: tuple[_Inputs, _Inputs], g: Float[Array, ""]
+) -> tuple[Array, Head, _tile.Target, RowInputs]:
+    inputs, grads = residuals
+    d = jax.tree.map(lambda x, dx: (g * dx).astype(jnp.result_type(x)), inputs, grads)
+    rows = RowInputs(d.scales, d.shared, flags=None)
+    return d.hidden, d.head, _tile.Target(classes=d.classes), rows
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

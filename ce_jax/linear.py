@@ -1,0 +1,433 @@
+r"""Softmax cross-entropy of `hidden @ kernel` without ever holding the logits.
+
+The stages are those of `softmax.py`. Row statistics come from blocks of classes (`_class_blocks`)
+or, for a loss that is summed, from blocks of tokens (`_token_blocks`); `_budget` chooses.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _budget, _checks, _class_blocks, _reduction, _sharded, _target, _token_blocks
+from ._head import Head
+from ._row_loss import softmax_loss
+from ._tile import RowStatistics, Target, wide
+from .statistics import SoftmaxStatistics, by_label
+
+LogProbLoss = Callable[[Array], Array]
+
+
+def linear_softmax_cross_entropy(
+    hidden: Shaped[ArrayLike, "..."],
+    kernel: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    *,
+    bias: Shaped[ArrayLike, "..."] | None = None,
+    class_axis: int = -1,
+    num_classes: int | None = None,
+    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
+    weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
+    z_loss: Shaped[ArrayLike, "..."] = 0.0,
+    log_prob_loss: LogProbLoss | None = None,
+    axis_name: str | None = None,
+    reduction: str = "none",
+    return_statistics: bool = False,
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], SoftmaxStatistics]:
+    r"""Cross-entropy of a linear layer's softmax with class ids, without its logits in memory.
+
+    For hidden states :math:`h`, kernel :math:`W` and bias :math:`b`, the loss is that of
+    `softmax_cross_entropy_with_integer_labels`, option by option, on
+
+    .. math::
+      z = \mathrm{cap} \tanh\!\left(\frac{h W + b}{\mathrm{cap}}\right)
+      \qquad (z = h W + b \text{ without a cap})
+
+    The logits are computed a block at a time, in float32, and their gradient is rounded to the
+    dtype of `hidden` before it meets `kernel` and `hidden`. Gradients reach `hidden`, `kernel`,
+    `bias`, `weight`, `sample_weight` and all float options.
+
+    Two ways of dividing the work serve, and give the same result. Blocks of classes, recomputed for
+    the gradient (four matmuls), are the rule. Blocks of tokens (three matmuls) serve a "sum" or
+    "mean" without `return_statistics`, `axis_name` and `forward_mode`, if the budget has room for
+    the logits of 1024 tokens, or of all. Where the value alone is wanted, both take one matmul.
+
+    Args:
+      hidden: `[..., D]`, floating. Divide it by a temperature, if there is one.
+      kernel: `[D, V]`, of the dtype of `hidden`; or `[V, D]` with `class_axis=0`, as a tied
+        embedding has it: no transposed copy is made.
+      labels: class ids `[...]`, of any integer dtype.
+      bias: `[V]`. A bias of -inf bans a class.
+      class_axis: the axis of `kernel` that holds the classes.
+      num_classes: how many classes there are; what `kernel` holds beyond is padding that has no
+        part in anything. By default there is no padding.
+      logit_soft_cap: positive bound of the logits. May be traced.
+      weight: weight of each class `[V]`.
+      sample_weight: weight of each example, broadcastable to `labels`.
+      where: bool, broadcastable to `labels`: rows to include. (Classes are excluded by `bias`.)
+      ignore_index: label of rows that do not count.
+      label_smoothing: share of the target that is spread evenly over the allowed classes, in
+        [0, 1]. May be traced.
+      z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
+      log_prob_loss: what replaces the negative log-probability: a function of the array of
+        log-probabilities of the labels, element by element, such as `ce_jax.focal_loss`. Class
+        weight and smoothing apply to it as to the plain loss.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `kernel`, `bias` and `weight`
+        are sharded by classes. Labels are ids among all classes, `hidden` is the same on all
+        devices of that axis, and so is the loss.
+      reduction: "none"; "sum"; or "mean", over `sum(sample_weight * weight[label])` of the rows
+        that count (0 if that is 0; see `mean_denominator`).
+      return_statistics: return `(loss, statistics)` from one pass, the latter as from
+        `linear_softmax_statistics`: accuracy is the mean of `statistics.argmax == labels`.
+      memory_budget: bytes that a block of logits and its gradient may take. By default half the
+        kernel's bytes, but at least 256 MB and at most 1 GB; 14 MB on a CPU.
+      forward_mode: let JAX derive the derivative instead of using the fused one, so that
+        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work, in the same memory.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 inputs), and the
+      statistics if asked for. A label outside `[0, V)` that is not `ignore_index` makes its row's
+      loss and its gradient NaN.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit; `hidden` and `kernel` must agree.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> hidden, kernel = jnp.ones((2, 3)), jnp.zeros((3, 4))
+      >>> print(ce_jax.linear_softmax_cross_entropy(hidden, kernel, jnp.array([0, 3])))
+      [1.3863 1.3863]
+
+    References:
+      Wijmans et al., `Cut Your Losses in Large-Vocabulary Language Models`, 2024 (recomputed
+      blocks); Hsu et al., `Liger Kernel`, 2024 (gradients in the forward pass).
+    """
+    _checks.reduction(reduction)
+    return _linear_loss(
+        hidden,
+        kernel,
+        labels,
+        bias,
+        _checks.soft_cap(logit_soft_cap),
+        weight,
+        sample_weight,
+        where,
+        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        _checks.float_option("z_loss", z_loss),
+        class_axis=class_axis,
+        num_classes=_checks.integer_option("num_classes", num_classes),
+        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        log_prob_loss=log_prob_loss,
+        axis_name=axis_name,
+        reduction=reduction,
+        return_statistics=return_statistics,
+        memory_budget=_checks.integer_option("memory_budget", memory_budget),
+        forward_mode=forward_mode,
+    )
+
+
+class _Inputs(NamedTuple):
+    """Checked arguments of the linear form, their rows in one axis."""
+
+    hidden: Float[Array, "tokens width"]
+    head: Head
+    label: _target.ClassIds
+    rows: tuple[int, ...]
+    options: _class_blocks.Options
+    token_block: int | None
+
+
+def _inputs(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None,
+    logit_soft_cap: ArrayLike | None,
+    where: ArrayLike | None,
+    *,
+    class_axis: int,
+    num_classes: int | None,
+    ignore_index: int | None,
+    axis_name: str | None,
+    memory_budget: int | None,
+    summed: bool,
+    statistics: bool,
+) -> _Inputs:
+    hidden, kernel = _checks.floating("hidden", hidden), _checks.floating("kernel", kernel)
+    class_axis = _checks.kernel_axis(hidden, kernel, class_axis)
+    dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], kernel.shape[class_axis]
+    classes = _checks.class_count(num_classes, _sharded.all_classes(local, axis_name))
+    head = Head(kernel)
+    if bias is not None:
+        bias = _checks.floating("bias", bias)
+        _checks.shape_is("bias", bias, (local,), "one bias per class")
+        head = head._replace(bias=bias)
+    if logit_soft_cap is not None:
+        head = head._replace(soft_cap=jnp.asarray(logit_soft_cap, dtype))
+
+    counts = None
+    if where is not None:
+        counts = _checks.boolean("where", where)
+        counts = _checks.broadcast("where", counts, rows, "the rows of hidden")
+    label = _target.class_ids(labels, rows, classes, counts, ignore_index)
+    label = jax.tree.map(jnp.ravel, label)
+    hidden = _target.without_excluded(jnp.reshape(hidden, (-1, hidden.shape[-1])), label.counts)
+
+    if memory_budget is None:
+        memory_budget = _budget.default_budget(kernel.size * kernel.dtype.itemsize)
+    blocks = _budget.blocks(
+        hidden.shape[0], local, hidden.dtype.itemsize, memory_budget, summed=summed
+    )
+    options = _class_blocks.Options(
+        blocks.classes, class_axis, classes, axis_name, entropy=statistics, argmax=statistics
+    )
+    return _Inputs(hidden, head, label, rows, options, blocks.tokens)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "class_axis",
+        "num_classes",
+        "ignore_index",
+        "log_prob_loss",
+        "axis_name",
+        "reduction",
+        "return_statistics",
+        "memory_budget",
+        "forward_mode",
+    ),
+    inline=True,
+)
+def _linear_loss(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None,
+    logit_soft_cap: ArrayLike | None,
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    where: ArrayLike | None,
+    label_smoothing: ArrayLike | None,
+    z_loss: ArrayLike | None,
+    *,
+    class_axis: int,
+    num_classes: int | None,
+    ignore_index: int | None,
+    log_prob_loss: LogProbLoss | None,
+    axis_name: str | None,
+    reduction: str,
+    return_statistics: bool,
+    memory_budget: int | None,
+    forward_mode: bool,
+) -> Array | tuple[Array, SoftmaxStatistics]:
+    x = _inputs(
+        hidden,
+        kernel,
+        labels,
+        bias,
+        logit_soft_cap,
+        where,
+        class_axis=class_axis,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        axis_name=axis_name,
+        memory_budget=memory_budget,
+        summed=reduction != "none" and not (return_statistics or axis_name or forward_mode),
+        statistics=return_statistics,
+    )
+    local, dtype = x.head.kernel.shape[x.options.class_axis], wide(x.hidden.dtype)
+    weight = _target.class_weight(weight, local, dtype)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, x.rows, dtype)
+    label_weight = None
+    if weight is not None:
+        label_weight = _sharded.take_class(weight, x.label.ids, axis_name)
+    target = Target(labels=x.label.ids)
+    if label_smoothing is not None:
+        target = target._replace(classes=jnp.ones((local,), dtype) if weight is None else weight)
+    if sample_weight is not None:
+        sample_weight = sample_weight.ravel()
+        silent = (sample_weight == 0) & ~jnp.all(jnp.isfinite(x.hidden), -1)
+        x = x._replace(hidden=jnp.where(silent[:, None], 0, x.hidden))
+
+    scalars = [None if s is None else jnp.asarray(s, dtype) for s in (label_smoothing, z_loss)]
+    constants: Sequence[Any] = ()
+    if log_prob_loss is not None:
+        log_prob_loss, constants = jax.closure_convert(log_prob_loss, jnp.zeros((), dtype))
+    row_loss = functools.partial(_row_loss, log_prob_loss)
+    inputs = _token_blocks.RowInputs(
+        scales=(label_weight, sample_weight),
+        shared=(*scalars, *constants),
+        flags=(x.label.counts, x.label.unknown),
+    )
+    statistics = None
+    if x.token_block is not None:
+        by_token = _token_blocks.Options(x.token_block, row_loss, x.options)
+        total = _token_blocks.loss_sum(by_token, x.hidden, x.head, target, inputs)
+    else:
+        found = _class_blocks.row_statistics(
+            x.options, x.hidden, x.head, target, forward_mode=forward_mode
+        )
+        loss = row_loss(found, inputs)
+        total = loss.reshape(x.rows) if reduction == "none" else jnp.sum(loss)
+        if return_statistics:
+            statistics = _by_label(found, x)
+    if reduction == "mean":
+        total = _reduction.divide(
+            total,
+            _reduction.denominator(
+                x.label.ids.shape, dtype, x.label.counts, sample_weight, label_weight
+            ),
+        )
+    return total if statistics is None else (total, statistics)
+
+
+def _row_loss(
+    log_prob_loss: Callable[..., Array] | None,
+    found: RowStatistics,
+    inputs: _token_blocks.RowInputs,
+) -> Float[Array, " tokens"]:
+    label_weight, sample_weight = inputs.scales
+    label_smoothing, z_loss, *constants = inputs.shared
+    counts, unknown = inputs.flags
+    if log_prob_loss is not None:
+        constant = (None,) * len(constants)
+        of_rows = jax.vmap(log_prob_loss, in_axes=(0, *constant))
+        found = found._replace(cross=of_rows(-found.cross, *constants))
+    loss = softmax_loss(found, label_weight, label_smoothing, z_loss)
+    loss = _target.nan_if(unknown, loss, sample_weight)
+    return _reduction.reduce(loss, counts, sample_weight, "none")
+
+
+def _by_label(found: RowStatistics, x: _Inputs) -> SoftmaxStatistics:
+    return jax.tree.map(lambda row: row.reshape(x.rows), by_label(found, x.label))
+
+
+def linear_softmax_statistics(
+    hidden: Shaped[ArrayLike, "..."],
+    kernel: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    *,
+    bias: Shaped[ArrayLike, "..."] | None = None,
+    class_axis: int = -1,
+    num_classes: int | None = None,
+    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
+    axis_name: str | None = None,
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> SoftmaxStatistics:
+    r"""Log-normaliser, label log-probability, entropy and argmax of a linear layer's softmax.
+
+    The statistics of `softmax_statistics` for the logits :math:`z = h W + b` (soft-capped if asked
+    for), computed in blocks of classes that never stand in memory together. All but `argmax` are
+    differentiable: token log-probabilities and entropies for reinforcement learning, for example,
+    at the memory of a few numbers per token.
+
+    Args:
+      hidden: `[..., D]`, floating.
+      kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden`.
+      labels: class ids `[...]`, of any integer dtype.
+      bias: `[V]`.
+      class_axis: the axis of `kernel` that holds the classes.
+      num_classes: how many classes there are; what `kernel` holds beyond is padding.
+      logit_soft_cap: positive bound of the logits. May be traced.
+      where: bool, broadcastable to `labels`: rows to include.
+      ignore_index: label of rows that do not count.
+      axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes.
+      memory_budget: bytes that a block of logits and its gradient may take.
+      forward_mode: let JAX derive the derivative, so that forward mode works.
+
+    Returns:
+      A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 inputs), and
+      `argmax`, int32. A row that does not count is 0 throughout; `label_logit` and `log_prob` are
+      NaN for a label that is no class.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit; `hidden` and `kernel` must agree.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> hidden, kernel = jnp.eye(2), jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+      >>> found = ce_jax.linear_softmax_statistics(hidden, kernel, jnp.array([0, 2]))
+      >>> print(found.log_prob, found.entropy, found.argmax)
+      [-0.0949 -1.0986] [0.3665 1.0986] [0 0]
+
+    References:
+      Shannon, `A Mathematical Theory of Communication`, 1948.
+    """
+    return _linear_statistics(
+        hidden,
+        kernel,
+        labels,
+        bias,
+        _checks.soft_cap(logit_soft_cap),
+        where,
+        class_axis=class_axis,
+        num_classes=_checks.integer_option("num_classes", num_classes),
+        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        axis_name=axis_name,
+        memory_budget=_checks.integer_option("memory_budget", memory_budget),
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "class_axis",
+        "num_classes",
+        "ignore_index",
+        "axis_name",
+        "memory_budget",
+        "forward_mode",
+    ),
+    inline=True,
+)
+def _linear_statistics(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None,
+    logit_soft_cap: ArrayLike | None,
+    where: ArrayLike | None,
+    *,
+    class_axis: int,
+    num_classes: int | None,
+    ignore_index: int | None,
+    axis_name: str | None,
+    memory_budget: int | None,
+    forward_mode: bool,
+) -> SoftmaxStatistics:
+    x = _inputs(
+        hidden,
+        kernel,
+        labels,
+        bias,
+        logit_soft_cap,
+        where,
+        class_axis=class_axis,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        axis_name=axis_name,
+        memory_budget=memory_budget,
+        summed=False,
+        statistics=True,
+    )
+    target = Target(labels=x.label.ids)
+    found = _class_blocks.row_statistics(
+        x.options, x.hidden, x.head, target, forward_mode=forward_mode
+    )
+    return _by_label(found, x)
