@@ -1,0 +1,89 @@
+"""Options that may be traced, and functions whose plain formula fails near a limit."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from . import _checks
+from ._tile import wide
+
+# Coefficients of (e^x - 1) / x and of (e^x - 1 - x) / x^2, highest power first. With |x| <= 1/2 the
+# first term left out is below float64's rounding.
+_FIRST = tuple(1.0 / math.factorial(k + 1) for k in range(14, -1, -1))
+_SECOND = tuple(1.0 / math.factorial(k + 2) for k in range(14, -1, -1))
+# A log-probability this little above 0 is one that was rounded.
+_ROUNDING = 1e-3
+
+
+def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
+    """`value` as an array, if it is real and, where it is known, finite and in `[low, high]`."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
+        raise TypeError(f"{name} must be real, got {value!r}")
+    array = _checks.real(name, value)
+    if not isinstance(array, jax.core.Tracer):
+        known = np.asarray(array, np.float64)
+        if not np.all((known >= low) & (known <= high) & np.isfinite(known)):
+            raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
+    return array
+
+
+def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
+    """A scalar `option`."""
+    array = option(name, value, low, high)
+    if array.ndim != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {array.shape}")
+    return array
+
+
+def positive_int(name: str, value: int) -> int:
+    """`value`, if it is an int of at least 1."""
+    number = _checks.integer_option(name, value)
+    if number is None or number < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return number
+
+
+def log_probability(name: str, x: ArrayLike) -> Float[Array, "..."]:
+    """`x` in the loss's dtype; NaN where it is above 0 by more than rounding explains."""
+    x = _checks.floating(name, x)
+    x = x.astype(wide(x.dtype))
+    x = x * jnp.where(x > _ROUNDING, jnp.nan, 1).astype(x.dtype)
+    return jnp.where(x > 0, 0, x)
+
+
+def expm1_ratio(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`(e^x - 1) / x` for |x| <= 1/2, by its series: it and its derivatives hold at 0 too."""
+    return jnp.polyval(jnp.asarray(_FIRST, x.dtype), x)
+
+
+def one_minus_exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`1 - e^x`; its derivatives keep their digits at both ends (those of expm1 lose e^x)."""
+    near = jnp.abs(x) <= 0.5
+    small, large = jnp.where(near, x, 0), jnp.where(near, -1, x)
+    return jnp.where(near, -small * expm1_ratio(small), 1 - jnp.exp(large))
+
+
+def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`e^x - 1 - x`, without the cancellation near 0."""
+    near = jnp.abs(x) <= 0.5
+    small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)
+    series = jnp.square(small) * jnp.polyval(jnp.asarray(_SECOND, x.dtype), small)
+    return jnp.where(near, series, jnp.expm1(large) - large)
+
+
+@jax.custom_jvp
+def power(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x ** y` for x >= 0, with the derivatives of every order at 0 that jax's own has as NaN."""
+    return x**y
+
+
+@power.defjvp
+def _power_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, y), (dx, dy) = primals, tangents
+    value = power(x, y)
+    by_x = jnp.where(y == 0, 0, y * power(x, jnp.where(y == 0, 1, y - 1)))
+    by_y = jnp.where(x == 0, 0, value * jnp.log(jnp.where(x == 0, 1, x)))
+    return value, by_x * dx + by_y * dy

@@ -1,0 +1,230 @@
+"""Cross-entropy corrected for labels that are wrong at known rates."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks, _reduction, _target
+from ._tile import wide
+from .softmax import softmax_cross_entropy
+
+_Axis = int | tuple[int, ...] | None
+
+
+def forward_corrected_cross_entropy(
+    logits: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    transition: Shaped[ArrayLike, "..."],
+    *,
+    axis: int | Sequence[int] = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "none",
+) -> Float[Array, "..."]:
+    r"""Cross-entropy between noisy class ids and what the noise makes of softmax(logits).
+
+    With the transition matrix :math:`T_{cy} = P(\text{label } y \mid \text{true class } c)`:
+
+    .. math:: \ell = -\log \sum_c T_{cy}\, \mathrm{softmax}(z)_c
+
+    Its minimiser is the true class distribution, while the labels are those of the noise. With
+    the identity for T it is the cross-entropy. JAX derives the derivatives, also by T.
+
+    Args:
+      logits: unnormalised log-probabilities of the true class `[..., C]`, floating.
+      labels: noisy class ids `[...]`, of any integer dtype.
+      transition: T `[C, C]`; rows sum to 1.
+      axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      sample_weight: weight of each example, broadcastable to the loss.
+      ignore_index: label of rows that do not count.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0).
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A label that is
+      no class makes its row NaN; one that no allowed class can turn into, +inf.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> transition = jnp.array([[0.8, 0.2], [0.4, 0.6]])
+      >>> logits = jnp.array([[0.0, -jnp.inf], [0.0, 0.0]])
+      >>> print(ce_jax.forward_corrected_cross_entropy(logits, jnp.array([1, 1]), transition))
+      [1.6094 0.9163]
+
+    References:
+      Patrini et al., `Making Deep Neural Networks Robust to Label Noise: a Loss Correction
+      Approach`, 2017.
+    """
+    _checks.reduction(reduction)
+    return _forward(
+        logits,
+        labels,
+        transition,
+        where,
+        sample_weight,
+        axis=_checks.static_axis(axis),
+        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        reduction=reduction,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction"), inline=True)
+def _forward(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    transition: ArrayLike,
+    where: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    *,
+    axis: _Axis,
+    ignore_index: int | None,
+    reduction: str,
+) -> Array:
+    rows = _target.rows_of("logits", logits, axis, where)
+    shape, dtype = rows.values.shape, wide(rows.values.dtype)
+    matrix = _transition(transition, shape[-1], dtype)
+    label = _target.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    z = _target.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
+    into_label = matrix.T[label.ids]
+
+    log_into = jnp.where(
+        into_label > 0, jnp.log(jnp.where(into_label > 0, into_label, 1)), -jnp.inf
+    )
+    top, joint_top = _base(z), _base(z + log_into)
+    exp = jnp.exp(z - top)
+    # A class that cannot turn into the label may exceed the maximum of those that can. It weighs
+    # nothing, but its exponential is what the derivative by its weight is made of: keep it finite.
+    highest = math.log(float(jnp.finfo(dtype).max) / 4) - math.log(shape[-1])
+    joint = jnp.exp(jnp.where(z - joint_top > highest, highest, z - joint_top))
+    possible = jnp.sum(into_label * joint, -1)
+    # Where the loss is infinite, its gradient is that of the normaliser alone.
+    impossible = possible == 0
+    log_possible = jnp.where(impossible, -jnp.inf, jnp.log(jnp.where(impossible, 1, possible)))
+    loss = (top - joint_top)[..., 0] + jnp.log(jnp.sum(exp, -1)) - log_possible
+    loss = _target.nan_if(label.unknown, loss, sample_weight)
+    return _reduction.reduce(loss, label.counts, sample_weight, reduction)
+
+
+def _base(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows 1"]:
+    """The maximum of each row, or 0 where that is -inf; a constant, as it cancels."""
+    top = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
+    return jnp.where(jnp.isneginf(top), 0, top)
+
+
+def backward_corrected_cross_entropy(
+    logits: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    transition: Shaped[ArrayLike, "..."],
+    *,
+    axis: int | Sequence[int] = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Cross-entropy whose mean over the label noise is that of the true class.
+
+    With the transition matrix :math:`T_{cy} = P(\text{label } y \mid \text{true class } c)`:
+
+    .. math::
+      \ell = -\sum_c (T^{-1})_{yc} \log \mathrm{softmax}(z)_c,
+      \qquad \sum_y T_{cy}\, \ell_y = -\log \mathrm{softmax}(z)_c
+
+    Unbiased, but of negative terms too, and so unbounded below: a T that is far from the identity
+    makes it unstable, a singular one not finite.
+
+    Args:
+      logits: unnormalised log-probabilities of the true class `[..., C]`, floating.
+      labels: noisy class ids `[...]`, of any integer dtype.
+      transition: T `[C, C]`; rows sum to 1.
+      axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      sample_weight: weight of each example, broadcastable to the loss.
+      ignore_index: label of rows that do not count.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0).
+      forward_mode: let JAX derive the derivative instead of using the fused one, so that
+        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A label that is
+      no class makes its row NaN.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> transition = jnp.array([[0.75, 0.25], [0.25, 0.75]])
+      >>> logits = jnp.log(jnp.array([[0.9, 0.1], [0.9, 0.1]]))
+      >>> labels = jnp.array([0, 1])
+      >>> loss = ce_jax.backward_corrected_cross_entropy(logits, labels, transition)
+      >>> print(loss[0], loss[1])
+      -0.9933 3.4012
+
+    References:
+      Patrini et al., `Making Deep Neural Networks Robust to Label Noise: a Loss Correction
+      Approach`, 2017.
+    """
+    _checks.reduction(reduction)
+    return _backward(
+        logits,
+        labels,
+        transition,
+        where,
+        sample_weight,
+        axis=_checks.static_axis(axis),
+        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("axis", "ignore_index", "reduction", "forward_mode"), inline=True
+)
+def _backward(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    transition: ArrayLike,
+    where: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    *,
+    axis: _Axis,
+    ignore_index: int | None,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    rows = _target.rows_of("logits", logits, axis, where)
+    shape, dtype = rows.values.shape, wide(rows.values.dtype)
+    matrix = _transition(transition, shape[-1], dtype)
+    label = _target.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    loss = softmax_cross_entropy(
+        _target.without_excluded(rows.values, label.counts, sample_weight),
+        jnp.linalg.inv(matrix)[label.ids],
+        forward_mode=forward_mode,
+    )
+    loss = _target.nan_if(label.unknown, loss, sample_weight)
+    return _reduction.reduce(loss, label.counts, sample_weight, reduction)
+
+
+def _transition(
+    transition: ArrayLike, classes: int, dtype: jnp.dtype
+) -> Float[Array, "classes classes"]:
+    matrix = _checks.floating("transition", transition)
+    _checks.shape_is("transition", matrix, (classes, classes), "true class by label")
+    return matrix.astype(dtype)

@@ -1,0 +1,223 @@
+"""Focal loss of binary logits and poly loss of target distributions, named as in optax."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks, _reduction, _target
+from ._dense import row_statistics
+from ._numerics import option, scalar
+from ._row_loss import weighted
+from ._tile import Target, wide
+from .sigmoid import logistic
+
+
+def sigmoid_focal_loss(
+    logits: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    *,
+    alpha: Shaped[ArrayLike, "..."] | None = None,
+    gamma: Shaped[ArrayLike, "..."] = 2.0,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    reduction: str = "none",
+) -> Float[Array, "..."]:
+    r"""Binary cross-entropy that counts less where the model is right already.
+
+    For logits :math:`z`, labels :math:`y`, :math:`p = \sigma(z)`, and the probability
+    :math:`p_t = y p + (1 - y) (1 - p)` of what is the case:
+
+    .. math::
+      \ell = \left( \alpha y + (1 - \alpha) (1 - y) \right) (1 - p_t)^\gamma
+        \left( -y \log p - (1 - y) \log(1 - p) \right)
+
+    Value and derivatives hold at any logit, infinite ones included. JAX derives them, in every
+    mode, so there is no `forward_mode` to set.
+
+    Args:
+      logits: log-odds of the positive class, floating, of any shape.
+      labels: numbers in [0, 1], of any real dtype; broadcast together with `logits`.
+      alpha: weight of the positive class, in [0, 1], the negative one having `1 - alpha`;
+        broadcastable to the loss (`[C]`: one for each class). None: both have 1. May be traced.
+      gamma: exponent, at least 0, broadcastable to the loss. May be traced.
+      sample_weight: weight of each element, broadcastable to the loss. A weight of 0 silences a
+        loss of inf or NaN.
+      where: bool, broadcastable to the loss: elements to include. Others are 0, also in gradient.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
+        count (0 if that is 0).
+
+    Returns:
+      The loss, of the broadcast shape or `[]`, in float32 (float64 for float64 logits).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> logits, labels = jnp.array([0.0, 2.0, -jnp.inf]), jnp.array([1, 0, 0])
+      >>> print(ce_jax.sigmoid_focal_loss(logits, labels, alpha=0.25).round(4))
+      [0.0433 1.2376 0.    ]
+
+    References:
+      Lin et al., `Focal Loss for Dense Object Detection`, 2017.
+    """
+    _checks.reduction(reduction)
+    return _sigmoid_focal_loss(
+        logits,
+        labels,
+        None if alpha is None else option("alpha", alpha, 0.0, 1.0),
+        option("gamma", gamma, low=0.0),
+        sample_weight,
+        where,
+        reduction=reduction,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("reduction",), inline=True)
+def _sigmoid_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    alpha: Array | None,
+    gamma: Array,
+    sample_weight: ArrayLike | None,
+    where: ArrayLike | None,
+    *,
+    reduction: str,
+) -> Array:
+    z, y, counts = _target.elements("logits", logits, labels, where, None)
+    z = z.astype(y.dtype)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, y.shape, y.dtype)
+    if sample_weight is not None:
+        z = jnp.where((sample_weight == 0) & jnp.isnan(z), 0, z)
+    gamma = _checks.broadcast("gamma", gamma.astype(y.dtype), y.shape, "the shape of the loss")
+
+    infinite = jnp.isinf(z)
+    finite = jnp.where(infinite, 0, z)
+    loss = jnp.exp(gamma * _log_miss(finite, y)) * logistic(finite, y, 1 - y)
+    # The share of the label that an infinite logit denies has an infinite loss, the rest none.
+    denied = jnp.where(z > 0, 1 - y, y)
+    size = jnp.where(denied == 0, 0, jnp.where(z > 0, z, -z))
+    loss = jnp.where(infinite, denied ** (1 + gamma) * size, loss)
+
+    share = _reduction.weights("alpha", alpha, y.shape, y.dtype)
+    if share is not None:
+        loss = weighted(share * y + (1 - share) * (1 - y), loss)
+    return _reduction.reduce(loss, counts, sample_weight, reduction)
+
+
+def _log_miss(z: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`log(y (1 - p) + (1 - y) p)` of finite logits, with the derivatives by both.
+
+    With `u = exp(-|z|)` the argument is `(a + b u) / (1 + u)`, where `b` is the share of the label
+    that the logit favours. Where `a` is 0, `u` is taken out of the logarithm, as it may underflow.
+    """
+    up = z > 0
+    away = jnp.where(up, -z, z)
+    a, b = jnp.where(up, 1 - y, y), jnp.where(up, y, 1 - y)
+    hard = a == 0
+    soft = jnp.log(jnp.where(hard, 1, a) + b * jnp.exp(away))
+    # `a` is 0 here but its derivative is not. Past 80 that one is beyond float32, and cut.
+    back = jnp.exp(-jnp.where(hard & (away > -80), away, -80))
+    sure = away + jnp.log(jnp.where(hard, b + a * back, 1))
+    return jnp.where(hard, sure, soft) - jnp.log1p(jnp.exp(away))
+
+
+def poly_loss_cross_entropy(
+    logits: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    *,
+    epsilon: Shaped[ArrayLike, ""] = 2.0,
+    axis: int | Sequence[int] | None = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Cross-entropy with target distributions, and a linear term of the probability missed.
+
+    For logits :math:`z`, labels :math:`q` and :math:`p = \mathrm{softmax}(z)`:
+
+    .. math:: \ell = \sum_c q_c \left( -\log p_c + \epsilon (1 - p_c) \right)
+
+    For class ids, `poly_loss` of their log-probability is the same with less work.
+
+    Args:
+      logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
+        allowed; a label of 0 there costs nothing, any other is +inf (optax drops it).
+      labels: a non-negative number for each class, broadcastable to `logits`; floating, integer or
+        bool (one-hot).
+      epsilon: what is added to the first coefficient of the series in 1 - p. May be traced.
+      axis: the class axis, a tuple of them, or None for all.
+      where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
+        dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
+      sample_weight: weight of each example, broadcastable to the loss. A weight of 0 silences the
+        row, even if its loss is inf or NaN.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0).
+      forward_mode: let JAX derive the derivative instead of using the fused one, so that
+        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+
+    Returns:
+      The loss, of the shape of `logits` less the class axes or `[]`, in float32 (float64 for
+      float64 logits).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> logits = jnp.array([[4.0, 2.0, 1.0], [0.0, 5.0, 1.0]])
+      >>> labels = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.8, 0.2]])
+      >>> print(ce_jax.poly_loss_cross_entropy(logits, labels, reduction="sum"))
+      1.7390
+
+    References:
+      Leng et al., `PolyLoss: A Polynomial Expansion Perspective of Classification Loss
+      Functions`, 2022.
+    """
+    _checks.reduction(reduction)
+    return _poly_loss_cross_entropy(
+        logits,
+        labels,
+        scalar("epsilon", epsilon),
+        where,
+        sample_weight,
+        axis=_checks.static_axis(axis),
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "reduction", "forward_mode"), inline=True)
+def _poly_loss_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    epsilon: Array,
+    where: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    *,
+    axis: int | tuple[int, ...] | None,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    rows = _target.rows_of("logits", logits, axis, where)
+    dtype = wide(rows.values.dtype)
+    sample_weight = _reduction.weights(
+        "sample_weight", sample_weight, rows.values.shape[:-1], dtype
+    )
+    z = _target.without_excluded(rows.values, rows.counts, sample_weight).astype(dtype)
+    probs = _target.distributions(labels, jnp.shape(logits), axis, dtype)
+    probs = _target.without_excluded(probs, rows.counts)
+
+    # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
+    top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
+    z = z - jnp.where(jnp.isneginf(top), 0, top)
+    statistics = row_statistics(z, Target(probs=probs), forward_mode=forward_mode)
+    missed = -jnp.expm1(z - statistics.lse[..., None])
+    loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)
+    return _reduction.reduce(loss, rows.counts, sample_weight, reduction)
