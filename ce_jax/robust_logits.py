@@ -12,7 +12,6 @@ from ._dense import row_statistics
 from ._numerics import option, scalar
 from ._row_loss import weighted
 from ._tile import Target, wide
-from .sigmoid import logistic
 
 
 def sigmoid_focal_loss(
@@ -97,7 +96,8 @@ def _sigmoid_focal_loss(
 
     infinite = jnp.isinf(z)
     finite = jnp.where(infinite, 0, z)
-    loss = jnp.exp(gamma * _log_miss(finite, y)) * logistic(finite, y, 1 - y)
+    log_miss, cross = _log_miss_and_cross(finite, y)
+    loss = jnp.exp(gamma * log_miss) * cross
     # The share of the label that an infinite logit denies has an infinite loss, the rest none.
     denied = jnp.where(z > 0, 1 - y, y)
     size = jnp.where(denied == 0, 0, jnp.where(z > 0, z, -z))
@@ -109,21 +109,26 @@ def _sigmoid_focal_loss(
     return _reduction.reduce(loss, counts, sample_weight, reduction)
 
 
-def _log_miss(z: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`log(y (1 - p) + (1 - y) p)` of finite logits, with the derivatives by both.
+def _log_miss_and_cross(
+    z: Float[Array, "*shape"], y: Float[Array, "*shape"]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """`log(y (1 - p) + (1 - y) p)` and the cross-entropy of finite logits, differentiable by both.
 
-    With `u = exp(-|z|)` the argument is `(a + b u) / (1 + u)`, where `b` is the share of the label
-    that the logit favours. Where `a` is 0, `u` is taken out of the logarithm, as it may underflow.
+    With `u = exp(-|z|)`, and `a` and `b` the shares of the label that the logit denies and favours,
+    the first is `log((a + b u) / (1 + u))` and the second `log(1 + u) + a |z|`. Where `a` is 0, `u`
+    is taken out of the logarithm, as it may underflow.
     """
     up = z > 0
     away = jnp.where(up, -z, z)
     a, b = jnp.where(up, 1 - y, y), jnp.where(up, y, 1 - y)
+    u = jnp.exp(away)
+    normaliser = jnp.log1p(u)
     hard = a == 0
-    soft = jnp.log(jnp.where(hard, 1, a) + b * jnp.exp(away))
+    soft = jnp.log(jnp.where(hard, 1, a) + b * u)
     # `a` is 0 here but its derivative is not. Past 80 that one is beyond float32, and cut.
     back = jnp.exp(-jnp.where(hard & (away > -80), away, -80))
     sure = away + jnp.log(jnp.where(hard, b + a * back, 1))
-    return jnp.where(hard, sure, soft) - jnp.log1p(jnp.exp(away))
+    return jnp.where(hard, sure, soft) - normaliser, normaliser - a * away
 
 
 def poly_loss_cross_entropy(

@@ -4,6 +4,8 @@ Every function has the name and the arguments of the one it is the truth for, is
 papers' formulas, and runs on complex numbers where it is differentiated.
 """
 
+import itertools
+
 import numpy as np
 
 from tests import reference
@@ -165,3 +167,64 @@ def estimate_prior(logits, train_prior, steps, sample_weight=None):
         joint = posterior * prior / train_prior
         prior = weight @ (joint / joint.sum(-1, keepdims=True)) / weight.sum()
     return prior
+
+
+def cross_entropy_parts(logits, labels, axis=-1, where=None):
+    """Entropy and divergence of each row and class."""
+    batch, rows, allowed = reference._layout(logits, axis, where)
+    targets = reference._class_last(np.asarray(labels, float), axis)
+    entropy, divergence = np.zeros(batch.shape), np.zeros(batch.shape)
+    for row in np.ndindex(rows.shape):
+        if not rows[row]:
+            continue
+        p = np.where(allowed[row], np.exp(batch[row] - batch[row][allowed[row]].max()), 0)
+        p = p / p.sum()
+        for c, q in enumerate(targets[row]):
+            if q > 0:
+                entropy[row][c] = -q * np.log(q)
+                divergence[row][c] = q * np.log(q / p[c]) - q + p[c]
+            else:
+                divergence[row][c] = p[c]
+    return entropy, divergence
+
+
+def reliability_bins(confidence, correct, *, bins, adaptive):
+    """A list of bins, each the indices in it, then their statistics."""
+    if adaptive:
+        order = np.argsort(confidence, kind="stable")
+        bounds = [-(-b * order.size // bins) for b in range(bins + 1)]
+        groups = [order[a:b] for a, b in itertools.pairwise(bounds)]
+    else:
+        edges = np.arange(bins + 1) / bins
+        edges[0] = -1
+        groups = [
+            np.flatnonzero((confidence > a) & (confidence <= b))
+            for a, b in itertools.pairwise(edges)
+        ]
+    size = np.array([len(g) for g in groups])
+    means = [[np.mean(x[g]) if len(g) else np.nan for g in groups] for x in (confidence, correct)]
+    return size, *means
+
+
+def expected_calibration_error(confidence, correct, *, bins=15, adaptive=False):
+    size, mean, accuracy = reliability_bins(confidence, correct, bins=bins, adaptive=adaptive)
+    return np.nansum(size / size.sum() * np.abs(np.subtract(mean, accuracy)))
+
+
+def brier_score(
+    logits,
+    labels,
+    axis=-1,
+    where=None,
+    *,
+    sample_weight=None,
+    ignore_index=None,
+    reduction="none",
+):
+    def loss(log_p, label):
+        return np.sum((np.exp(log_p) - (np.arange(log_p.size) == label)) ** 2)
+
+    inputs = (logits, sample_weight)
+    return _by_row(
+        loss, inputs, logits, labels, axis, where, sample_weight, reduction, ignore_index
+    )

@@ -1,0 +1,120 @@
+"""The class shares of unlabelled data, from a model's predictions on it."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
+
+from . import _checks, _reduction
+from ._numerics import option, positive_int, scalar
+from ._tile import wide
+
+
+class PriorEstimate(NamedTuple):
+    """What `estimate_prior` found.
+
+    Attributes:
+      prior: share of each class.
+      steps: number of steps taken.
+      change: largest change of a share in the last step: at most the tolerance if it converged.
+    """
+
+    prior: Float[Array, " classes"]
+    steps: Integer[Array, ""]
+    change: Float[Array, ""]
+
+
+def estimate_prior(
+    logits: Shaped[ArrayLike, "..."],
+    train_prior: Shaped[ArrayLike, "..."],
+    *,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    tolerance: Shaped[ArrayLike, ""] = 1e-6,
+    max_steps: int = 1000,
+) -> PriorEstimate:
+    r"""Maximum-likelihood class shares of data on which only a model's predictions are known.
+
+    Expectation and maximisation in turn, from the training prior :math:`\pi` on, for a model
+    whose posterior is :math:`p = \mathrm{softmax}(z)`:
+
+    .. math::
+      g_{nc} = \frac{p_{nc}\, \pi'_c / \pi_c}{\sum_k p_{nk}\, \pi'_k / \pi_k},
+      \qquad \pi'_c \leftarrow \frac{\sum_n s_n g_{nc}}{\sum_n s_n}
+
+    The model must be calibrated under the training prior, and only the class shares may have
+    changed, not what the classes look like.
+
+    Args:
+      logits: logits or log-probabilities of unlabelled data `[N, C]`, floating.
+      train_prior: share of each class in the training data `[C]`, or the counts. A class without
+        examples keeps a share of 0.
+      sample_weight: weight :math:`s` of each example, broadcastable to `[N]`.
+      tolerance: stop when no share changes by more than this, at least 0. May be traced.
+      max_steps: stop after this many steps.
+
+    Returns:
+      A named tuple of the shares `[C]` in float32 (float64 for float64 logits), the number of
+      steps, and the last change. Without any example the training prior itself.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> probs = jnp.array([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9]])
+      >>> print(ce_jax.estimate_prior(jnp.log(probs), jnp.array([0.5, 0.5])).prior)
+      [0.8125 0.1875]
+
+    References:
+      Saerens et al., `Adjusting the Outputs of a Classifier to New a Priori Probabilities: a
+      Simple Procedure`, 2002.
+    """
+    return _estimate_prior(
+        logits,
+        option("train_prior", train_prior, low=0.0),
+        sample_weight,
+        scalar("tolerance", tolerance, low=0.0),
+        max_steps=positive_int("max_steps", max_steps),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("max_steps",), inline=True)
+def _estimate_prior(
+    logits: ArrayLike,
+    train_prior: Array,
+    sample_weight: ArrayLike | None,
+    tolerance: Array,
+    *,
+    max_steps: int,
+) -> PriorEstimate:
+    z = _checks.floating("logits", logits)
+    if z.ndim != 2:
+        raise ValueError(f"logits must have shape [N, C], got {z.shape}")
+    dtype = wide(z.dtype)
+    _checks.shape_is("train_prior", train_prior, z.shape[1:], "one share per class")
+    train = train_prior.astype(dtype)
+    train = train / jnp.where(jnp.sum(train) == 0, 1, jnp.sum(train))
+    weights = _reduction.weights("sample_weight", sample_weight, z.shape[:1], dtype)
+    if weights is None:
+        weights = jnp.ones(z.shape[:1], dtype)
+    present = train > 0
+    # The model's own prior is taken out once; each step puts the current one in.
+    log_train = jnp.log(jnp.where(present, train, 1))
+    z = jnp.where(present[None], z.astype(dtype) - log_train[None], -jnp.inf)
+    z = jnp.where((weights > 0)[:, None], z, 0)
+
+    def step(state: PriorEstimate) -> PriorEstimate:
+        posterior = jax.nn.softmax(z + jnp.log(state.prior)[None], -1)
+        shares = weights @ posterior
+        total = jnp.sum(shares)
+        prior = jnp.where(total == 0, train, shares / jnp.where(total == 0, 1, total))
+        return PriorEstimate(prior, state.steps + 1, jnp.max(jnp.abs(prior - state.prior)))
+
+    def unsettled(state: PriorEstimate) -> Array:
+        return (state.change > tolerance.astype(dtype)) & (state.steps < max_steps)
+
+    start = PriorEstimate(train, jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, dtype))
+    return jax.lax.while_loop(unsettled, step, start)

@@ -1,0 +1,302 @@
+r"""Weights and logit offsets for classes that are unequally frequent, or whose shares shift.
+
+The weights `[C]` go into the `weight` of a loss. A class of which there is no example has no
+frequency to correct for: its weight is 0, and it does not count among the classes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks
+from ._numerics import one_minus_exp, option, scalar
+from ._tile import wide
+
+
+def inverse_frequency_weights(counts: Shaped[ArrayLike, "..."]) -> Float[Array, "..."]:
+    r"""Class weights proportional to the inverse of the number of examples, of mean 1.
+
+    .. math:: w_c = \frac{K / n_c}{\sum_k 1 / n_k}
+
+    over the K classes that have examples; the others get 0.
+
+    Args:
+      counts: number of examples of each class `[C]`, or any numbers in proportion to it.
+
+    Returns:
+      The weights `[C]`, float32 (float64 for float64 counts).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a negative count or a shape that is not `[C]`.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.inverse_frequency_weights(jnp.array([300, 100, 0])))
+      [0.5 1.5 0. ]
+
+    References:
+      King and Zeng, `Logistic Regression in Rare Events Data`, 2001.
+    """
+    return _effective_number_weights(_shares("counts", counts), 0.0)
+
+
+def balanced_weights(counts: Shaped[ArrayLike, "..."]) -> Float[Array, "..."]:
+    r"""Class weights that give every class the same total weight, of mean 1 over the examples.
+
+    .. math:: w_c = \frac{\sum_k n_k}{K\, n_c}
+
+    over the K classes that have examples; the others get 0. In proportion these are the weights
+    of `inverse_frequency_weights`, but they leave the size of a summed loss as it is.
+
+    Args:
+      counts: number of examples of each class `[C]`, or any numbers in proportion to it.
+
+    Returns:
+      The weights `[C]`, float32 (float64 for float64 counts).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a negative count or a shape that is not `[C]`.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.balanced_weights(jnp.array([300, 100, 0])))
+      [0.6667 2.     0.    ]
+
+    References:
+      King and Zeng, `Logistic Regression in Rare Events Data`, 2001; the rule is
+      scikit-learn's "balanced".
+    """
+    return _balanced_weights(_shares("counts", counts))
+
+
+@functools.partial(jax.jit, inline=True)
+def _balanced_weights(counts: Array) -> Array:
+    present = counts > 0
+    classes = jnp.sum(present, dtype=counts.dtype)
+    share = _normalised(counts)
+    return jnp.where(present, 1 / (classes * jnp.where(present, share, 1)), 0)
+
+
+def effective_number_weights(
+    counts: Shaped[ArrayLike, "..."], *, beta: Shaped[ArrayLike, ""] = 0.999
+) -> Float[Array, "..."]:
+    r"""Class weights proportional to the inverse of the effective number of examples, of mean 1.
+
+    .. math:: w_c \propto \frac{1}{E_c}, \qquad E_c = \frac{1 - \beta^{n_c}}{1 - \beta}
+
+    An example is taken to cover a part :math:`1 - \beta` of its class, so that many of them
+    overlap: E grows like n at first and never exceeds :math:`1 / (1 - \beta)`. No weighting at
+    :math:`\beta = 0`, that of the inverse frequency at 1. Classes without examples get 0.
+
+    Args:
+      counts: number of examples of each class `[C]`.
+      beta: overlap, in [0, 1]. May be traced; near 1 a Python float keeps more digits.
+
+    Returns:
+      The weights `[C]`, float32 (float64 for float64 counts).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a negative count, a shape that is not `[C]`, or a `beta` out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.effective_number_weights(jnp.array([3000, 100, 0]), beta=0.999).round(4))
+      [0.1821 1.8179 0.    ]
+
+    References:
+      Cui et al., `Class-Balanced Loss Based on Effective Number of Samples`, 2019.
+    """
+    checked = scalar("beta", beta, 0.0, 1.0)
+    # 1 - beta is what matters, and rounding beta to float32 would spoil it.
+    rest = 1.0 - beta if isinstance(beta, float | int) else 1 - checked
+    return _effective_number_weights(_shares("counts", counts), rest)
+
+
+@functools.partial(jax.jit, inline=True)
+def _effective_number_weights(counts: Array, rest: ArrayLike) -> Array:
+    present = counts > 0
+    log_beta = jnp.log1p(-jnp.asarray(rest).astype(counts.dtype))
+    overlap = log_beta < 0
+    exponent = jnp.where(present, counts, 1) * jnp.where(overlap, log_beta, -1)
+    effective = jnp.where(overlap, one_minus_exp(exponent), counts)
+    inverse = jnp.where(present, 1 / jnp.where(present, effective, 1), 0)
+    mean = jnp.sum(inverse) / jnp.maximum(jnp.sum(present, dtype=counts.dtype), 1)
+    return inverse / jnp.where(mean == 0, 1, mean)
+
+
+def focal_alpha(
+    positives: Shaped[ArrayLike, "..."], total: Shaped[ArrayLike, "..."]
+) -> Float[Array, "..."]:
+    r"""The `alpha` of `sigmoid_focal_loss` with which both labels have the same total weight.
+
+    .. math:: \alpha_c = 1 - n_c / N, \qquad \alpha_c\, n_c = (1 - \alpha_c) (N - n_c)
+
+    Args:
+      positives: number of positive examples of each class, of any shape.
+      total: number of examples, broadcastable to `positives`.
+
+    Returns:
+      The weight of the positive label, of the shape of `positives`, float32 (float64 for float64
+      counts): 1 where there are no positives, 1/2 where there are no examples at all.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a negative count or shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.focal_alpha(jnp.array([10, 50, 0]), 100))
+      [0.9 0.5 1. ]
+
+    References:
+      Lin et al., `Focal Loss for Dense Object Detection`, 2017, section 3.1.
+    """
+    n, everything = _floats("positives", positives), _floats("total", total)
+    everything = _checks.broadcast("total", everything, n.shape, "the shape of positives")
+    return _focal_alpha(n, everything.astype(n.dtype))
+
+
+@functools.partial(jax.jit, inline=True)
+def _focal_alpha(positives: Array, total: Array) -> Array:
+    return jnp.where(total == 0, 0.5, (total - positives) / jnp.where(total == 0, 1, total))
+
+
+def training_logit_offset(
+    prior: Shaped[ArrayLike, "..."], *, tau: Shaped[ArrayLike, ""] = 1.0
+) -> Float[Array, "..."]:
+    r"""What to add to the logits in training, so that rare classes get the larger margin.
+
+    .. math:: z_c + \tau \log \pi_c
+
+    With :math:`\tau = 1` the logits themselves then learn the balanced problem, whose prior is
+    uniform, and predictions are made without the offset. It is a vector, so that it also serves
+    as the `bias` of the linear form.
+
+    Args:
+      prior: share of each class in the training data `[C]`, or the counts. Add 1 to counts to
+        leave a chance to classes without examples; these are -inf otherwise, that is, masked.
+      tau: strength, at least 0. May be traced.
+
+    Returns:
+      The offset `[C]`, at most 0 and for `tau = 0` all 0 but for masked classes; float32 (float64
+      for float64 input).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a negative share, a shape that is not `[C]`, or a `tau` out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.training_logit_offset(jnp.array([300, 100, 0])))
+      [-0.2877 -1.3863    -inf]
+
+    References:
+      Menon et al., `Long-Tail Learning via Logit Adjustment`, 2021.
+    """
+    return _logit_offset(_shares("prior", prior), scalar("tau", tau, low=0.0))
+
+
+def prediction_logit_offset(
+    prior: Shaped[ArrayLike, "..."], *, tau: Shaped[ArrayLike, ""] = 1.0
+) -> Float[Array, "..."]:
+    r"""What to add to the logits of a model trained without an offset, to predict rare classes.
+
+    .. math:: z_c - \tau \log \pi_c
+
+    With :math:`\tau = 1` the result is the model's answer for a uniform prior. Do it in training
+    or in prediction, not in both.
+
+    Args:
+      prior: share of each class in the training data `[C]`, or the counts.
+      tau: strength, at least 0. May be traced.
+
+    Returns:
+      The offset `[C]`, float32 (float64 for float64 input). It is -inf for a class without
+      examples: the model has not learnt anything about it, and must not predict it.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a negative share, a shape that is not `[C]`, or a `tau` out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.prediction_logit_offset(jnp.array([300, 100, 0])))
+      [0.2877 1.3863   -inf]
+
+    References:
+      Menon et al., `Long-Tail Learning via Logit Adjustment`, 2021.
+    """
+    return _logit_offset(_shares("prior", prior), -scalar("tau", tau, low=0.0))
+
+
+@functools.partial(jax.jit, inline=True)
+def _logit_offset(prior: Array, scale: Array) -> Array:
+    present = prior > 0
+    log_prior = jnp.log(jnp.where(present, _normalised(prior), 1))
+    return jnp.where(present, scale.astype(prior.dtype) * log_prior, -jnp.inf)
+
+
+def prior_shift_weights(
+    train_prior: Shaped[ArrayLike, "..."], target_prior: Shaped[ArrayLike, "..."]
+) -> Float[Array, "..."]:
+    r"""Class weights with which training data stand for data of other class shares.
+
+    .. math:: w_c = \pi'_c / \pi_c
+
+    Their mean over the training data is 1 if each class of the target has examples. Their
+    logarithm, added to logits, shifts predictions in the same way.
+
+    Args:
+      train_prior: share of each class in the training data `[C]`, or the counts.
+      target_prior: share of each class where the model is to be used `[C]`, or the counts; from
+        `estimate_prior` if there are no labels.
+
+    Returns:
+      The weights `[C]`, float32 (float64 for float64 input); 0 for a class without training
+      examples, which no weight can stand for.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a negative share, or shapes that are not `[C]` both.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.prior_shift_weights(jnp.array([300, 100]), jnp.array([0.5, 0.5])))
+      [0.6667 2.    ]
+
+    References:
+      Saerens et al., `Adjusting the Outputs of a Classifier to New a Priori Probabilities: a
+      Simple Procedure`, 2002.
+    """
+    train, target = _shares("train_prior", train_prior), _shares("target_prior", target_prior)
+    _checks.shape_is("target_prior", target, train.shape, "the shape of train_prior")
+    return _prior_shift_weights(train, target.astype(train.dtype))
+
+
+@functools.partial(jax.jit, inline=True)
+def _prior_shift_weights(train: Array, target: Array) -> Array:
+    present = train > 0
+    share = jnp.where(present, _normalised(train), 1)
+    return jnp.where(present, _normalised(target) / share, 0)
+
+
+def _floats(name: str, x: ArrayLike) -> Float[Array, "..."]:
+    """Non-negative numbers in a dtype to calculate with."""
+    x = option(name, x, low=0.0)
+    return x.astype(wide(x.dtype))
+
+
+def _shares(name: str, x: ArrayLike) -> Float[Array, " classes"]:
+    x = _floats(name, x)
+    _checks.shape_is(name, x, (x.size,), "one number per class")
+    return x
+
+
+def _normalised(x: Float[Array, " classes"]) -> Float[Array, " classes"]:
+    total = jnp.sum(x)
+    return x / jnp.where(total == 0, 1, total)
