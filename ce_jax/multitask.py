@@ -1,0 +1,115 @@
+"""Several losses in one, with weights that are learnt."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
+
+from . import _checks
+from ._numerics import scalar
+from ._tile import wide
+
+# Below this log-variance exp(-s) goes on as its tangent. A weight of e^30 is far beyond use.
+_LOWEST = -30.0
+
+
+def init_log_variances(
+    losses: PyTree[Shaped[ArrayLike, ""]], *, value: Shaped[ArrayLike, ""] = 0.0
+) -> PyTree[Float[Array, ""]]:
+    r"""The parameters of `uncertainty_weighted_loss`: :math:`s_i = \log \sigma_i^2` of each task.
+
+    Args:
+      losses: any pytree with one leaf for each task, such as the losses or zeros.
+      value: where all of them start: 0 gives each task the weight 1.
+
+    Returns:
+      A pytree of the same structure of scalars, in float32 (float64 for a float64 leaf): part of
+      the parameters that optax updates.
+
+    Raises:
+      TypeError: for a leaf or value that is not real.
+      ValueError: for a leaf or value that is not a finite scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.init_log_variances({"digit": 2.3, "parity": 0.7})["parity"])
+      0.0
+
+    References:
+      Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
+      and Semantics`, 2018.
+    """
+    start = scalar("value", value)
+    return jax.tree.map(lambda loss: start.astype(_task_loss(loss).dtype), losses)
+
+
+def uncertainty_weighted_loss(
+    log_variances: PyTree[Shaped[ArrayLike, ""]], losses: PyTree[Shaped[ArrayLike, ""]]
+) -> Float[Array, ""]:
+    r"""Sum of the losses of several tasks, weighted by how noisy each task turns out to be.
+
+    .. math:: \sum_i \left( e^{-s_i} \ell_i + \tfrac{1}{2} s_i \right), \qquad s_i = \log \sigma_i^2
+
+    For :math:`\ell_i` a cross-entropy, or for a regression half the squared error, this is the
+    negative log-likelihood (for the cross-entropy in the paper's approximation). For a fixed loss
+    the best weight :math:`e^{-s_i}` is :math:`1 / (2 \ell_i)`. A loss that reaches 0 has none, and
+    :math:`s_i` sinks on and on: below -30 the exponential continues as its tangent, so that value
+    and gradient stay finite and a loss that rises again brings the weight back.
+
+    Args:
+      log_variances: parameters :math:`s_i`, from `init_log_variances`.
+      losses: scalar losses, a pytree of the same structure. A sum over examples, or a mean; the
+        second gives weights that don't depend on the batch size.
+
+    Returns:
+      The weighted sum, `[]`, in float32 (float64 if a leaf is).
+
+    Raises:
+      TypeError: for a leaf that is not real.
+      ValueError: for a leaf that is not a scalar, or structures that differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ce_jax
+      >>> losses = {"digit": 2.0, "parity": 0.5}
+      >>> s = ce_jax.init_log_variances(losses)
+      >>> print(ce_jax.uncertainty_weighted_loss(s, losses))
+      2.5
+      >>> print(jax.grad(ce_jax.uncertainty_weighted_loss)(s, losses)["digit"])
+      -1.5
+
+    References:
+      Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
+      and Semantics`, 2018.
+    """
+    wanted, found = str(jax.tree.structure(losses)), str(jax.tree.structure(log_variances))
+    if wanted != found:
+        raise ValueError(f"log_variances must have the structure of losses, {wanted}, got {found}")
+    if not jax.tree.leaves(losses):
+        raise ValueError("losses must have at least one leaf, got none")
+    return _uncertainty_weighted_loss(
+        [_scalar("log_variances", x) for x in jax.tree.leaves(log_variances)],
+        [_task_loss(x) for x in jax.tree.leaves(losses)],
+    )
+
+
+@functools.partial(jax.jit, inline=True)
+def _uncertainty_weighted_loss(log_variances: list[Array], losses: list[Array]) -> Array:
+    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in (*log_variances, *losses)))
+    total = jnp.zeros((), dtype)
+    for s, loss in zip(log_variances, losses, strict=True):
+        s = s.astype(dtype)
+        low = s < _LOWEST
+        weight = jnp.exp(-jnp.where(low, _LOWEST, s)) * jnp.where(low, 1 + _LOWEST - s, 1)
+        total = total + weight * loss.astype(dtype) + s / 2
+    return total
+
+
+def _task_loss(x: ArrayLike) -> Float[Array, ""]:
+    return _scalar("losses", x)
+
+
+def _scalar(name: str, x: ArrayLike) -> Float[Array, ""]:
+    x = _checks.real(name, x)
+    _checks.shape_is(f"every leaf of {name}", x, (), "a scalar")
+    return x.astype(wide(x.dtype))
