@@ -1,0 +1,191 @@
+"""What a cross-entropy is made of: label uncertainty, model error, and the pull on each logit."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
+
+from . import _checks, _target
+from ._numerics import expm1_less_x
+from ._tile import wide
+
+_Axis = int | tuple[int, ...] | None
+
+
+class CrossEntropyParts(NamedTuple):
+    """The parts of a cross-entropy by example and class; see `cross_entropy_parts`.
+
+    Attributes:
+      entropy: uncertainty of the labels, what a perfect model would have to pay.
+      divergence: error of the model.
+    """
+
+    entropy: Float[Array, "*rows classes"]
+    divergence: Float[Array, "*rows classes"]
+
+
+def cross_entropy_parts(
+    logits: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    axis: int | Sequence[int] | None = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+) -> CrossEntropyParts:
+    r"""Splits a cross-entropy into label uncertainty and model error, by example and class.
+
+    For label distributions :math:`q` and :math:`p = \mathrm{softmax}(z)`:
+
+    .. math::
+      -\sum_c q_c \log p_c = \sum_c \underbrace{-q_c \log q_c}_{\text{entropy}}
+        + \sum_c \underbrace{q_c \log \frac{q_c}{p_c} - q_c + p_c}_{\text{divergence}}
+
+    Sum over the class axis for the parts of an example, over the examples for those of a class,
+    over both for the whole. The terms :math:`p_c - q_c` cancel in the sum over the classes; with
+    them every share is at least 0, and 0 only where p and q agree.
+
+    Args:
+      logits: unnormalised log-probabilities `[..., C]`, floating; `-inf` masks a class.
+      labels: distributions, broadcastable to `logits`; floating, or one-hot integer or bool.
+      axis: the class axis, a tuple of them, or None for all.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+
+    Returns:
+      A named tuple of `entropy` and `divergence` in nats, each `[..., C]` with the class axis
+      last, float32 (float64 for float64 logits). Rows that do not count are 0.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or an axis that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> logits, labels = jnp.zeros((1, 2)), jnp.array([[0.75, 0.25]])
+      >>> parts = ce_jax.cross_entropy_parts(logits, labels)
+      >>> print(parts.entropy.sum(), parts.divergence.sum())
+      0.5623 0.1308
+
+    References:
+      Kullback and Leibler, `On Information and Sufficiency`, 1951.
+    """
+    return _cross_entropy_parts(logits, labels, where, axis=_checks.static_axis(axis))
+
+
+@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+def _cross_entropy_parts(
+    logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None, *, axis: _Axis
+) -> CrossEntropyParts:
+    rows = _target.rows_of("logits", logits, axis, where)
+    z = _target.without_excluded(rows.values, rows.counts)
+    log_p = log_softmax(z)
+    q = _target.distributions(labels, jnp.shape(logits), axis, log_p.dtype)
+    likely = q > 0
+    log_q = jnp.log(jnp.where(likely, q, 1))
+    # q (p/q - 1 - log(p/q)), and what is left of it for q -> 0. A negative label is NaN.
+    divergence = q * expm1_less_x(jnp.where(likely, log_p, 0) - log_q)
+    divergence = jnp.where(q == 0, jnp.exp(log_p), divergence)
+    entropy = -q * log_q
+    valid = jnp.where(q < 0, jnp.nan, 1).astype(q.dtype)
+    parts = CrossEntropyParts(entropy * valid, divergence * valid)
+    if rows.counts is None:
+        return parts
+    counts = rows.counts[..., None]
+    return CrossEntropyParts(*(jnp.where(counts, part, 0) for part in parts))
+
+
+class GradientView(NamedTuple):
+    """The gradient of a cross-entropy by the logits; see `gradient_view`.
+
+    Attributes:
+      per_example: `p - y` of each example.
+      by_label: their mean over the examples of each label, a row for each.
+      size: number of examples of each label.
+    """
+
+    per_example: Float[Array, "*rows classes"]
+    by_label: Float[Array, "classes classes"]
+    size: Integer[Array, " classes"]
+
+
+def gradient_view(
+    logits: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    axis: int | Sequence[int] = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    ignore_index: int | None = None,
+) -> GradientView:
+    r"""The gradient p - y of the cross-entropy by the logits: per example, and mean per label.
+
+    .. math:: g_{nc} = \mathrm{softmax}(z_n)_c - [c = y_n]
+
+    Row i, column j of `by_label` tells how hard the examples of class i push logit j down; the
+    diagonal holds what is missing to certainty, a large entry off it a class they are taken for.
+
+    Args:
+      logits: unnormalised log-probabilities `[..., C]`, floating; `-inf` masks a class.
+      labels: class ids `[...]`, of any integer dtype.
+      axis: the class axis, or a tuple of them: labels are then flat indices.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      ignore_index: label of rows that do not count.
+
+    Returns:
+      A named tuple of `per_example` `[..., C]`, `by_label` `[C, C]`, float32 (float64 for float64
+      logits), and `size` `[C]`. Rows that do not count are 0, as are labels without examples; a
+      label that is no class makes its row NaN and is in no mean.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or an axis that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> view = ce_jax.gradient_view(jnp.zeros((1, 4)), jnp.array([0]))
+      >>> print(view.per_example.round(2))
+      [[-0.75  0.25  0.25  0.25]]
+
+    References:
+      Bridle, `Training Stochastic Model Recognition Algorithms as Networks can Lead to Maximum
+      Mutual Information Estimation of Parameters`, 1989.
+    """
+    return _gradient_view(
+        logits,
+        labels,
+        where,
+        axis=_checks.static_axis(axis),
+        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "ignore_index"), inline=True)
+def _gradient_view(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    *,
+    axis: _Axis,
+    ignore_index: int | None,
+) -> GradientView:
+    rows = _target.rows_of("logits", logits, axis, where)
+    classes = rows.values.shape[-1]
+    label = _target.class_ids(labels, rows.values.shape[:-1], classes, rows.counts, ignore_index)
+    p = jnp.exp(log_softmax(_target.without_excluded(rows.values, label.counts)))
+    gradient = p - jax.nn.one_hot(label.ids, classes, dtype=p.dtype)
+    usable = ~label.unknown
+    if label.counts is not None:
+        usable &= label.counts
+    kept = jnp.where(usable[..., None], gradient, 0)
+    segments = label.ids.reshape(-1)
+    size = jax.ops.segment_sum(usable.reshape(-1).astype(jnp.int32), segments, classes)
+    total = jax.ops.segment_sum(kept.reshape(-1, classes), segments, classes)
+    by_label = total / jnp.maximum(size, 1).astype(p.dtype)[:, None]
+    return GradientView(jnp.where(label.unknown[..., None], jnp.nan, kept), by_label, size)
+
+
+def log_softmax(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows classes"]:
+    """Log-probabilities in the loss's dtype; -inf logits are masked classes."""
+    z = z.astype(wide(z.dtype))
+    top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
+    z = z - jnp.where(jnp.isneginf(top), 0, top)
+    return z - jnp.log(jnp.sum(jnp.exp(z), -1, keepdims=True))

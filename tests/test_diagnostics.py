@@ -1,0 +1,274 @@
+"""The parts of a loss, the gradient per class, calibration and temperature."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss
+
+import ce_jax
+from tests import reference, reference_beyond
+from tests.beyond import check
+from tests.helpers import LAYOUTS, close, softmax_arguments
+
+
+def distributions(arguments):
+    """The same problem with labels that sum to 1 over the class axes."""
+    axis = arguments["axis"]
+    labels = arguments["labels"]
+    total = labels.sum(axis, keepdims=True)
+    return {**arguments, "labels": labels / np.where(total == 0, 1, total)}
+
+
+@pytest.mark.parametrize("layout", ["last", "tuple", "vector"])
+@pytest.mark.parametrize("where", [None, "rows", "classes"])
+def test_cross_entropy_parts(layout, where):
+    arguments = distributions(
+        softmax_arguments(layout=layout, where=where, soft=True, masked=True, seed=5)
+    )
+    found = ce_jax.cross_entropy_parts(**arguments)
+    entropy, divergence = reference_beyond.cross_entropy_parts(**arguments)
+    close(found.entropy, entropy, 4e-6, size=1.0)
+    close(found.divergence, divergence, 4e-6, size=1.0)
+    with jax.enable_x64(True):
+        wide = ce_jax.cross_entropy_parts(**arguments)
+    close(wide.entropy, entropy, 1e-12, size=1.0)
+    close(wide.divergence, divergence, 1e-12, size=1.0)
+    loss = ce_jax.softmax_cross_entropy(**arguments)
+    np.testing.assert_allclose(jnp.sum(sum(found), -1), loss, rtol=1e-5)
+    assert jnp.all(found.divergence >= 0)
+
+
+def test_parts_of_sure_labels_and_of_a_perfect_model():
+    logits = jnp.array([[2.0, 0.5, -1.0]])
+    labels = jnp.array([[False, True, False]])
+    parts = ce_jax.cross_entropy_parts(logits, labels)
+    np.testing.assert_array_equal(parts.entropy, 0)
+    np.testing.assert_allclose(
+        parts.divergence.sum(), ce_jax.softmax_cross_entropy(logits, labels)[0], rtol=1e-6
+    )
+    perfect = ce_jax.cross_entropy_parts(logits, jax.nn.softmax(logits))
+    np.testing.assert_allclose(perfect.divergence, 0, atol=1e-12)
+    impossible = ce_jax.cross_entropy_parts(jnp.array([0.0, -jnp.inf]), jnp.array([0.5, 0.5]))
+    assert impossible.divergence[1] == jnp.inf
+    near = ce_jax.cross_entropy_parts(logits + jnp.array([[1e-3, 0, 0]]), jax.nn.softmax(logits))
+    p = np.exp([2.0, 0.5, -1.0])[0] / np.exp([2.0, 0.5, -1.0]).sum()
+    exact = 0.5 * 1e-6 * p * (1 - p)
+    np.testing.assert_allclose(near.divergence.sum(), exact, rtol=2e-3)
+
+
+def test_parts_under_transforms():
+    draw = np.random.default_rng(0)
+    logits = jnp.asarray(draw.normal(size=(4, 3)), jnp.float32)
+    labels = jnp.asarray(draw.dirichlet(np.ones(3), size=4), jnp.float32)
+    together = ce_jax.cross_entropy_parts(logits, labels)
+    one_by_one = jax.jit(jax.vmap(ce_jax.cross_entropy_parts))(logits, labels)
+    for a, b in zip(together, one_by_one, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    slope = jax.grad(lambda z: ce_jax.cross_entropy_parts(z, labels).divergence.sum())(logits)
+    np.testing.assert_allclose(slope, jax.nn.softmax(logits) - labels, atol=1e-6)
+
+
+def test_gradient_view():
+    arguments = softmax_arguments(ignore_index=-100, where="rows", seed=3)
+    found = ce_jax.gradient_view(**arguments)
+
+    def loss(z):
+        return ce_jax.softmax_cross_entropy_with_integer_labels(
+            **{**arguments, "logits": z}, reduction="sum"
+        )
+
+    slopes = jax.grad(loss)(jnp.asarray(arguments["logits"], jnp.float32))
+    np.testing.assert_allclose(found.per_example, slopes, atol=1e-6)
+    counts = arguments["where"] & (arguments["labels"] != -100)
+    for c in range(4):
+        rows = counts & (arguments["labels"] == c)
+        assert found.size[c] == rows.sum()
+        mean = np.asarray(slopes)[rows].mean(0) if rows.any() else np.zeros(4)
+        np.testing.assert_allclose(found.by_label[c], mean, atol=1e-6)
+    wrong = ce_jax.gradient_view(jnp.zeros((2, 2)), jnp.array([7, 1]))
+    assert jnp.all(jnp.isnan(wrong.per_example[0]))
+    np.testing.assert_allclose(wrong.by_label, [[0, 0], [0.5, -0.5]])
+
+
+def predictions(size=500):
+    draw = np.random.default_rng(1)
+    confidence = draw.random(size).astype(np.float32)
+    return confidence, draw.random(size) < confidence**2
+
+
+@pytest.mark.parametrize("bins", [1, 7, 15])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_reliability(bins, adaptive):
+    confidence, correct = predictions()
+    found = ce_jax.reliability_bins(confidence, correct, bins=bins, adaptive=adaptive)
+    expected = reference_beyond.reliability_bins(confidence, correct, bins=bins, adaptive=adaptive)
+    for mine, true in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, true, rtol=1e-5)
+    error = ce_jax.expected_calibration_error(confidence, correct, bins=bins, adaptive=adaptive)
+    np.testing.assert_allclose(
+        error,
+        reference_beyond.expected_calibration_error(
+            confidence, correct, bins=bins, adaptive=adaptive
+        ),
+        rtol=1e-5,
+    )
+    if adaptive:
+        assert found.size.max() - found.size.min() <= 1
+
+
+def test_reliability_is_that_of_scikit_learn():
+    confidence, correct = predictions()
+    for adaptive, strategy in ((False, "uniform"), (True, "quantile")):
+        found = ce_jax.reliability_bins(confidence, correct, bins=10, adaptive=adaptive)
+        accuracy, mean = calibration_curve(correct, confidence, n_bins=10, strategy=strategy)
+        np.testing.assert_allclose(found.accuracy, accuracy, rtol=1e-5)
+        np.testing.assert_allclose(found.confidence, mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_reliability_of_what_counts(adaptive):
+    confidence, correct = predictions(60)
+    where = np.arange(60) % 3 != 0
+    spoiled = np.where(where, confidence, np.nan).astype(np.float32)
+    function = functools.partial(ce_jax.expected_calibration_error, bins=4, adaptive=adaptive)
+    expected = function(confidence[where], correct[where])
+    np.testing.assert_allclose(function(spoiled, correct, where=where), expected, rtol=1e-6)
+    both = jax.vmap(lambda c: function(c, correct, where=where))(jnp.stack([spoiled, confidence]))
+    np.testing.assert_allclose(both, [expected, expected], rtol=1e-6)
+    assert jnp.isnan(function(confidence, correct, where=np.zeros(60, bool)))
+    few = ce_jax.reliability_bins(confidence[:2], correct[:2], bins=4, adaptive=adaptive)
+    assert few.size.sum() == 2
+    np.testing.assert_array_equal(jnp.isnan(few.accuracy), few.size == 0)
+
+
+def test_edges_of_bins():
+    """Bins are closed on the right, and 0 belongs to the first."""
+    edges = jnp.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    found = ce_jax.reliability_bins(edges, jnp.ones(5, bool), bins=4)
+    np.testing.assert_array_equal(found.size, [2, 1, 1, 1])
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_brier_score(layout):
+    arguments = softmax_arguments(
+        layout=layout, ignore_index=-100, sample_weight=True, masked=True, reduction="mean"
+    )
+    for dtype in (jnp.float32, jnp.float64):
+        check(ce_jax.brier_score, reference_beyond.brier_score, arguments, dtype=dtype, loosen=2)
+
+
+def test_brier_score_is_that_of_scikit_learn():
+    draw = np.random.default_rng(0)
+    logits, labels = draw.normal(size=(30, 3)).astype(np.float32), draw.integers(3, size=30)
+    probs = np.asarray(jax.nn.softmax(logits), float)
+    expected = brier_score_loss(labels, probs / probs.sum(-1, keepdims=True))
+    np.testing.assert_allclose(
+        ce_jax.brier_score(logits, labels, reduction="mean"), expected, rtol=1e-5
+    )
+
+
+def overconfident(size=400, factor=3.0):
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(size, 4))
+    labels = np.argmax(logits + draw.gumbel(size=logits.shape), -1)
+    return factor * logits, labels
+
+
+@pytest.mark.parametrize("factor", [0.2, 3.0, 30.0])
+def test_fit_temperature(factor):
+    logits, labels = overconfident(factor=factor)
+
+    def loss(log_temperature):
+        z = logits / np.exp(log_temperature)
+        return reference.softmax_cross_entropy_with_integer_labels(z, labels, reduction="mean")
+
+    best = scipy.optimize.minimize_scalar(
+        loss, bracket=(np.log(factor) - 1, np.log(factor) + 1), tol=1e-10
+    )
+    found = ce_jax.fit_temperature(logits.astype(np.float32), labels)
+    np.testing.assert_allclose(found, np.exp(best.x), rtol=1e-5)
+    slope = jax.grad(
+        lambda t: ce_jax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(np.float32) / t, labels, reduction="mean"
+        )
+    )(found)
+    assert abs(slope) < 1e-6
+
+
+def test_fit_temperature_of_what_counts():
+    logits, labels = overconfident(90)
+    logits = logits.astype(np.float32)
+    weight = (np.arange(90) % 3).astype(np.float32)
+    spoiled = np.where(weight[:, None] == 0, np.nan, logits)
+    expected = ce_jax.fit_temperature(
+        np.repeat(logits, weight.astype(int), 0), np.repeat(labels, weight.astype(int))
+    )
+    for options in (
+        {"logits": spoiled, "labels": labels, "sample_weight": weight},
+        {"logits": spoiled.T, "labels": labels, "sample_weight": weight, "axis": 0},
+    ):
+        np.testing.assert_allclose(ce_jax.fit_temperature(**options), expected, rtol=1e-5)
+    kept = weight > 0
+    halves = ce_jax.fit_temperature(logits[kept], labels[kept])
+    ignored = np.where(kept, labels, -100)
+    np.testing.assert_allclose(ce_jax.fit_temperature(spoiled, labels, where=kept), halves, 1e-5)
+    np.testing.assert_allclose(
+        ce_jax.fit_temperature(spoiled, ignored, ignore_index=-100), halves, rtol=1e-5
+    )
+    masked = np.concatenate([logits, np.full((90, 1), -np.inf, np.float32)], 1)
+    np.testing.assert_allclose(
+        ce_jax.fit_temperature(masked, labels), ce_jax.fit_temperature(logits, labels), rtol=1e-5
+    )
+    both = jax.vmap(ce_jax.fit_temperature)(
+        jnp.stack([logits, 2 * logits]), jnp.stack([labels] * 2)
+    )
+    alone = ce_jax.fit_temperature(logits, labels)
+    np.testing.assert_allclose(both, [alone, 2 * alone], rtol=1e-5)
+
+
+def test_fit_temperature_at_its_bounds():
+    right = jnp.array([[5.0, 0.0], [0.0, 3.0]])
+    np.testing.assert_allclose(ce_jax.fit_temperature(right, jnp.array([0, 1])), 0.01, rtol=1e-4)
+    wrong = ce_jax.fit_temperature(right, jnp.array([1, 0]), high=10.0)
+    np.testing.assert_allclose(wrong, 10.0, rtol=1e-4)
+    assert ce_jax.fit_temperature(jnp.zeros((0, 3)), jnp.zeros(0, int)) == 1
+    assert ce_jax.fit_temperature(jnp.array([[0.0, -jnp.inf]]), jnp.array([1])) == 1
+    assert jnp.isnan(ce_jax.fit_temperature(right, jnp.array([0, 5])))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: ce_jax.cross_entropy_parts(jnp.zeros((2, 3)), jnp.zeros((3, 3))),
+            ValueError,
+            "labels",
+        ),
+        (lambda: ce_jax.gradient_view(jnp.zeros((2, 3)), jnp.zeros(2)), TypeError, "labels"),
+        (lambda: ce_jax.brier_score(jnp.zeros((2, 3)), jnp.zeros(3, int)), ValueError, "labels"),
+        (
+            lambda: ce_jax.reliability_bins(jnp.zeros(2), jnp.zeros(3, bool)),
+            ValueError,
+            r"correct .*\(2,\).*\(3,\)",
+        ),
+        (lambda: ce_jax.reliability_bins(jnp.zeros(2), jnp.zeros(2)), TypeError, "correct .* bool"),
+        (
+            lambda: ce_jax.reliability_bins(jnp.zeros(2), jnp.zeros(2, bool), bins=0),
+            ValueError,
+            "bins",
+        ),
+        (
+            lambda: ce_jax.fit_temperature(jnp.zeros((1, 2)), jnp.zeros(1, int), low=0.0),
+            ValueError,
+            "low",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
