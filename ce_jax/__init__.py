@@ -1,22 +1,58 @@
 """Cross-entropy losses for JAX: exact in every option, with fused gradients, compiled by XLA."""
 
+from .calibration import ReliabilityBins as ReliabilityBins
+from .calibration import brier_score as brier_score
+from .calibration import expected_calibration_error as expected_calibration_error
+from .calibration import fit_temperature as fit_temperature
+from .calibration import reliability_bins as reliability_bins
 from .denominator import mean_denominator as mean_denominator
+from .diagnostics import CrossEntropyParts as CrossEntropyParts
+from .diagnostics import GradientView as GradientView
+from .diagnostics import cross_entropy_parts as cross_entropy_parts
+from .diagnostics import gradient_view as gradient_view
 from .information import binary_entropy as binary_entropy
 from .information import cross_entropy as cross_entropy
 from .information import entropy as entropy
 from .information import kl_divergence as kl_divergence
 from .information import self_information as self_information
+from .linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
+from .linear import linear_softmax_statistics as linear_softmax_statistics
+from .multitask import init_log_variances as init_log_variances
+from .multitask import uncertainty_weighted_loss as uncertainty_weighted_loss
+from .noisy_labels import backward_corrected_cross_entropy as backward_corrected_cross_entropy
+from .noisy_labels import forward_corrected_cross_entropy as forward_corrected_cross_entropy
+from .prior_shift import PriorEstimate as PriorEstimate
+from .prior_shift import estimate_prior as estimate_prior
 from .probabilities import binary_cross_entropy as binary_cross_entropy
 from .probabilities import nll_loss as nll_loss
 from .probabilities import smooth_labels as smooth_labels
+from .robust import focal_loss as focal_loss
+from .robust import generalized_cross_entropy as generalized_cross_entropy
+from .robust import hard_bootstrapped_cross_entropy as hard_bootstrapped_cross_entropy
+from .robust import poly_loss as poly_loss
+from .robust import soft_bootstrapped_cross_entropy as soft_bootstrapped_cross_entropy
+from .robust import symmetric_cross_entropy as symmetric_cross_entropy
+from .robust_logits import poly_loss_cross_entropy as poly_loss_cross_entropy
+from .robust_logits import sigmoid_focal_loss as sigmoid_focal_loss
+from .sequence import NextTokens as NextTokens
+from .sequence import bits_per_byte as bits_per_byte
+from .sequence import next_tokens as next_tokens
+from .sequence import perplexity as perplexity
 from .sigmoid import sigmoid_binary_cross_entropy as sigmoid_binary_cross_entropy
-from .softmax import SoftmaxStatistics as SoftmaxStatistics
 from .softmax import safe_softmax_cross_entropy as safe_softmax_cross_entropy
 from .softmax import softmax_cross_entropy as softmax_cross_entropy
 from .softmax import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
-from .softmax import softmax_statistics as softmax_statistics
+from .statistics import SoftmaxStatistics as SoftmaxStatistics
+from .statistics import softmax_statistics as softmax_statistics
+from .weighting import balanced_weights as balanced_weights
+from .weighting import effective_number_weights as effective_number_weights
+from .weighting import focal_alpha as focal_alpha
+from .weighting import inverse_frequency_weights as inverse_frequency_weights
+from .weighting import prediction_logit_offset as prediction_logit_offset
+from .weighting import prior_shift_weights as prior_shift_weights
+from .weighting import training_logit_offset as training_logit_offset
 
 
 def __getattr__(name: str) -> object:

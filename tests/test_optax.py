@@ -18,6 +18,7 @@ FORWARD = (
     "safe_softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
     "sigmoid_binary_cross_entropy",
+    "poly_loss_cross_entropy",
 )
 # Classes of optax's tests -> the functions they are about.
 UPSTREAM = {
@@ -26,6 +27,8 @@ UPSTREAM = {
     "SoftmaxCrossEntropyWithIntegerLabelsTest": "softmax_cross_entropy_with_integer_labels",
     "SigmoidCrossEntropyTest": "sigmoid_binary_cross_entropy",
     "SmoothLabelsTest": "smooth_labels",
+    "PolyLossTest": "poly_loss_cross_entropy",
+    "SigmoidFocalLossTest": "sigmoid_focal_loss",
 }
 # Where we differ on purpose. Each has a test of its own below.
 IN_REVERSE_MODE = {
@@ -33,6 +36,7 @@ IN_REVERSE_MODE = {
 }
 IN_BOTH_MODES = {
     "SoftmaxCrossEntropyTest.test_mask": "a target on a masked class is dropped; here it is inf",
+    "PolyLossTest.test_mask": "the same",
 }
 
 
@@ -86,7 +90,7 @@ def test_upstream_is_all_there():
     everything = [
         (name, test) for name, cls in found.items() for test in dir(cls) if test.startswith("test")
     ]
-    assert sum(differs(name, test, False) for name, test in everything) == 5
+    assert sum(differs(name, test, False) for name, test in everything) == 7
 
 
 @pytest.mark.parametrize("function", FORWARD)
@@ -104,6 +108,7 @@ def test_deviation_target_on_a_masked_class():
     logits, targets = jnp.zeros(3), jnp.array([0.5, 0.5, 0.0])
     where = jnp.array([True, False, True])
     assert ce_jax.softmax_cross_entropy(logits, targets, where=where) == jnp.inf
+    assert ce_jax.poly_loss_cross_entropy(logits, targets, where=where) == jnp.inf
     theirs = optax.losses.softmax_cross_entropy(logits, targets, where=where)
     np.testing.assert_allclose(theirs, 0.5 * np.log(2.0), rtol=1e-6)
 

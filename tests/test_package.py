@@ -14,21 +14,57 @@ import ce_jax
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ce_jax"
 NAMES = {
+    "CrossEntropyParts",
+    "GradientView",
+    "NextTokens",
+    "PriorEstimate",
+    "ReliabilityBins",
     "SoftmaxStatistics",
+    "backward_corrected_cross_entropy",
+    "balanced_weights",
     "binary_cross_entropy",
     "binary_entropy",
+    "bits_per_byte",
+    "brier_score",
     "cross_entropy",
+    "cross_entropy_parts",
+    "effective_number_weights",
     "entropy",
+    "estimate_prior",
+    "expected_calibration_error",
+    "fit_temperature",
+    "focal_alpha",
+    "focal_loss",
+    "forward_corrected_cross_entropy",
+    "generalized_cross_entropy",
+    "gradient_view",
+    "hard_bootstrapped_cross_entropy",
+    "init_log_variances",
+    "inverse_frequency_weights",
     "kl_divergence",
+    "linear_softmax_cross_entropy",
+    "linear_softmax_statistics",
     "mean_denominator",
+    "next_tokens",
     "nll_loss",
+    "perplexity",
+    "poly_loss",
+    "poly_loss_cross_entropy",
+    "prediction_logit_offset",
+    "prior_shift_weights",
+    "reliability_bins",
     "safe_softmax_cross_entropy",
     "self_information",
     "sigmoid_binary_cross_entropy",
+    "sigmoid_focal_loss",
     "smooth_labels",
+    "soft_bootstrapped_cross_entropy",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
     "softmax_statistics",
+    "symmetric_cross_entropy",
+    "training_logit_offset",
+    "uncertainty_weighted_loss",
 }
 FUNCTIONS = sorted(name for name in NAMES if name.islower())
 # Shared by every function that has it, with one default.
@@ -105,7 +141,7 @@ class TestFunction:
         """Every array is annotated, and an option has one default and place everywhere."""
         signature = inspect.signature(getattr(ce_jax, name))
         assert "jaxtyping" in str(signature.return_annotation.__module__) or (
-            signature.return_annotation is ce_jax.SoftmaxStatistics
+            signature.return_annotation.__name__ in NAMES
         )
         for parameter in signature.parameters.values():
             assert parameter.annotation is not parameter.empty, parameter
