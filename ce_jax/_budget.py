@@ -32,18 +32,17 @@ def default_budget(kernel_bytes: int) -> int:
     return min(max(kernel_bytes // 2, 256 * 10**6), 10**9)
 
 
-def blocks(tokens: int, classes: int, itemsize: int, budget: int, *, summed: bool) -> Blocks:
-    """The largest blocks whose logits (4 bytes) and logits' gradients fit the budget.
+def blocks(tokens: int, classes: int, logit_bytes: int, budget: int, *, summed: bool) -> Blocks:
+    """The largest blocks that fit the budget with so many bytes for each logit.
 
     Only a sum of losses can be computed by tokens, which saves one matmul in four. That pays where
     a block holds enough tokens, or all of them.
     """
-    entries = min(budget // (4 + itemsize), _LARGEST_TILE)
+    entries = min(budget // logit_bytes, _LARGEST_TILE)
     by_class = _block(entries, max(tokens, 1), classes)
-    by_token = _block(entries, classes, max(tokens, 1))
-    if not summed or by_token < min(tokens, _FEWEST_TOKENS):
+    if not summed or entries // classes < min(tokens, _FEWEST_TOKENS):
         return Blocks(by_class, None)
-    return Blocks(by_class, by_token)
+    return Blocks(by_class, _block(entries, classes, max(tokens, 1)))
 
 
 def _block(entries: int, across: int, total: int) -> int:

@@ -69,6 +69,12 @@ def tile(
     return z, pull
 
 
+def masked(options: Options, head: Head) -> bool:
+    """Whether a logit may be -inf."""
+    held = _sharded.all_classes(head.kernel.shape[options.class_axis], options.axis_name)
+    return head.bias is not None or options.classes < held
+
+
 def _first_class(options: Options, head: Head, first: First) -> First:
     local = head.kernel.shape[options.class_axis]
     return _sharded.first_class(local, options.axis_name) + first
@@ -102,6 +108,7 @@ def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) 
             _target_of(target, first, size),
             entropy=options.entropy,
             argmax=options.argmax,
+            masked=masked(options, head),
             first_class=_first_class(options, head, first),
         )
 
@@ -143,7 +150,9 @@ def _fused_bwd(
         z, pull = tile(options, hidden, head, first, size)
         first_class = _first_class(options, head, first)
         of_block = _target_of(target, first, size)
-        dz, d_target = _tile.pullback(z, of_block, part, g, first_class=first_class)
+        dz, d_target = _tile.pullback(
+            z, of_block, part, g, masked=masked(options, head), first_class=first_class
+        )
         more_hidden, block = pull(dz)
         d_head = Head(
             kernel=put(d_head.kernel, block.kernel, first, options.class_axis),

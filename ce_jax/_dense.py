@@ -32,6 +32,7 @@ def row_statistics(
     logits, target = _sharded.align((logits, target))
     options = (entropy, argmax, axis_name)
     if forward_mode:
+        logits = logits.astype(_tile.wide(logits.dtype))  # so that cotangents add up in that dtype
         return _tile.finish(_partial(options, logits, target))
     return _fused(options, logits, target)
 

@@ -67,7 +67,8 @@ def _dot(a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
 
 
 def _soft_cap(u: Float[Array, "..."], cap: Float[Array, ""]) -> Float[Array, "..."]:
-    return cap * jnp.tanh(u / cap)
+    banned = u == -jnp.inf  # by the bias; a cap must not let it in again
+    return jnp.where(banned, -jnp.inf, cap * jnp.tanh(jnp.where(banned, 0, u) / cap))
 
 
 def take(x: Array, first: First, size: int, axis: int = 0) -> Array:
@@ -99,7 +100,7 @@ def over_blocks(
         run = jax.checkpoint(lambda c, f: step(c, f, size), prevent_cse=False)
         return run(carry, first)
 
-    full, rest = divmod(total, size)
+    full, rest = divmod(total, max(size, 1))
     if full == 1:
         carry = one(carry, 0, size)
     elif full > 1:

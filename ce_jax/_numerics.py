@@ -76,7 +76,11 @@ def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @jax.custom_jvp
 def power(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x ** y` for x >= 0, with the derivatives of every order at 0 that jax's own has as NaN."""
+    """`x ** y` for x >= 0, with derivatives of every order that are not NaN at 0.
+
+    Where one is infinite at 0 it is taken as 0: multiplied with the 0 by which a saturated softmax
+    passes it on, that is the limit, and inf is NaN.
+    """
     return x**y
 
 
@@ -84,6 +88,7 @@ def power(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]
 def _power_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, y), (dx, dy) = primals, tangents
     value = power(x, y)
-    by_x = jnp.where(y == 0, 0, y * power(x, jnp.where(y == 0, 1, y - 1)))
+    flat = (y == 0) | ((x == 0) & (y < 1))
+    by_x = jnp.where(flat, 0, y * power(x, jnp.where(flat, 1, y - 1)))
     by_y = jnp.where(x == 0, 0, value * jnp.log(jnp.where(x == 0, 1, x)))
     return value, by_x * dx + by_y * dy

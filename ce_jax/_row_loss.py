@@ -1,6 +1,7 @@
 """The loss of a row from its statistics. Plain functions: JAX differentiates them."""
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
 from ._tile import RowStatistics
@@ -11,11 +12,13 @@ def softmax_loss(
     label_weight: Float[Array, "*rows"] | None = None,
     label_smoothing: ArrayLike | None = None,
     z_loss: ArrayLike | None = None,
+    *,
+    classes: int,
 ) -> Float[Array, "*rows"]:
-    """`(1 - eps) w_y cross + eps / K uniform + z_loss lse**2`, `K` being the allowed classes.
+    """`(1 - eps) w_y cross + eps C / K uniform + z_loss lse**2`, `K` of `C` classes being allowed.
 
-    With `cross = lse - z_y` and `uniform = sum_c w_c (lse - z_c)` this is the cross-entropy of the
-    weighted and smoothed target `t`, `T lse - <t, z>`, written without building `t`.
+    With `cross = lse - z_y` and `uniform = sum_c (w_c / C) (lse - z_c)` this is the cross-entropy
+    of the weighted and smoothed target `t`, `T lse - <t, z>`, written without building `t`.
     """
     loss = statistics.cross
     dtype = loss.dtype
@@ -24,9 +27,9 @@ def softmax_loss(
     if label_smoothing is not None:
         eps = jnp.asarray(label_smoothing, dtype)
         loss = weighted(1 - eps, loss)
-        loss = loss + eps / statistics.uniform_count * statistics.uniform
+        loss = loss + eps * (classes / statistics.uniform_count) * statistics.uniform
     if z_loss is not None:
-        loss = loss + jnp.asarray(z_loss, dtype) * jnp.square(statistics.lse)
+        loss = loss + jnp.asarray(z_loss, dtype) * statistics.lse * statistics.lse
     return loss
 
 
@@ -34,3 +37,10 @@ def weighted(weight: Float[Array, "..."], loss: Float[Array, "..."]) -> Float[Ar
     """`weight * loss`, where a weight of 0 also silences a loss of inf or NaN."""
     silent = (weight == 0) & ~jnp.isfinite(loss)
     return weight * jnp.where(silent, 0, loss)
+
+
+def smoothing_coefficients(
+    weight: Float[Array, " local"] | None, local: int, classes: int, dtype: DTypeLike
+) -> Float[Array, " local"]:
+    """`w / C`, for the local ones of `C` classes: a mean where a sum of huge logits overflows."""
+    return jnp.full((local,), 1 / classes, dtype) if weight is None else weight / classes

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
-from . import _checks, _sharded
+from . import _checks, _reduction, _sharded
 from ._tile import wide
 
 
@@ -187,11 +187,12 @@ def elements(
     labels: ArrayLike,
     where: ArrayLike | None,
     label_smoothing: ArrayLike | None,
+    sample_weight: ArrayLike | None = None,
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Bool[Array, "*shape"] | None]:
     """Inputs of an element-wise loss, its smoothed binary labels, and which elements count.
 
     All come in the broadcast shape, the labels in the loss's dtype, and with a harmless value in
-    the elements that do not count.
+    the elements that do not count, or hold a NaN and weigh nothing.
     """
     x, labels = _checks.floating(name, x), _checks.real("labels", labels)
     shape = _checks.common_shape(name, x, "labels", labels)
@@ -202,6 +203,9 @@ def elements(
         where = _checks.boolean("where", where)
         counts = _checks.broadcast("where", where, shape, "the shape of the loss")
         x, labels = jnp.where(counts, x, 0.5), jnp.where(counts, labels, 0)
+    weights = _reduction.weights("sample_weight", sample_weight, shape, labels.dtype)
+    if weights is not None:
+        x = jnp.where((weights == 0) & jnp.isnan(x), 0.5, x)
     if label_smoothing is not None:
         eps = jnp.asarray(label_smoothing, labels.dtype)
         labels = (1 - eps) * labels + eps / 2

@@ -94,9 +94,13 @@ def partial_statistics(
     *,
     entropy: bool = False,
     argmax: bool = False,
+    masked: bool = True,
     first_class: int | Integer[Array, ""] = 0,
 ) -> Partial:
-    """Reads one tile, whose first column is class `first_class` of the row."""
+    """Reads one tile, whose first column is class `first_class` of the row.
+
+    `masked` says whether some `z` may be -inf; without that a CPU needs fewer passes.
+    """
     shifted, row_max = _shift(z)
     exp = jnp.exp(shifted)
     out = Partial(max=row_max, sum_exp=jnp.sum(exp, -1))
@@ -108,15 +112,18 @@ def partial_statistics(
         logit = jnp.take_along_axis(z, index, axis=-1)[..., 0].astype(shifted.dtype)
         out = out._replace(label_logit=jnp.where(inside, logit, 0))
     if target.probs is not None:
+        # 0 * -inf = 0, and the derivative of what is not allowed and not wanted is 0 as well.
+        absent = (target.probs == 0) & (shifted == -jnp.inf)
+        probs = jnp.where(absent, 0, target.probs)
         out = out._replace(
-            target_dot=jnp.sum(_times(target.probs, shifted), -1),
-            target_sum=jnp.sum(target.probs, -1),
+            target_dot=jnp.sum(probs * jnp.where(absent, 0, shifted), -1),
+            target_sum=jnp.sum(probs, -1),
         )
     if target.classes is not None:
-        allowed = z > -jnp.inf
-        classes = _allowed_classes(target.classes, allowed)
+        classes, allowed = _spread(target.classes, z, masked)
+        finite = _finite_part(shifted) if masked else shifted
         out = out._replace(
-            classes_dot=jnp.sum(classes * jnp.where(allowed, shifted, 0), -1),
+            classes_dot=jnp.sum(classes * finite, -1),
             classes_sum=jnp.sum(classes, -1),
             classes_count=jnp.sum(allowed, -1, dtype=shifted.dtype),
         )
@@ -176,6 +183,7 @@ def pullback(
     part: Partial,
     g: RowStatistics,
     *,
+    masked: bool = True,
     first_class: int | Integer[Array, ""] = 0,
 ) -> tuple[Float[Array, "*rows classes"], Target]:
     """Cotangents of a tile and of its target, from those of the statistics of the whole row.
@@ -204,12 +212,13 @@ def pullback(
     if target.probs is not None:
         dz = dz - g.cross[..., None] * target.probs
         d_probs = g.cross[..., None] * (log_sum[..., None] - shifted)
-        no_mass = (target.probs == 0) & (shifted == -jnp.inf)
-        d_target = d_target._replace(probs=jnp.where(no_mass, 0, d_probs))
+        absent = (target.probs == 0) & (shifted == -jnp.inf)
+        d_target = d_target._replace(probs=jnp.where(absent, 0, d_probs))
     if target.classes is not None:
-        allowed = z > -jnp.inf
-        dz = dz - g.uniform[..., None] * _allowed_classes(target.classes, allowed)
-        d_classes = g.uniform[..., None] * jnp.where(allowed, log_sum[..., None] - shifted, 0)
+        classes, allowed = _spread(target.classes, z, masked)
+        dz = dz - g.uniform[..., None] * classes
+        surprise = jnp.where(allowed, log_sum[..., None] - shifted, 0)
+        d_classes = g.uniform[..., None] * surprise
         d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(range(z.ndim - 1))))
     if part.exp_dot is not None:
         # log p + H is (z - max) - exp_dot / sum_exp: the logarithm of the sum cancels.
@@ -245,14 +254,12 @@ def _finite_part(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(x == -jnp.inf, 0, x)
 
 
-def _times(weight: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`weight * x` with 0 * -inf = 0."""
-    absent = (weight == 0) & (x == -jnp.inf)
-    return weight * jnp.where(absent, 0, x)
-
-
-def _allowed_classes(
-    classes: Float[Array, " classes"], allowed: Bool[Array, "*rows classes"]
-) -> Float[Array, "*rows classes"]:
-    broadcast = jnp.expand_dims(classes, tuple(range(allowed.ndim - 1)))
-    return jnp.where(allowed, broadcast, 0)
+def _spread(
+    classes: Float[Array, " classes"], z: Float[Array, "*rows classes"], masked: bool
+) -> tuple[Float[Array, "*rows classes"], Bool[Array, "*rows classes"]]:
+    """The class coefficients in each row, 0 where a class is not allowed, and which are."""
+    classes = jnp.broadcast_to(classes, z.shape)
+    if not masked:
+        return classes, jnp.ones(z.shape, bool)
+    allowed = z > -jnp.inf
+    return jnp.where(allowed, classes, 0), allowed

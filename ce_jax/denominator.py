@@ -71,9 +71,8 @@ def _mean_denominator(
         counts = _checks.broadcast("where", where, labels.shape, "the shape of labels")
     if weight is not None or ignore_index is not None:
         labels = _checks.integer("labels", labels)
-    floats = (x for x in (labels, weight, sample_weight) if x is not None)
-    dtypes = [x.dtype for x in map(jnp.asarray, floats) if jnp.issubdtype(x.dtype, jnp.floating)]
-    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    given = [jnp.asarray(x).dtype for x in (labels, weight, sample_weight) if x is not None]
+    dtype = jnp.float64 if jnp.float64 in given else jnp.float32
 
     label_weight = None
     if weight is not None:

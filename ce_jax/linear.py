@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _budget, _checks, _class_blocks, _reduction, _sharded, _target, _token_blocks
 from ._head import Head
-from ._row_loss import softmax_loss
+from ._row_loss import smoothing_coefficients, softmax_loss
 from ._tile import RowStatistics, Target, wide
 from .statistics import SoftmaxStatistics, by_label
 
@@ -166,7 +166,8 @@ def _inputs(
     hidden, kernel = _checks.floating("hidden", hidden), _checks.floating("kernel", kernel)
     class_axis = _checks.kernel_axis(hidden, kernel, class_axis)
     dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], kernel.shape[class_axis]
-    classes = _checks.class_count(num_classes, _sharded.all_classes(local, axis_name))
+    held = _sharded.all_classes(local, axis_name)
+    classes = _checks.class_count(num_classes, held)
     head = Head(kernel)
     if bias is not None:
         bias = _checks.floating("bias", bias)
@@ -185,9 +186,10 @@ def _inputs(
 
     if memory_budget is None:
         memory_budget = _budget.default_budget(kernel.size * kernel.dtype.itemsize)
-    blocks = _budget.blocks(
-        hidden.shape[0], local, hidden.dtype.itemsize, memory_budget, summed=summed
-    )
+    # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
+    steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
+    logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
+    blocks = _budget.blocks(hidden.shape[0], local, logit_bytes, memory_budget, summed=summed)
     options = _class_blocks.Options(
         blocks.classes, class_axis, classes, axis_name, entropy=statistics, argmax=statistics
     )
@@ -254,7 +256,8 @@ def _linear_loss(
         label_weight = _sharded.take_class(weight, x.label.ids, axis_name)
     target = Target(labels=x.label.ids)
     if label_smoothing is not None:
-        target = target._replace(classes=jnp.ones((local,), dtype) if weight is None else weight)
+        spread = smoothing_coefficients(weight, local, x.options.classes, dtype)
+        target = target._replace(classes=spread)
     if sample_weight is not None:
         sample_weight = sample_weight.ravel()
         silent = (sample_weight == 0) & ~jnp.all(jnp.isfinite(x.hidden), -1)
@@ -264,7 +267,7 @@ def _linear_loss(
     constants: Sequence[Any] = ()
     if log_prob_loss is not None:
         log_prob_loss, constants = jax.closure_convert(log_prob_loss, jnp.zeros((), dtype))
-    row_loss = functools.partial(_row_loss, log_prob_loss)
+    row_loss = functools.partial(_row_loss, log_prob_loss, x.options.classes)
     inputs = _token_blocks.RowInputs(
         scales=(label_weight, sample_weight),
         shared=(*scalars, *constants),
@@ -294,6 +297,7 @@ def _linear_loss(
 
 def _row_loss(
     log_prob_loss: Callable[..., Array] | None,
+    classes: int,
     found: RowStatistics,
     inputs: _token_blocks.RowInputs,
 ) -> Float[Array, " tokens"]:
@@ -304,7 +308,7 @@ def _row_loss(
         constant = (None,) * len(constants)
         of_rows = jax.vmap(log_prob_loss, in_axes=(0, *constant))
         found = found._replace(cross=of_rows(-found.cross, *constants))
-    loss = softmax_loss(found, label_weight, label_smoothing, z_loss)
+    loss = softmax_loss(found, label_weight, label_smoothing, z_loss, classes=classes)
     loss = _target.nan_if(unknown, loss, sample_weight)
     return _reduction.reduce(loss, counts, sample_weight, "none")
 

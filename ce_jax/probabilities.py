@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _target
-from ._row_loss import softmax_loss, weighted
+from ._row_loss import smoothing_coefficients, softmax_loss, weighted
 from ._tile import RowStatistics, wide
 
 
@@ -102,13 +102,13 @@ def _nll_loss(
     statistics = RowStatistics(lse=jnp.zeros_like(cross), cross=cross)
     if label_smoothing is not None:
         allowed = log_p > -jnp.inf
-        spread = jnp.ones((classes,), dtype) if weight is None else weight
+        spread = smoothing_coefficients(weight, classes, classes, dtype)
         terms = jnp.broadcast_to(spread, log_p.shape) * jnp.where(allowed, log_p, 0)
         statistics = statistics._replace(
             uniform=-jnp.sum(terms, -1), uniform_count=jnp.sum(allowed, -1, dtype=dtype)
         )
     label_weight = None if weight is None else weight[label.ids]
-    loss = softmax_loss(statistics, label_weight, label_smoothing)
+    loss = softmax_loss(statistics, label_weight, label_smoothing, classes=classes)
     loss = _target.nan_if(label.unknown, loss, sample_weight)
     return _reduction.reduce(loss, label.counts, sample_weight, reduction, label_weight)
 
@@ -184,7 +184,7 @@ def _binary_cross_entropy(
     *,
     reduction: str,
 ) -> Array:
-    p, y, counts = _target.elements("probs", probs, labels, where, label_smoothing)
+    p, y, counts = _target.elements("probs", probs, labels, where, label_smoothing, sample_weight)
     p = p.astype(y.dtype)
     loss = -(y * _clamped_log(p) + (1 - y) * _clamped_log(1 - p))
     weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)

@@ -27,8 +27,9 @@ def focal_loss(
 
     .. math:: \ell = -(1 - p)^\gamma \log p
 
-    With :math:`\gamma = 0` it is the cross-entropy. Derivatives at p = 1 are the limits: the first
-    is 0 for every :math:`\gamma > 0`, the second infinite for :math:`\gamma` between 0 and 1.
+    With :math:`\gamma = 0` it is the cross-entropy. Derivatives at p = 1 are the limits, the first
+    being 0 for every :math:`\gamma > 0`. For :math:`\gamma` between 0 and 1 the second is infinite
+    there and taken as 0, so that the Hessian by the logits has its limit, which is 0.
 
     Args:
       log_prob: log-probability of the label, in nats, at most 0, of any shape.

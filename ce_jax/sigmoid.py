@@ -1,6 +1,7 @@
 """Sigmoid (binary) cross-entropy of logits, with the fused derivative."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -92,61 +93,87 @@ def _loss(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    z, y, counts = _target.elements("logits", logits, labels, where, label_smoothing)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, y.shape, y.dtype)
-    if sample_weight is not None:
-        z = jnp.where((sample_weight == 0) & jnp.isnan(z), 0, z)
-    positive, negative = y, 1 - y
+    z, y, counts = _target.elements("logits", logits, labels, where, label_smoothing, sample_weight)
+    positive, negative = y, None
     pos_weight = _reduction.weights("pos_weight", pos_weight, y.shape, y.dtype)
     if pos_weight is not None:
-        positive = positive * pos_weight
+        positive, negative = y * pos_weight, 1 - y
     loss = (logistic if forward_mode else _fused)(z, positive, negative)
-
     weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, loss)
+    sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     return _reduction.reduce(loss, counts, sample_weight, reduction)
 
 
-def logistic(
-    z: Float[Array, "*shape"], positive: Float[Array, "*shape"], negative: Float[Array, "*shape"]
+def _loss_of(
+    z: Float[Array, "*shape"],
+    positive: Float[Array, "*shape"],
+    negative: Float[Array, "*shape"] | None = None,
 ) -> Float[Array, "*shape"]:
     """`positive * log(1 + exp(-z)) + negative * log(1 + exp(z))`, for any z and coefficients.
 
-    With `u = exp(-|z|)` the two logarithms are `log(1 + u)`, one of them plus `|z|`.
+    Both logarithms are `log(1 + exp(-|z|))`, one of them plus `|z|`. Without `negative`, that is
+    `1 - positive`.
     """
-    away = _minus_abs(z.astype(positive.dtype))
-    slope = jnp.where(z > 0, negative, positive)
-    linear = jnp.where(slope == 0, 0, away) * slope
-    return (positive + negative) * jnp.log1p(jnp.exp(away)) - linear
+    z = z.astype(positive.dtype)
+    near = jnp.log1p(jnp.exp(-jnp.abs(z)))
+    if negative is None:
+        negative = 1 - positive
+    else:
+        near = (positive + negative) * near
+    slope = jnp.where(z > 0, negative, -positive)
+    return jnp.where(slope == 0, 0, slope * z) + near
 
 
-_fused = jax.custom_vjp(logistic)
-
-_Residuals = tuple[ArrayLike, ArrayLike, ArrayLike]
+_Elements = tuple[ArrayLike, ArrayLike, ArrayLike | None]
 
 
-def _fused_fwd(z: Array, positive: Array, negative: Array) -> tuple[Array, _Residuals]:
-    return logistic(z, positive, negative), (z, positive, negative)
+def _slopes(elements: _Elements) -> tuple[Array, Array, Array]:
+    """Derivatives of `_loss_of`: `p - y` for the coefficients `y` and `1 - y`, and so on.
+
+    With `p = 1 / (1 + e)` and `1 - p = e p` neither loses digits to a subtraction, and there is no
+    select to keep a CPU from computing it in one pass. The exponent is bounded, as `inf * 0` would
+    be NaN (and `p` has to stay a normal number); a factor of 0 removes what is left of `p` at -inf.
+    """
+    z, positive = jnp.asarray(elements[0]), jnp.asarray(elements[1])  # scalars come as literals
+    negative = 1 - positive if elements[2] is None else jnp.asarray(elements[2])
+    z = z.astype(positive.dtype)
+    most = float(jnp.finfo(z.dtype).max)
+    e = jnp.exp(-jnp.maximum(z, -0.98 * math.log(most)))
+    p = 1 / (1 + e)
+    above = jnp.minimum(jnp.maximum(z + most, 0), 1)
+    return negative * (above * p) - positive * (e * p), jax.nn.softplus(-z), jax.nn.softplus(z)
 
 
-def _fused_bwd(residuals: _Residuals, g: Array) -> tuple[Array, Array, Array]:
-    """`p - y` for the coefficients `y` and `1 - y`; in general `negative p - positive (1 - p)`."""
-    z, positive, negative = map(jnp.asarray, residuals)  # a scalar may come as a literal
-    away = _minus_abs(z.astype(positive.dtype))
-    u = jnp.exp(away)
-    up = z > 0
-    dz = jnp.where(up, negative - positive * u, negative * u - positive) / (1 + u)
-    near = jnp.log1p(u)
-    far = near - away
-    d_positive = g * jnp.where(up, near, far)
-    d_negative = g * jnp.where(up, far, near)
-    return (g * dz).astype(z.dtype), d_positive, d_negative
+_fused = jax.custom_vjp(_loss_of)
+
+
+def _fused_fwd(z: Array, positive: Array, negative: Array | None = None) -> tuple[Array, _Elements]:
+    return _loss_of(z, positive, negative), (z, positive, negative)
+
+
+def _fused_bwd(elements: _Elements, g: Array) -> tuple[Array, Array, Array | None]:
+    dz, d_positive, d_negative = (g * d for d in _slopes(elements))
+    dz = dz.astype(jnp.result_type(elements[0]))
+    return (
+        (dz, d_positive - d_negative, None) if elements[2] is None else (dz, d_positive, d_negative)
+    )
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
+# Forward mode needs the slopes by a rule too: JAX's own derivative of |z| is wrong at 0.
+logistic = jax.custom_jvp(_loss_of)
 
-def _minus_abs(z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`-|z|`, with a derivative at 0 that makes the derivatives built on it right at 0."""
-    return jnp.where(z > 0, -z, z)
+
+@logistic.defjvp
+def _logistic_jvp(elements: _Elements, tangents: _Elements) -> tuple[Array, Array]:
+    dz, d_positive, d_negative = _slopes(elements)
+    t_z, t_positive, t_negative = tangents
+    z, positive, negative = (x if x is None else jnp.asarray(x) for x in elements)
+    loss = _loss_of(jnp.asarray(z), jnp.asarray(positive), negative)
+    t_z = jnp.asarray(t_z).astype(dz.dtype)
+    if t_negative is None:
+        return loss, dz * t_z + (d_positive - d_negative) * t_positive
+    return loss, dz * t_z + d_positive * t_positive + d_negative * t_negative

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _sharded, _target
 from ._dense import row_statistics
-from ._row_loss import softmax_loss
+from ._row_loss import smoothing_coefficients, softmax_loss
 from ._tile import ABSENT, Target, wide
 
 _STATIC = ("axis", "ignore_index", "axis_name", "reduction", "forward_mode")
@@ -136,7 +136,7 @@ def _integer_loss(
 
     spread = ABSENT
     if label_smoothing is not None:
-        spread = jnp.ones(z.shape[-1:], dtype) if weight is None else weight
+        spread = smoothing_coefficients(weight, z.shape[-1], classes, dtype)
     statistics = row_statistics(
         _target.without_excluded(z, label.counts, sample_weight, axis_name),
         Target(labels=label.ids, classes=spread),
@@ -147,7 +147,7 @@ def _integer_loss(
     label_weight = None
     if weight is not None:
         label_weight = _sharded.take_class(weight, label.ids, axis_name)
-    loss = softmax_loss(statistics, label_weight, label_smoothing, z_loss)
+    loss = softmax_loss(statistics, label_weight, label_smoothing, z_loss, classes=classes)
     loss = _target.nan_if(label.unknown, loss, sample_weight)
     return _reduction.reduce(loss, label.counts, sample_weight, reduction, label_weight)
 
@@ -272,5 +272,5 @@ def _distribution_loss(
         forward_mode=forward_mode,
     )
 
-    loss = softmax_loss(statistics, z_loss=z_loss)
+    loss = softmax_loss(statistics, z_loss=z_loss, classes=z.shape[-1])
     return _reduction.reduce(loss, rows.counts, sample_weight, reduction)
