@@ -6,14 +6,14 @@ or, for a loss that is summed, from blocks of tokens (`_token_blocks`); `_budget
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _budget, _checks, _class_blocks, _reduction, _sharded, _target, _token_blocks
-from ._head import Head
+from . import _checks, _class_blocks, _reduction, _sharded, _target, _token_blocks
+from ._layer import Layer, layer
 from ._row_loss import smoothing_coefficients, softmax_loss
 from ._tile import RowStatistics, Target, wide
 from .statistics import SoftmaxStatistics, by_label
@@ -136,66 +136,6 @@ def linear_softmax_cross_entropy(
     )
 
 
-class _Inputs(NamedTuple):
-    """Checked arguments of the linear form, their rows in one axis."""
-
-    hidden: Float[Array, "tokens width"]
-    head: Head
-    label: _target.ClassIds
-    rows: tuple[int, ...]
-    options: _class_blocks.Options
-    token_block: int | None
-
-
-def _inputs(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    bias: ArrayLike | None,
-    logit_soft_cap: ArrayLike | None,
-    where: ArrayLike | None,
-    *,
-    class_axis: int,
-    num_classes: int | None,
-    ignore_index: int | None,
-    axis_name: str | None,
-    memory_budget: int | None,
-    summed: bool,
-    statistics: bool,
-) -> _Inputs:
-    hidden, kernel = _checks.floating("hidden", hidden), _checks.floating("kernel", kernel)
-    class_axis = _checks.kernel_axis(hidden, kernel, class_axis)
-    dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], kernel.shape[class_axis]
-    held = _sharded.all_classes(local, axis_name)
-    classes = _checks.class_count(num_classes, held)
-    head = Head(kernel)
-    if bias is not None:
-        bias = _checks.floating("bias", bias)
-        _checks.shape_is("bias", bias, (local,), "one bias per class")
-        head = head._replace(bias=bias)
-    if logit_soft_cap is not None:
-        head = head._replace(soft_cap=jnp.asarray(logit_soft_cap, dtype))
-
-    counts = None
-    if where is not None:
-        counts = _checks.boolean("where", where)
-        counts = _checks.broadcast("where", counts, rows, "the rows of hidden")
-    label = _target.class_ids(labels, rows, classes, counts, ignore_index)
-    label = jax.tree.map(jnp.ravel, label)
-    hidden = _target.without_excluded(jnp.reshape(hidden, (-1, hidden.shape[-1])), label.counts)
-
-    if memory_budget is None:
-        memory_budget = _budget.default_budget(kernel.size * kernel.dtype.itemsize)
-    # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
-    steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
-    logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
-    blocks = _budget.blocks(hidden.shape[0], local, logit_bytes, memory_budget, summed=summed)
-    options = _class_blocks.Options(
-        blocks.classes, class_axis, classes, axis_name, entropy=statistics, argmax=statistics
-    )
-    return _Inputs(hidden, head, label, rows, options, blocks.tokens)
-
-
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -233,7 +173,7 @@ def _linear_loss(
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array | tuple[Array, SoftmaxStatistics]:
-    x = _inputs(
+    x = layer(
         hidden,
         kernel,
         labels,
@@ -313,7 +253,7 @@ def _row_loss(
     return _reduction.reduce(loss, counts, sample_weight, "none")
 
 
-def _by_label(found: RowStatistics, x: _Inputs) -> SoftmaxStatistics:
+def _by_label(found: RowStatistics, x: Layer) -> SoftmaxStatistics:
     return jax.tree.map(lambda row: row.reshape(x.rows), by_label(found, x.label))
 
 
@@ -367,7 +307,7 @@ def linear_softmax_statistics(
       >>> hidden, kernel = jnp.eye(2), jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
       >>> found = ce_jax.linear_softmax_statistics(hidden, kernel, jnp.array([0, 2]))
       >>> print(found.log_prob, found.entropy, found.argmax)
-      [-0.0949 -1.0986] [0.3665 1.0986] [0 0]
+      [-0.0949 -1.0986] [0.3666 1.0986] [0 0]
 
     References:
       Shannon, `A Mathematical Theory of Communication`, 1948.
@@ -415,7 +355,7 @@ def _linear_statistics(
     memory_budget: int | None,
     forward_mode: bool,
 ) -> SoftmaxStatistics:
-    x = _inputs(
+    x = layer(
         hidden,
         kernel,
         labels,
