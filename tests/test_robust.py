@@ -24,9 +24,9 @@ from tests.helpers import (
 mp = mpmath.mp
 # Name -> options to try, of each one that is differentiated.
 OF_LOG_PROB = {
-    "focal_loss": {"gamma": (0.0, 0.5, 1.0, 2.0, 30.0)},
-    "poly_loss": {"epsilon": (-1.0, 0.0, 2.0)},
-    "generalized_cross_entropy": {"q": (1e-6, 0.01, 0.7, 1.0)},
+    "focal_loss": {"gamma": (0.0, 0.5, 30.0)},
+    "poly_loss": {"epsilon": (-1.0,)},
+    "generalized_cross_entropy": {"q": (1e-6, 0.7)},
     "symmetric_cross_entropy": {"alpha": (0.0, 0.1), "beta": (1.0,), "log_zero": (-4.0,)},
 }
 LABEL = np.array([0])
@@ -91,9 +91,13 @@ def test_derivatives_of_higher_order(name, options, x64):
 def slopes_everywhere(function, x):
     """Value and slope, which must be the same in both modes."""
     x = jnp.asarray(x, jnp.float32)
-    value, pull = jax.vjp(function, x)
-    (slope,) = pull(jnp.ones_like(x))
-    pushed, tangent = jax.jvp(function, (x,), (jnp.ones_like(x),))
+
+    @jax.jit
+    def both(x):
+        value, pull = jax.vjp(function, x)
+        return value, *pull(jnp.ones_like(x)), *jax.jvp(function, (x,), (jnp.ones_like(x),))
+
+    value, slope, pushed, tangent = both(x)
     np.testing.assert_array_equal(pushed, value)
     np.testing.assert_array_equal(tangent, slope)
     return value, slope
@@ -121,11 +125,18 @@ def test_limits(name, options, at_one, at_zero):
 
 
 def test_derivatives_at_probability_one():
-    """The series at 0: focal with gamma 1 is x^2 + x^3 / 2 + ..., with 1/2 it has a cusp in x''."""
-    third = jax.grad(jax.grad(jax.grad(functools.partial(ce_jax.focal_loss, gamma=1.0))))
+    """With gamma = 1 the series is x^2 + x^3 / 2 + ...; with 1/2 the curvature is infinite."""
+    third = jax.jit(jax.grad(jax.grad(jax.grad(functools.partial(ce_jax.focal_loss, gamma=1.0)))))
     np.testing.assert_allclose(third(0.0), 3.0, rtol=1e-6)
-    second = jax.grad(jax.grad(functools.partial(ce_jax.focal_loss, gamma=0.5)))
-    assert second(0.0) == jnp.inf
+
+    def of_logits(z):
+        return ce_jax.focal_loss(ce_jax.softmax_statistics(z, np.array([0, 0])).log_prob, gamma=0.5)
+
+    logits = jnp.array([[200.0, 0.0], [1.0, 0.0]])
+    found = jax.jit(jax.hessian(lambda z: of_logits(z).sum()))(logits)
+    assert jnp.all(jnp.isfinite(found))
+    np.testing.assert_array_equal(found[0], 0)
+    assert found[1, 0, 1, 0] > 0
 
 
 def test_generalized_cross_entropy_near_order_zero():
@@ -167,8 +178,31 @@ def test_on_softmax_statistics(name):
     check(loss, truth, arguments, loosen=2)
     logits = jnp.array([[0.0, -jnp.inf, 1.0]])
     labels = jnp.array([1])
-    slope = jax.grad(lambda z: function(ce_jax.softmax_statistics(z, labels).log_prob).sum())
+    slope = jax.jit(
+        jax.grad(lambda z: function(ce_jax.softmax_statistics(z, labels).log_prob).sum())
+    )
     assert not jnp.any(jnp.isnan(slope(logits)))
+
+
+@pytest.mark.parametrize("name", OF_LOG_PROB)
+def test_on_linear_statistics(name):
+    """The linear form tells the same log-probability, and takes its cotangent."""
+    draw = np.random.default_rng(0)
+    hidden = jnp.asarray(draw.normal(size=(6, 5)), jnp.float32)
+    kernel, labels = draw.normal(size=(5, 9)).astype(np.float32), draw.integers(9, size=6)
+
+    def loss(statistics, kernel):
+        return jnp.sum(getattr(ce_jax, name)(statistics(kernel).log_prob))
+
+    (value, slope), (expected, expected_slope) = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, statistics)))(jnp.asarray(kernel))
+        for statistics in (
+            lambda kernel: ce_jax.linear_softmax_statistics(hidden, kernel, labels),
+            lambda kernel: ce_jax.softmax_statistics(hidden @ kernel, labels),
+        )
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OF_LOG_PROB)
@@ -177,8 +211,9 @@ def test_transforms(name):
     x = jnp.linspace(-3.0, -0.1, 6).reshape(2, 3)
     one_by_one = jnp.stack([function(row) for row in x])
     np.testing.assert_allclose(jax.vmap(function)(x), one_by_one, rtol=1e-6)
-    slopes = jax.grad(lambda x: jax.vmap(function)(x).sum())(x)
-    np.testing.assert_allclose(slopes, jax.vmap(jax.vmap(jax.grad(function)))(x), rtol=1e-6)
+    slopes = jax.jit(jax.grad(lambda x: jax.vmap(function)(x).sum()))(x)
+    one_by_one = jax.jit(jax.vmap(jax.vmap(jax.grad(function))))(x)
+    np.testing.assert_allclose(slopes, one_by_one, rtol=1e-6)
     option = next(iter(OF_LOG_PROB[name]))
     scheduled = jax.jit(lambda value: function(x, **{option: value}))
     scheduled(0.5)
@@ -222,13 +257,13 @@ def test_bootstrapped():
 
 
 FOCAL_OPTIONS = {
-    "alpha": [None, 0.25, 1.0, "classes"],
-    "gamma": [0.0, 0.5, 2.0, "classes"],
+    "alpha": [None, 1.0, "classes"],
+    "gamma": [0.0, 0.5, "classes"],
     "hard": [False, True],
     "where": [False, True],
     "sample_weight": [False, True],
     "reduction": [None, "sum", "mean"],
-    "dtype": ["bfloat16", "float32", "float64"],
+    "dtype": ["bfloat16", "float64"],
 }
 
 
@@ -287,14 +322,16 @@ def test_sigmoid_focal_loss_keeps_small_numbers(gamma, x64):
     rate = 1 + gamma
     for order in range(3):
         expected = (-rate) ** order * np.exp(-rate * np.asarray(z))
-        np.testing.assert_allclose(jax.vmap(function)(z), expected, rtol=1e-12)
+        np.testing.assert_allclose(jax.jit(jax.vmap(function))(z), expected, rtol=1e-12)
         function = jax.grad(function)
     second = jax.vmap(jax.jacfwd(jax.grad(lambda z: ce_jax.sigmoid_focal_loss(z, 1, gamma=gamma))))
     exact = [
         mp.diff(lambda z: mp.log1p(mp.exp(-z)) / (1 + mp.exp(z)) ** gamma, x, 2)
         for x in (-2.0, 0.0, 3.0)
     ]
-    np.testing.assert_allclose(second(jnp.array([-2.0, 0.0, 3.0])), np.array(exact, float), 1e-9)
+    np.testing.assert_allclose(
+        jax.jit(second)(jnp.array([-2.0, 0.0, 3.0])), np.array(exact, float), 1e-9
+    )
 
 
 POLY_OPTIONS = {
@@ -366,7 +403,9 @@ def test_equal_to_optax():
         ("poly_loss_cross_entropy", {"axis": None}),
     ):
         ours, theirs = (
-            jax.value_and_grad(functools.partial(total, getattr(module, name), **options))(logits)
+            jax.jit(jax.value_and_grad(functools.partial(total, getattr(module, name), **options)))(
+                logits
+            )
             for module in (ce_jax, optax.losses)
         )
         np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
