@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from . import _sharded, _tile
+from ._tile import ABSENT
 
 
 def row_statistics(
@@ -75,6 +76,7 @@ def _fused_bwd(
     _, _, axis_name = options
     first_class = _sharded.first_class(logits.shape[-1], axis_name)
     dz, d_target = _tile.pullback(logits, target, part, g, first_class=first_class)
+    d_target = jax.tree.map(_sharded.with_sharding_of, d_target, target._replace(labels=ABSENT))
     return dz.astype(logits.dtype), d_target
 
 

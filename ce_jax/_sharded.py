@@ -41,6 +41,12 @@ def _varying(x: Array) -> frozenset[Any]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
+def with_sharding_of(d: Array, x: Array) -> Array:
+    """The cotangent `d` sharded as its primal `x` is, which explicit mesh axes ask for."""
+    spec = jax.typeof(x).sharding.spec
+    return d if jax.typeof(d).sharding.spec == spec else jax.reshard(d, spec)
+
+
 def check_sharded(name: str, x: Array, axis_name: str | None) -> None:
     """Raises where `axis_name` is given but JAX does not see `x` vary over it."""
     if axis_name is not None and axis_name not in _varying(x):

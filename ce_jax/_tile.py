@@ -105,12 +105,8 @@ def partial_statistics(
     exp = jnp.exp(shifted)
     out = Partial(max=row_max, sum_exp=jnp.sum(exp, -1))
     if target.labels is not None:
-        # A gather of one element per row is far cheaper than comparing every class with the label.
-        local = target.labels - first_class
-        inside = (local >= 0) & (local < z.shape[-1])
-        index = jnp.where(inside, local, 0)[..., None]
-        logit = jnp.take_along_axis(z, index, axis=-1)[..., 0].astype(shifted.dtype)
-        out = out._replace(label_logit=jnp.where(inside, logit, 0))
+        logit = _label_logit(z, target.labels, first_class)
+        out = out._replace(label_logit=logit.astype(shifted.dtype))
     if target.probs is not None:
         # 0 * -inf = 0, and the derivative of what is not allowed and not wanted is 0 as well.
         absent = (target.probs == 0) & (shifted == -jnp.inf)
@@ -226,6 +222,23 @@ def pullback(
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
         dz = dz - exp * onto_log_p * (_finite_part(shifted) - mean[..., None])
     return dz, d_target
+
+
+def _label_logit(
+    z: Float[Array, "*rows classes"],
+    labels: Integer[Array, "*rows"],
+    first_class: int | Integer[Array, ""],
+) -> Float[Array, "*rows"]:
+    """The logit of the label, 0 where the label is not in this tile."""
+    spec = jax.typeof(z).sharding.spec
+    if spec and spec[-1] is not None:
+        # JAX refuses to gather along an axis that it knows to be sharded (explicit axis types).
+        return jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
+    # A gather of one element per row is far cheaper than comparing every class with the label.
+    local = labels - first_class
+    inside = (local >= 0) & (local < z.shape[-1])
+    index = jnp.where(inside, local, 0)[..., None]
+    return jnp.where(inside, jnp.take_along_axis(z, index, axis=-1)[..., 0], 0)
 
 
 def is_label(
