@@ -364,7 +364,7 @@ def test_poly_loss_cross_entropy(case):
 def test_poly_loss_cross_entropy_at_large_logits():
     """Far from 0 as near it, in value and gradient, and with a target on a masked class."""
     logits, labels = jnp.array([[3.0, 1.0, -jnp.inf]]), jnp.array([[0.0, 1.0, 0.0]])
-    loss = jax.value_and_grad(lambda z: ce_jax.poly_loss_cross_entropy(z, labels)[0])
+    loss = jax.jit(jax.value_and_grad(lambda z: ce_jax.poly_loss_cross_entropy(z, labels)[0]))
     value, slope = loss(logits)
     far_value, far_slope = loss(logits + 2.0**16)
     np.testing.assert_array_equal(far_value, value)
@@ -459,23 +459,22 @@ def test_corrections_do_what_they_are_for():
 
 def test_forward_correction_at_extreme_logits():
     """No class that can become label 3 is likely: its probability underflows, its log does not."""
-    logits = jnp.array([[300.0, 0.0, -200.0, -400.0], [jnp.inf, 0.0, 0.0, 0.0]])[:1]
+    logits = jnp.array([[300.0, 0.0, -200.0, -400.0]])
     loss = functools.partial(ce_jax.forward_corrected_cross_entropy, labels=jnp.array([3]))
     matrix = jnp.asarray(TRANSITION, jnp.float32)
-    value, (slope, by_matrix) = jax.value_and_grad(lambda z, t: loss(z, transition=t)[0], (0, 1))(
-        logits, matrix
-    )
+    of_both = jax.jit(jax.value_and_grad(lambda z, t: loss(z, transition=t)[0], (0, 1)))
+    value, (slope, by_matrix) = of_both(logits, matrix)
     np.testing.assert_allclose(value, 300 - np.log(0.2), rtol=1e-6)
     np.testing.assert_allclose(slope, [[1, -1, 0, 0]], atol=1e-6)
     assert not jnp.any(jnp.isnan(by_matrix))
     np.testing.assert_allclose(by_matrix[1, 3], -1 / 0.2, rtol=1e-6)
     masked = jnp.array([[1.0, -jnp.inf, 0.0, -jnp.inf]])
-    value, slope = jax.value_and_grad(lambda z: loss(z, transition=matrix)[0])(masked)
+    value, (slope, _) = of_both(masked, matrix)
     assert value == jnp.inf
     assert jnp.all(jnp.isfinite(slope))
-    silenced = jax.value_and_grad(lambda z: loss(z, transition=matrix, sample_weight=0.0)[0])(
-        masked
-    )
+    silenced = jax.jit(
+        jax.value_and_grad(lambda z: loss(z, transition=matrix, sample_weight=0.0)[0])
+    )(masked)
     assert silenced[0] == 0
     np.testing.assert_array_equal(silenced[1], 0)
 
