@@ -7,7 +7,7 @@ runs. Ranges of options are checked where the value is known: a traced one passe
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -172,3 +172,17 @@ def class_count(value: int | None, held: int) -> int:
     if value is not None and not 0 < value <= held:
         raise ValueError(f"num_classes must be in [1, {held}], what kernel holds, got {value}")
     return held if value is None else value
+
+
+def element_function(name: str, function: Callable[[Array], Array], one: Array) -> None:
+    """Raises unless `function` turns one number into one number of the same dtype."""
+    if not callable(function):
+        raise TypeError(f"{name} must be a function or None, got {function!r}")
+    out = jax.eval_shape(function, one)
+    if getattr(out, "shape", None) != ():
+        raise ValueError(
+            f"{name} must give one number for one log-probability (what differs from row to row "
+            f"belongs into sample_weight), got {out}"
+        )
+    if out.dtype != one.dtype:
+        raise TypeError(f"{name} must give the dtype it gets, {one.dtype}, got {out.dtype}")

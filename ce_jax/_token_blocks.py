@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import _class_blocks, _sharded, _tile
-from ._head import First, Head, over_blocks, put, take
+from ._head import First, Head, over_blocks, put, take, take_classes
 
 
 class RowInputs(NamedTuple):
@@ -59,6 +59,10 @@ def loss_sum(
     rows: RowInputs,
 ) -> Float[Array, ""]:
     """The sum of `row_loss` over all rows."""
+    # Every block reads all classes it is given: 0 times padding that is not finite would be NaN.
+    head = take_classes(head, 0, options.head.classes, options.head.class_axis)
+    if target.classes is not None:
+        target = target._replace(classes=take(target.classes, 0, options.head.classes))
     return _fused(options, *_sharded.align((hidden, head, target, rows)))
 
 

@@ -206,7 +206,9 @@ def _linear_loss(
     scalars = [None if s is None else jnp.asarray(s, dtype) for s in (label_smoothing, z_loss)]
     constants: Sequence[Any] = ()
     if log_prob_loss is not None:
-        log_prob_loss, constants = jax.closure_convert(log_prob_loss, jnp.zeros((), dtype))
+        one = jnp.zeros((), dtype)
+        _checks.element_function("log_prob_loss", log_prob_loss, one)
+        log_prob_loss, constants = jax.closure_convert(log_prob_loss, one)
     row_loss = functools.partial(_row_loss, log_prob_loss, x.options.classes)
     inputs = _token_blocks.RowInputs(
         scales=(label_weight, sample_weight),

@@ -210,14 +210,12 @@ def test_what_would_be_silently_wrong_raises(mesh, problem):
 
 def collectives(compiled):
     """Operation and element count of every collective in the program."""
-    found = []
-    pattern = (
-        r"= (\(?[^=]*?\)?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
-    )
-    for shapes, name in re.findall(pattern, compiled.as_text()):
-        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
-            found.append((name, int(np.prod([int(n) for n in shape.split(",") if n]))))
-    return found
+    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return [
+        (name, int(np.prod([int(n) for n in shape.split(",") if n])))
+        for shapes, name in re.findall(rf"= (\(?[^=]*?\)?) ({names})\(", compiled.as_text())
+        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
+    ]
 
 
 def test_devices_exchange_only_rows(mesh):
