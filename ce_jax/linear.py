@@ -276,8 +276,13 @@ def linear_softmax_statistics(
 ) -> SoftmaxStatistics:
     r"""Log-normaliser, label log-probability, entropy and argmax of a linear layer's softmax.
 
-    The statistics of `softmax_statistics` for the logits :math:`z = h W + b` (soft-capped if asked
-    for), computed in blocks of classes that never stand in memory together. All but `argmax` are
+    The statistics of `softmax_statistics` for the logits of `linear_softmax_cross_entropy`,
+
+    .. math::
+      z = \mathrm{cap} \tanh\!\left(\frac{h W + b}{\mathrm{cap}}\right)
+      \qquad (z = h W + b \text{ without a cap})
+
+    computed in blocks of classes that never stand in memory together. All but `argmax` are
     differentiable: token log-probabilities and entropies for reinforcement learning, for example,
     at the memory of a few numbers per token.
 
