@@ -34,6 +34,9 @@ def row_statistics(
     options = (entropy, argmax, axis_name)
     if forward_mode:
         logits = logits.astype(_tile.wide(logits.dtype))  # so that cotangents add up in that dtype
+        if target.probs is not None:  # what is neither allowed nor wanted has derivative 0
+            absent = (target.probs == 0) & (logits == -jnp.inf)
+            target = target._replace(probs=jnp.where(absent, 0, target.probs))
         return _tile.finish(_partial(options, logits, target))
     return _fused(options, logits, target)
 
