@@ -1,0 +1,157 @@
+"""Narrow dtypes: against the truth of the rounded inputs, no worse than the plain dense form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ce_jax
+from ce_jax import _budget
+from tests import linear, reference_linear
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_tokens():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_budget, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
+        yield
+
+
+def naive(hidden, kernel, bias, weight, labels):
+    """The textbook's, every step in the inputs' own dtype."""
+    logits = hidden @ kernel + bias[None]
+    shifted = logits - jnp.max(logits, -1, keepdims=True)
+    log_probs = shifted - jnp.log(jnp.sum(jnp.exp(shifted), -1, keepdims=True))
+    return -weight[labels] * log_probs[np.arange(labels.size), labels]
+
+
+@pytest.mark.parametrize("division", ["classes", "tokens", "whole"])
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_error_is_not_above_the_naive_dense_forms(dtype, spread, division):
+    rows, width, classes = 48, 64, 512
+    draw = np.random.default_rng(0)
+    labels = draw.integers(classes, size=rows)
+    arrays = {
+        "hidden": draw.normal(size=(rows, width)),
+        "kernel": spread * draw.normal(size=(width, classes)),
+        "bias": spread * draw.normal(size=classes),
+        "weight": draw.uniform(0.5, 1.5, size=classes),
+    }
+    arrays = {key: jnp.asarray(value, dtype) for key, value in arrays.items()}
+    how = {
+        "classes": {"memory_budget": linear.class_budget(rows, 128, dtype, steps=1)},
+        "tokens": {
+            "memory_budget": linear.token_budget(classes, 8, dtype, steps=1),
+            "reduction": "sum",
+        },
+        "whole": {},
+    }[division]
+    cotangent = jnp.asarray(draw.normal(size=rows), dtype)
+
+    def ours(arrays):
+        by_row = {"sample_weight": cotangent} if division == "tokens" else {}
+        return ce_jax.linear_softmax_cross_entropy(**arrays, labels=labels, **by_row, **how)
+
+    @jax.jit
+    def gradients(arrays):
+        value, pull = jax.vjp(ours, arrays)
+        plain, pull_plain = jax.vjp(lambda arrays: naive(**arrays, labels=labels), arrays)
+        onto = jnp.ones((), value.dtype) if division == "tokens" else cotangent.astype(value.dtype)
+        return value, pull(onto)[0], plain, pull_plain(cotangent)[0]
+
+    value, slopes, plain, plain_slopes = gradients(arrays)
+    exact = {key: np.asarray(x, np.float64) for key, x in arrays.items()}
+    scale = np.asarray(cotangent, np.float64)
+    losses, truth = reference_linear.closed_form(**exact, labels=labels, cotangent=scale)
+    if division == "tokens":
+        losses, plain = scale @ losses, scale @ np.asarray(plain, np.float64)
+
+    def error(found, wanted):
+        return np.linalg.norm(np.asarray(found, np.float64) - wanted)
+
+    assert error(value, losses) <= error(plain, losses)
+    for key, slope in slopes.items():
+        assert slope.dtype == arrays[key].dtype
+        assert error(slope, truth[key]) <= error(plain_slopes[key], truth[key]), key
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_kernel_gradient_is_accumulated_in_float32(dtype):
+    """1365 blocks of tokens whose gradients all have the same sign."""
+    rows = 4095
+    budget = linear.token_budget(2, 3, dtype)
+    assert _budget.blocks(rows, 2, linear.logit_bytes(dtype), budget, summed=True).tokens == 3
+    slopes = jax.jit(
+        jax.grad(
+            lambda w: ce_jax.linear_softmax_cross_entropy(
+                jnp.ones((rows, 1), dtype),
+                w,
+                jnp.zeros(rows, jnp.int32),
+                reduction="sum",
+                memory_budget=budget,
+            )
+        )
+    )(jnp.zeros((1, 2), dtype))
+    np.testing.assert_allclose(
+        np.asarray(slopes, np.float64),
+        [[-rows / 2, rows / 2]],
+        rtol=2**-8 if dtype[0] == "b" else 2**-11,
+    )
+
+
+def test_hidden_gradient_is_accumulated_in_float32():
+    """64 blocks of classes that each add as much."""
+    classes, block = 8192, 128
+    kernel = jnp.ones((1, classes), jnp.bfloat16)
+    slopes = jax.jit(
+        jax.grad(
+            lambda h: ce_jax.linear_softmax_statistics(
+                h,
+                kernel,
+                jnp.zeros(2, jnp.int32),
+                memory_budget=linear.class_budget(2, block, "bfloat16"),
+            ).lse.sum()
+        )
+    )(jnp.ones((2, 1), jnp.bfloat16))
+    np.testing.assert_array_equal(slopes, jnp.ones((2, 1), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("division", ["classes", "tokens"])
+def test_dtypes(dtype, division):
+    """Losses and statistics in float32; each gradient in its own input's dtype."""
+    arrays = {
+        "hidden": jnp.ones((6, 2), dtype),
+        "kernel": jnp.ones((2, 5), dtype),
+        "bias": jnp.ones(5, jnp.bfloat16),
+        "weight": jnp.ones(5, jnp.float16),
+        "sample_weight": jnp.ones(6, jnp.float32),
+    }
+    how = {
+        "classes": {"memory_budget": linear.class_budget(6, 2, dtype, steps=1)},
+        "tokens": {"memory_budget": linear.token_budget(5, 3, dtype, steps=1), "reduction": "mean"},
+    }[division]
+
+    def loss(arrays):
+        return ce_jax.linear_softmax_cross_entropy(
+            **arrays, labels=np.zeros(6, np.int8), label_smoothing=0.1, **how
+        )
+
+    value, pull = jax.vjp(loss, arrays)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, np.log(5.0), rtol=2e-6)
+    (slopes,) = pull(jnp.ones_like(value))
+    for key, slope in slopes.items():
+        assert (slope.dtype, slope.shape) == (arrays[key].dtype, arrays[key].shape)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+def test_label_dtypes(dtype):
+    labels = np.array([0, 3, 99, 127], dtype)
+    hidden = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    kernel = np.random.default_rng(1).normal(size=(3, 300)).astype(np.float32)
+    wanted = ce_jax.linear_softmax_cross_entropy(hidden, kernel, labels.astype(np.int32))
+    np.testing.assert_array_equal(
+        ce_jax.linear_softmax_cross_entropy(hidden, kernel, labels), wanted
+    )

@@ -1,0 +1,266 @@
+"""JAX's transformations over the linear form, in float64, against the truth's derivatives."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import ce_jax
+from ce_jax import _budget
+from tests import linear, reference, reference_linear
+from tests.helpers import compilations
+from tests.test_transforms import FORWARD, GRADIENTS, HESSIANS, PRODUCTS, repeated
+
+pytestmark = pytest.mark.usefixtures("x64", "few_tokens")
+
+ROWS, WIDTH, CLASSES = 4, 2, 5
+LABELS = np.array([0, 4, -100, 2])
+HIDDEN, KERNEL, BIAS = (slice(0, 8), slice(8, 18), slice(18, 23))
+OPTIONS = {
+    "logit_soft_cap": 2.0,
+    "weight": np.linspace(0.5, 1.5, CLASSES),
+    "sample_weight": np.array([1.0, 0.3, 1.0, 2.0]),
+    "ignore_index": -100,
+    "label_smoothing": 0.1,
+    "z_loss": 0.05,
+    "gamma": 1.7,
+}
+X = np.random.default_rng(0).normal(size=23)
+COTANGENT = np.array([0.7, -1.3, 2.0, 0.4])
+BY_CLASS = {"memory_budget": linear.class_budget(ROWS, 2, "float64", steps=2)}
+BY_TOKEN = {
+    "memory_budget": linear.token_budget(CLASSES, 2, "float64", steps=2),
+    "reduction": "mean",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_tokens():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_budget, "_FEWEST_TOKENS", 2)
+        by_class, by_token = (x["memory_budget"] for x in (BY_CLASS, BY_TOKEN))
+        logit = linear.logit_bytes("float64", steps=2)
+        assert _budget.blocks(ROWS, CLASSES, logit, by_class, summed=False).classes == 2
+        assert _budget.blocks(ROWS, CLASSES, logit, by_token, summed=True).tokens == 2
+        yield
+
+
+def inputs(x):
+    """Hidden states, embedding table and bias, all of them parts of one vector."""
+    return {
+        "hidden": x[HIDDEN].reshape(ROWS, WIDTH),
+        "kernel": x[KERNEL].reshape(CLASSES, WIDTH),
+        "bias": x[BIAS],
+        "labels": LABELS,
+        "class_axis": 0,
+    }
+
+
+def scalar(x, **static):
+    """A scalar in which every row has its own share."""
+    value = linear.loss(**inputs(x), **OPTIONS, **static)
+    return jnp.vdot(COTANGENT.astype(value.dtype), value) if value.ndim else value
+
+
+def truth(x, reduction="none"):
+    return reference_linear.linear_softmax_cross_entropy(
+        **inputs(x), **OPTIONS, reduction=reduction
+    )
+
+
+DIVISIONS = {"classes": BY_CLASS, "tokens": BY_TOKEN}
+every_division = pytest.mark.parametrize("division", DIVISIONS)
+
+
+def cotangent(division):
+    return 1.0 if "reduction" in DIVISIONS[division] else COTANGENT
+
+
+@functools.cache
+def gradient(division):
+    reduction = DIVISIONS[division].get("reduction", "none")
+    return reference.vjp(
+        functools.partial(truth, reduction=reduction), {"x": X}, "x", cotangent(division)
+    )
+
+
+@functools.cache
+def hessian(division):
+    reduction = DIVISIONS[division].get("reduction", "none")
+    return reference.hessian(
+        functools.partial(truth, reduction=reduction), {"x": X}, "x", cotangent(division)
+    )
+
+
+def function(division, **more):
+    return functools.partial(scalar, **DIVISIONS[division], **more)
+
+
+@pytest.mark.parametrize("transform", GRADIENTS)
+@every_division
+def test_gradient(division, transform):
+    found = jax.jit(lambda x: GRADIENTS[transform](function(division), x))(X)
+    np.testing.assert_allclose(found, gradient(division), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("transform", ["hessian", "reverse over reverse"])
+@every_division
+def test_hessian(division, transform):
+    found = jax.jit(lambda x: HESSIANS[transform](function(division), x))(X)
+    np.testing.assert_allclose(found, hessian(division), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("transform", PRODUCTS)
+@every_division
+def test_hessian_vector_product(division, transform):
+    v = np.random.default_rng(2).normal(size=X.shape)
+    found = jax.jit(lambda x, v: PRODUCTS[transform](function(division), x, v))(X, v)
+    np.testing.assert_allclose(found, hessian(division) @ v, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("division", "transform"), [*(("classes", name) for name in FORWARD), ("tokens", "jvp")]
+)
+def test_forward_mode(division, transform):
+    """With a mean too, which then is computed by classes."""
+    v = np.random.default_rng(2).normal(size=X.shape)
+    f = function(division, forward_mode=True)
+    found = jax.jit(lambda x, v: FORWARD[transform](f, x, v))(X, v)
+    np.testing.assert_allclose(found, gradient(division) @ v, rtol=1e-11)
+
+
+def test_second_order_of_forward_mode():
+    f = function("classes", forward_mode=True)
+    found = jax.jit(jax.jacrev(jax.jacfwd(f)))(X)
+    np.testing.assert_allclose(found, hessian("classes"), rtol=0, atol=1e-9)
+
+
+def test_the_fused_derivative_says_so_in_forward_mode():
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(function("classes"), (X,), (X,))
+
+
+@every_division
+def test_vmap_over_everything(division):
+    """Labels, weights, masks and the float options batch like the inputs do."""
+    draw = np.random.default_rng(0)
+    smooth = {
+        "hidden": draw.normal(size=(3, 4, 2)),
+        "kernel": draw.normal(size=(3, 2, 5)),
+        "bias": draw.normal(size=(3, 5)),
+        "weight": draw.uniform(0.5, 2.0, size=(3, 5)),
+        "sample_weight": draw.uniform(0.5, 2.0, size=(3, 4)),
+        "label_smoothing": draw.uniform(0.1, 0.5, size=3),
+        "z_loss": draw.uniform(0.1, 0.5, size=3),
+        "logit_soft_cap": draw.uniform(1.0, 2.0, size=3),
+        "gamma": draw.uniform(1.0, 2.0, size=3),
+    }
+    others = {"labels": draw.integers(5, size=(3, 4)), "where": draw.random((3, 4)) < 0.7}
+
+    def gradients(smooth, others):
+        def total(smooth):
+            value = linear.loss(**smooth, **others, **DIVISIONS[division])
+            return jnp.vdot(COTANGENT, value) if value.ndim else value
+
+        return jax.value_and_grad(total)(smooth)
+
+    together = jax.jit(jax.vmap(gradients))(smooth, others)
+    alone = jax.jit(gradients)
+    for i in range(3):
+        wanted = alone(*jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), (smooth, others)))
+        found = jax.tree.map(lambda x, i=i: x[i], together)
+        chex.assert_trees_all_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_vmap_of_the_statistics():
+    stacked = repeated(jnp.asarray(X))
+
+    def statistics(x):
+        return ce_jax.linear_softmax_statistics(**inputs(x), ignore_index=-100, memory_budget=96)
+
+    found = jax.jit(jax.vmap(statistics))(stacked)
+    wanted = reference_linear.linear_softmax_statistics(**inputs(X), ignore_index=-100)
+    for name in wanted._fields:
+        np.testing.assert_allclose(getattr(found, name)[1], getattr(wanted, name), rtol=1e-12)
+
+
+def dot_products(program):
+    """How many matmuls stand in a program, loops counted once."""
+    count = 0
+    for eqn in program.eqns:
+        count += eqn.primitive.name == "dot_general"
+        count += sum(dot_products(inner) for inner in jaxprs_in_params(eqn.params))
+    return count
+
+
+@pytest.mark.parametrize(("division", "matmuls"), [("classes", 4), ("tokens", 3)])
+def test_matmuls(division, matmuls):
+    """Four by classes, three by tokens, and one for the value alone; one loop body each."""
+    arguments = {"hidden": jnp.ones((6, 2)), "kernel": jnp.ones((2, 4)), "labels": np.zeros(6, int)}
+    budget = {
+        "classes": linear.class_budget(6, 2, "float64"),
+        "tokens": linear.token_budget(4, 3, "float64"),
+    }[division]
+    reduction = "none" if division == "classes" else "sum"
+
+    def loss(hidden, kernel):
+        return ce_jax.linear_softmax_cross_entropy(
+            hidden, kernel, arguments["labels"], reduction=reduction, memory_budget=budget
+        ).sum()
+
+    both = arguments["hidden"], arguments["kernel"]
+    assert dot_products(jax.make_jaxpr(loss)(*both).jaxpr) == 1
+    assert dot_products(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*both).jaxpr) == matmuls
+
+
+@every_division
+def test_one_compilation_per_shape(division):
+    """Whatever the float options and the constants of `log_prob_loss` are."""
+    chex.clear_trace_counter()
+
+    def loss(x, rate):
+        options = OPTIONS | dict.fromkeys(("label_smoothing", "z_loss", "logit_soft_cap"), rate)
+        value = linear.loss(**inputs(x), **(options | {"gamma": rate}), **DIVISIONS[division])
+        return value.sum()
+
+    step = jax.jit(jax.grad(chex.assert_max_traces(loss, n=1), argnums=(0, 1)))
+    step(X, 0.5)
+    with compilations() as seen:
+        slopes = [step(X * i, rate)[1] for i, rate in enumerate((0.6, 0.7))]
+        assert not seen
+    assert np.isfinite(slopes).all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_eager_calls_run_one_cached_program(reduction):
+    arguments = {
+        "hidden": np.ones((6, 2)),
+        "kernel": np.ones((2, 4)),
+        "labels": np.zeros(6, int),
+        "log_prob_loss": jnp.negative,
+        "reduction": reduction,
+    }
+    with compilations() as seen:
+        for rate in (0.1, 0.2, 0.2):
+            ce_jax.linear_softmax_cross_entropy(
+                **arguments, label_smoothing=rate, z_loss=rate, logit_soft_cap=rate
+            )
+        assert len(seen) == 1
+
+
+def test_statistics_run_one_cached_program():
+    arguments = np.ones((6, 2)), np.ones((2, 4)), np.zeros(6, int)
+    with compilations() as seen:
+        for cap in (1.0, 2.0):
+            ce_jax.linear_softmax_statistics(*arguments, logit_soft_cap=cap)
+        assert len(seen) == 1
+
+
+@every_division
+def test_no_tracer_leaks(division):
+    with jax.checking_leaks():
+        jax.jit(jax.grad(function(division)))(X)
