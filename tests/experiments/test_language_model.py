@@ -1,0 +1,79 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import typer
+from flax import nnx
+from typer.testing import CliRunner
+
+from experiments import language_model as lm
+
+LENGTH = 16
+ROWS = lm.rows_of(lm.README.read_bytes(), LENGTH)
+BATCH = jnp.asarray(ROWS[:8])
+
+
+def dense(model, text):
+    """The mean of optax's loss of the logits, over what is not padding."""
+    labels = text[:, 1:]
+    kernel, class_axis = model.head()
+    logits = model(text[:, :-1].clip(0)) @ (kernel if class_axis == 1 else kernel.T)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels.clip(0))
+    counts = labels != lm.PADDING
+    hits = jnp.sum(counts & (logits.argmax(-1) == labels))
+    return jnp.sum(jnp.where(counts, losses, 0)) / counts.sum(), hits
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize(("tied", "parts"), [(True, 4), (False, 1)])
+def test_loss_and_gradients_are_those_of_dense_logits(tied, parts):
+    """Whatever the number of parts, though their numbers of tokens differ."""
+    model = lm.LanguageModel(LENGTH, width=8, blocks=1, tied=tied, rngs=nnx.Rngs(0))
+    tokens = (np.asarray(BATCH)[:, 1:] != lm.PADDING).reshape(4, -1).sum(-1)
+    assert len(set(tokens)) > 1
+    sums, slopes = nnx.jit(lm.gradients, static_argnums=2)(model, BATCH, parts)
+    (wanted, hits), wanted_slopes = nnx.jit(nnx.value_and_grad(dense, has_aux=True))(model, BATCH)
+    np.testing.assert_allclose(sums.loss / sums.tokens, wanted, rtol=1e-6)
+    assert int(sums.hits) == int(hits)
+    assert int(sums.tokens) == tokens.sum()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), slopes, wanted_slopes
+    )
+
+
+def test_rows_hold_every_byte_once():
+    """Each row begins with the byte at which the one before it ends."""
+    text = b"abcdefg\n\nh\n\nij\n\n"
+    rows = [[byte for byte in row if byte != lm.PADDING] for row in lm.rows_of(text, 3)]
+    assert [bytes(row) for row in rows] == [b"abcd", b"defg", b"ij"]
+
+
+def run(*options):
+    app = typer.Typer()
+    app.command()(lm.main)
+    return CliRunner().invoke(app, list(map(str, options)))
+
+
+@pytest.mark.usefixtures("lenient")
+def test_the_loss_falls():
+    result = run("--steps", 60, "--length", LENGTH, "--batch-size", 16, "--parts", 2)
+    assert result.exit_code == 0, result.output
+    losses = [float(found) for found in re.findall(r"loss ([\d.]+) nats", result.output)]
+    assert 5.0 < losses[0] < 7.0
+    assert losses[-1] < 3.5
+    accuracies = [float(found) for found in re.findall(r"accuracy ([\d.]+)%", result.output)]
+    assert accuracies[-1] > 15.0
+
+
+def test_wrong_use_is_one_line(tmp_path):
+    assert "does not divide" in run("--parts", 3).stderr
+    for path, message in ((tmp_path / "absent", "No such file"), (tmp_path, "directory")):
+        result = run("--text", path)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+    (tmp_path / "empty").touch()
+    assert "no paragraph" in run("--text", tmp_path / "empty").stderr
