@@ -1,0 +1,200 @@
+"""Measures the losses of `ce_jax` beside those of other libraries: time, memory, scaling.
+
+    python -m experiments.benchmark
+
+Expect an hour on two CPU cores that have nothing else to do; `--quick` takes two minutes. All peers
+are called in turns in this one process, after a warm-up, and each call waits for its result, so
+that ratios stay right where the machine's speed drifts.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from experiments import console as show
+from experiments import runs
+from experiments.benchmarking import (
+    epoch,
+    jax_peers,
+    pictures,
+    problems,
+    report,
+    sharded,
+    startup,
+    torch_peers,
+)
+from experiments.benchmarking.measure import OURS, Row, measure
+from experiments.benchmarking.timing import Effort
+from experiments.errors import ExperimentError
+
+
+class Operation(StrEnum):
+    """What `--only` selects."""
+
+    INTEGER = "integer"
+    ONE_HOT = "one-hot"
+    WEIGHTED = "weighted"
+    SMOOTHED = "smoothed"
+    SIGMOID = "sigmoid"
+    STATISTICS = "statistics"
+    LINEAR = "linear"
+    VOCAB_PARALLEL = "vocab-parallel"
+    EPOCH = "epoch"
+    EAGER = "eager"
+    IMPORT = "import"
+    COMPILE = "compile"
+
+
+# A part of the work, and what it is called while it runs.
+Part = tuple[str, Callable[[], list[Row]]]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    only: Annotated[
+        list[Operation] | None,
+        typer.Option(help="Measure this operation alone; may be repeated.", show_default="all"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few and small shapes, few samples: two minutes.")
+    ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            help="How long to sample each problem, and as long again for the loss alone.",
+            show_default="3; with --quick 0.15",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run, new or empty.", show_default="runs/benchmark-DATE-TIME"
+        ),
+    ] = None,
+) -> None:
+    """Measure the losses of ce_jax and of other libraries.
+
+    Exit status: 0 for a finished run, 1 for a run folder that cannot be used, 2 for wrong options.
+    """
+    folder = out or Path("runs") / f"benchmark-{datetime.now():%Y%m%d-%H%M%S}"
+    # Or JAX would take most of a GPU's memory, and leave torch the rest.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # A compiled program found on disk would make compilation look free.
+    jax.config.update("jax_enable_compilation_cache", False)
+    default = Effort(0.15, 3, 15) if quick else Effort(3.0)
+    effort = default if seconds is None else default._replace(seconds=seconds)
+    try:
+        run(only or list(Operation), effort, folder, quick=quick)
+    except ExperimentError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"[bold red]error:[/bold red] {escape(str(error))}"
+        )
+        raise typer.Exit(1) from error
+
+
+def run(operations: Sequence[str], effort: Effort, folder: Path, *, quick: bool) -> None:
+    """Measures, and leaves figures and pictures in a folder after every part of the work.
+
+    Args:
+      operations: values of `Operation`.
+      effort: how long to sample each problem.
+      folder: where results go; new or empty.
+      quick: whether small shapes do.
+    """
+    console = Console()
+    console.width = max(console.width, 100)  # where it is not a terminal, a table needs as much
+    options = {"operations": list(operations), "quick": quick, **effort._asdict()}
+    about: dict[str, Any] = {"options": options, **report.machine()}
+    runs.create(folder, {"experiment": "benchmark", **about})
+    show.setting(
+        console,
+        {
+            "processor": f"{about['processor']}, {about['cores']} cores, load {about['load']}",
+            "devices": ", ".join(map(str, about["devices"])),
+            "folder": str(folder.absolute()),
+        },
+    )
+    if about["load"] > 0.3:
+        show.warn(
+            console,
+            f"The machine is busy (load {about['load']}).",
+            "Other programs disturb some peers more than others: ratios taken now are not to be "
+            "trusted.",
+        )
+    rows: list[Row] = []
+    for name, part in parts(operations, effort, quick=quick):
+        console.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
+        found = part()
+        print_rows(console, found)
+        rows += found
+        report.save(folder, rows, about)
+    title = f"{about['processor']}, {about['cores']} cores, jax {jax.__version__}"
+    pictures.save_all(folder, rows, title)
+    for row in report.slower(rows):
+        console.print(
+            f"slower than optax, beyond the spread: {row.problem.operation} {row.problem.shape} "
+            f"{row.problem.dtype}, devices {row.devices}: {row.to_optax:.2f}",
+            soft_wrap=True,
+        )
+    console.print(f"results, tables and pictures: {folder.absolute()}", soft_wrap=True)
+
+
+def parts(operations: Sequence[str], effort: Effort, *, quick: bool) -> Iterator[Part]:
+    """The parts of the work, in the order in which they are done."""
+    if Operation.IMPORT in operations:
+        yield "import", lambda: startup.import_rows(3 if quick else 11)
+    if Operation.COMPILE in operations:
+        losses = [o for o in operations if o in problems.ARGUMENTS] or list(problems.ARGUMENTS)
+        names = losses[:1] if quick else losses
+        yield "compile", lambda: startup.compile_rows(names, 3 if quick else 7)
+    peers = jax_peers.peers() + torch_peers.peers(compiled=not quick)
+    for problem in problems.table(operations, quick):
+        yield (
+            f"{problem.operation} {problem.shape} {problem.dtype}",
+            partial(measure, problem, peers, effort),
+        )
+    if Operation.EPOCH in operations:
+        yield "epoch", lambda: epoch.rows(effort, quick=quick)
+    if Operation.VOCAB_PARALLEL in operations:
+        yield Operation.VOCAB_PARALLEL, lambda: sharded.rows(effort, quick=quick)
+    # Compiling for each of many sizes would take longer than all the rest.
+    curves = [peer for peer in peers if peer.name != "torch.compile"]
+    for problem in problems.scaling(operations, quick):
+        yield (
+            f"scaling {problem.group}: {problem.operation} {problem.shape}",
+            partial(measure, problem, curves, effort),
+        )
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """Shows one line for each peer."""
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("peer", no_wrap=True)
+    for heading in ("forward", "gradient", "quartiles", "temporaries", "/ optax", "/ limit"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        on = f", {row.devices} devices" if row.devices > 1 else ""
+        peer = escape(row.peer) + on
+        if row.gradient is None:
+            console.print(f"  {peer}: {escape(row.status)}", style="dim", soft_wrap=True)
+        else:
+            style = "bold" if row.peer == OURS else None
+            table.add_row(peer, *report.cells(row), style=style)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()

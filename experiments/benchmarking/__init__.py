@@ -1,0 +1,1 @@
+"""What `experiments.benchmark` is made of: problems, peers, timing, report and pictures."""

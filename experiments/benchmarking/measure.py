@@ -1,0 +1,165 @@
+"""From problems and peers to rows of figures."""
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments.benchmarking.problems import Problem
+from experiments.benchmarking.programs import Peer, Program, kind_of_device, limit
+from experiments.benchmarking.timing import Effort, Timing, interleave
+
+OURS, BASELINE, LIMIT = "ce_jax", "optax", "limit"
+MEASURED = "measured"
+
+
+class Row(NamedTuple):
+    """What one peer did with one problem.
+
+    Attributes:
+      problem: the problem.
+      peer: who.
+      status: `MEASURED`, or why there are no figures.
+      device: where.
+      devices: on how many.
+      forward: the time of the loss.
+      gradient: the time of loss and gradient; of the whole, where there is nothing to derive.
+      temporaries: bytes held at once beside inputs and results, for loss and gradient.
+      to_optax: `gradient` over that of optax, in the same interleaved measurement.
+      to_limit: `gradient` over the limit of the device, in the same interleaved measurement.
+    """
+
+    problem: Problem
+    peer: str
+    status: str = MEASURED
+    device: str = ""
+    devices: int = 1
+    forward: Timing | None = None
+    gradient: Timing | None = None
+    temporaries: int | None = None
+    to_optax: float | None = None
+    to_limit: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The row as flat columns: seconds and bytes, None for what there is not."""
+        columns: dict[str, Any] = {
+            **self.problem._asdict(),
+            "devices": self.devices,
+            "device": self.device,
+            "peer": self.peer,
+            "status": self.status,
+        }
+        for name, timing in (("forward", self.forward), ("gradient", self.gradient)):
+            for field in Timing._fields:
+                columns[f"{name}_{field}"] = None if timing is None else getattr(timing, field)
+        return {
+            **columns,
+            "temporaries": self.temporaries,
+            "to_optax": self.to_optax,
+            "to_limit": self.to_limit,
+        }
+
+
+def measure(problem: Problem, peers: Iterable[Peer], effort: Effort) -> list[Row]:
+    """One row for every peer that has the operation, and one for the limit of the device.
+
+    A peer that fails is a row that says why, as is one that is missing; `ce_jax` must not fail.
+    """
+    inputs = problem.inputs()
+    floor, times = limit(problem, inputs)
+    floor()
+
+    def build(peer: Peer) -> Program:
+        return peer.build(problem, inputs)
+
+    rows, programs = prepare(problem, peers, build)
+    rows += compare(problem, programs, effort, {LIMIT: (floor, times)})
+    programs.clear()
+    gc.collect()
+    return rows
+
+
+def prepare(
+    problem: Problem, peers: Iterable[Peer], build: Callable[[Peer], Program]
+) -> tuple[list[Row], dict[str, Program]]:
+    """Builds and warms up the programs; those that cannot be are rows already."""
+    rows, programs = [], {}
+    for peer in peers:
+        if problem.formula not in peer.operations:
+            continue
+        if peer.missing:
+            rows.append(Row(problem, peer.name, peer.missing))
+            continue
+        try:
+            program = build(peer)
+            for call in (program.forward, program.gradient):
+                if call is not None:
+                    call()
+        except Exception as error:  # Whatever goes wrong in a foreign library is its result.
+            if peer.name == OURS:
+                raise
+            rows.append(Row(problem, peer.name, f"failed: {_brief(error)}"))
+        else:
+            programs[peer.name] = program
+    return rows, programs
+
+
+def compare(
+    problem: Problem,
+    programs: Mapping[str, Program],
+    effort: Effort,
+    limits: Mapping[str, tuple[Callable[[], object], float]] | None = None,
+    devices: int = 1,
+) -> list[Row]:
+    """Times programs that are warm, all in turns.
+
+    Args:
+      problem: what they solve.
+      programs: by the name of the peer.
+      effort: how long to measure.
+      limits: further calls, timed like a gradient and multiplied by a number.
+      devices: how many they run on.
+    """
+    limits = limits or {}
+    gradients = interleave(
+        {
+            **{name: program.gradient for name, program in programs.items()},
+            **{name: call for name, (call, _) in limits.items()},
+        },
+        effort,
+    )
+    for name, (_, times) in limits.items():
+        gradients[name] = gradients[name].scaled(times)
+    forwards = interleave(
+        {name: p.forward for name, p in programs.items() if p.forward is not None}, effort
+    )
+    rows = []
+    for name, gradient in gradients.items():
+        program = programs.get(name)
+        rows.append(
+            Row(
+                problem,
+                name,
+                device=kind_of_device() if program is None else program.device,
+                devices=devices,
+                forward=forwards.get(name),
+                gradient=gradient,
+                temporaries=None if program is None else program.temporaries(),
+                to_optax=_ratio(gradient, gradients.get(BASELINE)),
+                to_limit=_ratio(gradient, gradients.get(LIMIT)),
+            )
+        )
+    return rows
+
+
+def absent(problem: Problem, names: Sequence[str], reason: str) -> list[Row]:
+    """Rows that say why there are no figures."""
+    return [Row(problem, name, reason) for name in names]
+
+
+def _ratio(time: Timing, other: Timing | None) -> float | None:
+    return None if other is None else time.median / other.median
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,196 @@
+"""Rows of figures as CSV, JSON and Markdown, with all that is needed to understand them."""
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.benchmarking.measure import BASELINE, LIMIT, MEASURED, OURS, Row
+from experiments.benchmarking.timing import Timing
+
+CSV_FILE, JSON_FILE = "results.csv", "results.json"
+SUMMARY_FILE, TABLE_FILE = "summary.md", "table.md"
+
+_PACKAGES = (
+    *("ce-jax", "jax", "jaxlib", "optax", "torch", "keras", "tokamax"),
+    *("liger-kernel", "cut-cross-entropy", "numpy"),
+)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, devices, load at the start, versions, date."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def save(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
+    """Writes all rows in every form."""
+    records = [row.record() for row in rows]
+    with (folder / CSV_FILE).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    (folder / JSON_FILE).write_text(json.dumps({**about, "rows": records}, indent=1) + "\n")
+    table = [row for row in rows if row.problem.group == "table"]
+    if table:
+        heading = f"{_about(about)}\n\n"
+        (folder / SUMMARY_FILE).write_text(heading + summary(table))
+        (folder / TABLE_FILE).write_text(heading + full_table(rows))
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A Markdown table of `ce_jax` against the others, one line for each problem."""
+    shown = [name for name in dict.fromkeys(row.peer for row in rows) if name not in (OURS, LIMIT)]
+    absent = {name: _absence(rows, name) for name in shown}
+    shown = [name for name in shown if not absent[name]]
+    heading = ["value and gradient", "shape", "dtype", "ce_jax"]
+    heading += [f"/ {name}" for name in shown]
+    heading += ["/ limit", "temporaries", "optax's"]
+    lines = []
+    for problem, devices in dict.fromkeys((row.problem, row.devices) for row in rows):
+        found = {r.peer: r for r in rows if (r.problem, r.devices) == (problem, devices)}
+        ours = found.get(OURS)
+        if ours is None or ours.gradient is None:
+            continue
+        optax = found.get(BASELINE)
+        on = f", {devices} devices" if devices > 1 else ""
+        lines.append(
+            [
+                problem.operation + on,
+                problem.shape if problem.rows else "-",
+                problem.dtype if problem.rows else "-",
+                _time(ours.gradient),
+                *(_over(ours, found.get(name)) for name in (*shown, LIMIT)),
+                _bytes(ours.temporaries),
+                _bytes(None if optax is None else optax.temporaries),
+            ]
+        )
+    text = _markdown(heading, lines, left=3)
+    notes = [f"- {name}: {reason}" for name, reason in absent.items() if reason]
+    return text + ("\nWithout figures:\n\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def full_table(rows: Sequence[Row]) -> str:
+    """A Markdown table of everything, one line for each peer and problem."""
+    heading = ["operation", "shape", "dtype", "device", "peer", "forward", "value and gradient"]
+    heading += ["quartiles", "temporaries", "/ optax", "/ limit"]
+    lines = []
+    for row in rows:
+        problem, on = row.problem, f"{row.devices} x " if row.devices > 1 else ""
+        name = [problem.operation, problem.shape, problem.dtype, on + row.device, row.peer]
+        lines.append([*name, *cells(row)])
+    return _markdown(heading, lines, left=5)
+
+
+def cells(row: Row) -> list[str]:
+    """Forward, gradient, its quartiles, temporaries, ratios; or the status in place of them."""
+    gradient = row.gradient
+    if gradient is None:
+        return [row.status, *[""] * 5]
+    return [
+        "" if row.forward is None else _time(row.forward),
+        _time(gradient),
+        f"{_seconds(gradient.lower)} - {_seconds(gradient.upper)}",
+        _bytes(row.temporaries),
+        _ratio(row.to_optax),
+        _ratio(row.to_limit),
+    ]
+
+
+def slower(rows: Sequence[Row]) -> list[Row]:
+    """The rows of `ce_jax` that took longer than optax's, beyond the spread of both."""
+    found = []
+    by_problem = {(r.problem, r.devices): r for r in rows if r.peer == BASELINE}
+    for row in rows:
+        other = by_problem.get((row.problem, row.devices))
+        if row.peer != OURS or row.gradient is None or other is None or other.gradient is None:
+            continue
+        if row.gradient.lower > other.gradient.upper:
+            found.append(row)
+    return found
+
+
+def _absence(rows: Sequence[Row], name: str) -> str:
+    """Why a peer has no figures at all; "" if it has some."""
+    statuses = [row.status for row in rows if row.peer == name]
+    return "" if MEASURED in statuses else statuses[0]
+
+
+def _markdown(heading: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    rule = ["---"] * left + ["---:"] * (len(heading) - left)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (heading, rule, *lines))
+
+
+def _over(ours: Row, other: Row | None) -> str:
+    if other is None or ours.gradient is None:
+        return "-"
+    if other.gradient is None:
+        return "failed" if other.status.startswith("failed") else "-"
+    return f"{ours.gradient.median / other.gradient.median:.2f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _time(timing: Timing) -> str:
+    return _seconds(timing.median)
+
+
+def _seconds(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1 or unit == "us":
+            return f"{seconds * scale:.3g} {unit}"
+    raise AssertionError
+
+
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return "-"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size} B"
+
+
+def _about(about: Mapping[str, Any]) -> str:
+    """The machine and the versions in one sentence."""
+    versions = [f"{name} {version}" for name, version in about["versions"].items() if version]
+    devices = ", ".join(sorted(set(about["devices"])))
+    return (
+        f"{about['date'][:10]}, {about['processor']}, {about['cores']} cores, JAX devices: "
+        f"{devices}; Python {about['python']}, {', '.join(versions)}. Medians of interleaved calls "
+        "in one process; `/ x`: time over that of x; limit: one read and one write of the logits, "
+        "or three matmuls, measured in turns with the rest."
+    )
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in (path.read_text().splitlines() if path.exists() else ())
+        if line.startswith("model name")
+    ]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

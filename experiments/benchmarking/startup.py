@@ -1,0 +1,80 @@
+"""What a user waits for before the first step: import and compilation."""
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarking import jax_peers
+from experiments.benchmarking.measure import BASELINE, OURS, Row
+from experiments.benchmarking.problems import ARGUMENTS, Problem
+from experiments.benchmarking.timing import Timing, summary
+
+_ROOT = Path(__file__).parents[2]
+_IMPORT = """
+import time
+import jax
+start = time.perf_counter()
+import {}
+print(time.perf_counter() - start)
+"""
+_COMPILED_SHAPE = (1024, 1000)
+_FEATURES = 64
+
+
+def import_rows(rounds: int) -> list[Row]:
+    """The time of importing a library where `jax` is imported already, each in a new process."""
+    names = (OURS, BASELINE)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            command = [sys.executable, "-c", _IMPORT.format(name)]
+            output = subprocess.run(
+                command, cwd=_ROOT, check=True, capture_output=True, text=True
+            ).stdout
+            samples[name].append(float(output))
+    return _rows(Problem("import", 0, 0), samples)
+
+
+def compile_rows(operations: list[str], rounds: int) -> list[Row]:
+    """The time from a Python function to the compiled program of its value and gradient."""
+    rows = []
+    losses = {name: jax_peers.losses()[name] for name in (OURS, BASELINE)}
+    for operation in operations:
+        classes = _COMPILED_SHAPE[1]
+        features = _FEATURES if operation == "linear" else 0
+        problem = Problem(operation, _COMPILED_SHAPE[0], classes, "float32", features)
+        shapes = [
+            jax.ShapeDtypeStruct(array.shape, jnp.int32 if array.dtype == "int32" else jnp.float32)
+            for array in problem.inputs().values()
+        ]
+        _, differentiated = ARGUMENTS[operation]
+        samples: dict[str, list[float]] = {name: [] for name in losses}
+        # The first round also pays for what every compilation of the process shares.
+        for round_ in range(rounds + 1):
+            for name, functions in losses.items():
+                function = jax.value_and_grad(
+                    functions[operation],
+                    tuple(range(differentiated)),
+                    has_aux=operation == "statistics",
+                )
+                jax.clear_caches()
+                start = time.perf_counter()
+                jax.jit(function).lower(*shapes).compile()
+                if round_:
+                    samples[name].append(time.perf_counter() - start)
+        rows += _rows(problem._replace(operation=f"compile {operation}"), samples)
+    return rows
+
+
+def _rows(problem: Problem, samples: dict[str, list[float]]) -> list[Row]:
+    baseline = statistics.median(samples[BASELINE])
+    timings: dict[str, Timing] = {name: summary(values) for name, values in samples.items()}
+    return [
+        Row(problem, name, device="CPU", gradient=timing, to_optax=timing.median / baseline)
+        for name, timing in timings.items()
+    ]

@@ -1,0 +1,89 @@
+"""Times of several calls, taken in turns so that all of them meet the same machine."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+# A call: does its work and waits for the result.
+Call = Callable[[], object]
+
+# A sample shorter than this would measure the clock; short calls are repeated within a sample.
+_SAMPLE_SECONDS = 2e-3
+_MOST_REPEATS = 2000
+# The threads of one library may wait busily for more work, which would slow the next one down.
+_PAUSE_SECONDS = 2e-3
+
+
+class Timing(NamedTuple):
+    """Seconds per call: median and quartiles over the samples."""
+
+    median: float
+    lower: float
+    upper: float
+    samples: int
+
+    def scaled(self, factor: float) -> "Timing":
+        """The same measurement in another unit."""
+        return Timing(self.median * factor, self.lower * factor, self.upper * factor, self.samples)
+
+
+class Effort(NamedTuple):
+    """How long to measure: until `seconds` are over, but within these numbers of rounds."""
+
+    seconds: float
+    least_rounds: int = 5
+    most_rounds: int = 51
+
+
+def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
+    """Times calls round by round, each round starting with another one of them.
+
+    Before a sample there is a pause and one call that does not count, unless calls are so long
+    that what came before them no longer matters.
+
+    Args:
+      calls: what to time; each has been called before, so that nothing is left to compile.
+      effort: how long to go on.
+    """
+    names = list(calls)
+    repeats = {name: _repeats(call) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    for round_ in range(effort.most_rounds):
+        if round_ >= effort.least_rounds and time.perf_counter() - start > effort.seconds:
+            break
+        shift = round_ % max(1, len(names))
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(_sample(calls[name], repeats[name]))
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def _repeats(call: Call) -> int:
+    seconds = _once(call)
+    if seconds < _SAMPLE_SECONDS:
+        seconds = min(seconds, _once(call))
+    return max(1, min(_MOST_REPEATS, round(_SAMPLE_SECONDS / max(seconds, 1e-9))))
+
+
+def _sample(call: Call, repeats: int) -> float:
+    time.sleep(_PAUSE_SECONDS)
+    if repeats > 1:
+        call()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _once(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def summary(values: list[float]) -> Timing:
+    """Median and quartiles of samples."""
+    lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75))
+    return Timing(float(median), float(lower), float(upper), len(values))

@@ -1,0 +1,189 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from experiments import benchmark
+from experiments.benchmarking import (
+    jax_peers,
+    measure,
+    pictures,
+    problems,
+    report,
+    timing,
+    torch_peers,
+)
+from experiments.benchmarking.problems import ARGUMENTS, Problem
+from experiments.benchmarking.programs import Peer, Program
+from experiments.benchmarking.timing import Effort, Timing, interleave
+
+TINY = Effort(0.001, 2, 2)
+
+
+def tiny(operation):
+    return Problem(operation, 6, 5, "float32", 3 if operation == "linear" else 0)
+
+
+def outputs(peer, problem):
+    """Loss and first gradient, as a peer computed them."""
+    loss, gradients = peer.build(problem, problem.inputs()).gradient()
+    if isinstance(loss, tuple):
+        loss, _ = loss
+    as_array = [x.detach().numpy() if hasattr(x, "detach") else x for x in (loss, gradients[0])]
+    return [np.asarray(x, np.float64) for x in as_array]
+
+
+@pytest.mark.parametrize("operation", ARGUMENTS)
+def test_all_peers_compute_the_same(operation):
+    problem = tiny(operation)
+    everybody = jax_peers.peers() + torch_peers.peers(compiled=False)
+    here = [p for p in everybody if operation in p.operations and not p.missing]
+    assert {"ce_jax", "optax", "jax.nn"} <= {peer.name for peer in here}
+    want = outputs(next(peer for peer in here if peer.name == "optax"), problem)
+    for peer in here:
+        for x, y in zip(outputs(peer, problem), want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=peer.name)
+
+
+def test_calls_take_turns_and_start_with_another_one_each_round():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = interleave(calls, Effort(0.0, 3, 3))
+    turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    assert "".join(turns[-9:]) == "abcbcacab".replace("cc", "c")
+    assert all(t.samples == 3 and t.lower <= t.median <= t.upper for t in timings.values())
+
+
+def test_the_spread_is_that_of_the_samples(monkeypatch):
+
+    assert timing.summary([4.0, 1.0, 3.0, 2.0, 5.0]) == Timing(3.0, 2.0, 4.0, 5)
+    monkeypatch.setattr(timing.time, "perf_counter", iter(range(10**6)).__next__)
+    assert interleave({"a": lambda: None}, TINY)["a"].median == 1.0
+
+
+def test_a_missing_peer_is_a_row_that_says_so():
+    def build(*_):
+        raise AssertionError("must not be built")
+
+    ours, *_ = jax_peers.peers()
+    gone = Peer("gone", frozenset({"integer"}), build, "not installed")
+    other = Peer("other", frozenset({"sigmoid"}), build)
+    rows = measure.measure(tiny("integer"), [gone, ours, other], TINY)
+    assert [(row.peer, row.status) for row in rows] == [
+        ("gone", "not installed"),
+        ("ce_jax", "measured"),
+        ("limit", "measured"),
+    ]
+    assert "- gone: not installed" in report.summary(rows)
+    assert "| gone | not installed |" in report.full_table(rows)
+
+
+def test_a_failing_peer_is_a_row_but_ours_is_an_error():
+    def build(*_):
+        raise RuntimeError("no such kernel")
+
+    ours, *_ = jax_peers.peers()
+    broken = Peer("broken", frozenset({"integer"}), build)
+    rows = measure.measure(tiny("integer"), [ours, broken], TINY)
+    assert rows[0].status == "failed: RuntimeError: no such kernel"
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        measure.measure(tiny("integer"), [ours._replace(build=build)], TINY)
+
+
+def test_ratios_are_those_of_the_medians():
+    def program(steps):
+        return Program(None, lambda: sum(range(steps)), lambda: steps, "CPU")
+
+    programs = {"ce_jax": program(10_000), "optax": program(100_000)}
+    limits = {"limit": (lambda: sum(range(10_000)), 4.0)}
+    rows = measure.compare(tiny("integer"), programs, Effort(0.05, 5, 9), limits)
+    ours, optax, limit = rows
+    assert ours.to_optax == ours.gradient.median / optax.gradient.median < 0.5
+    assert ours.to_limit == ours.gradient.median / limit.gradient.median < 0.7
+    assert (ours.temporaries, limit.temporaries) == (10_000, None)
+    assert report.slower(rows) == []
+    swapped = [optax._replace(peer="ce_jax"), ours._replace(peer="optax")]
+    assert report.slower(swapped) == swapped[:1]
+
+
+def test_temporaries_of_torch_leave_the_results_out():
+    pytest.importorskip("torch", reason="torch is not installed")
+    torch_peer, *_ = torch_peers.peers(compiled=False)
+    problem = Problem("integer", 64, 1000)
+    used = torch_peer.build(problem, problem.inputs()).temporaries()
+    logits = 64 * 1000 * 4
+    # The log-probabilities and their gradient; not the logits' gradient, which is the result.
+    assert 2 * logits <= used < 2.1 * logits
+
+
+def test_shapes_and_dtypes_of_the_table():
+    found = problems.table(["integer", "linear", "eager"], quick=False)
+    assert {(p.rows, p.classes, p.dtype) for p in found if p.operation == "integer"} == {
+        (n, c, dtype)
+        for n, c in ((128, 10), (65536, 10), (16384, 100), (8192, 1000), (1024, 32768))
+        for dtype in ("float32", "bfloat16")
+    } | {(512, 131072, "float32"), (512, 131072, "bfloat16")}
+    linear = {(p.rows, p.features, p.classes) for p in found if p.operation == "linear"}
+    assert linear == {(2048, 256, 32768), (1024, 512, 65536)}
+    assert all(p.is_eager and p.formula in ARGUMENTS for p in found if "eager" in p.operation)
+    curves = problems.scaling(["integer", "linear"], quick=False)
+    assert {p.classes for p in curves if p.group == "classes"} == {2**k for k in range(10, 20)}
+
+
+@pytest.mark.slow
+def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
+    few = [tiny("integer"), tiny("integer")._replace(dtype="bfloat16"), tiny("sigmoid")]
+    curve = [Problem("integer", 4, v, group="classes") for v in (8, 16)]
+    monkeypatch.setattr(problems, "table", lambda *_: few)
+    monkeypatch.setattr(problems, "scaling", lambda *_: curve)
+    out = tmp_path / "run"
+    options = ["--quick", "--seconds", "0.01", "--only", "integer", "--out", str(out)]
+    result = CliRunner().invoke(benchmark.app, options)
+    assert result.exit_code == 0, result.output
+
+    about = json.loads((out / report.JSON_FILE).read_text())
+    assert about["cores"] >= 1
+    assert about["processor"]
+    assert about["date"].startswith("20")
+    assert about["versions"]["jax"]
+    assert about["options"]["quick"] is True
+    with (out / report.CSV_FILE).open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(about["rows"])
+    columns = "operation rows classes dtype features group devices device peer status"
+    columns += " forward_median forward_lower forward_upper forward_samples"
+    columns += " gradient_median gradient_lower gradient_upper gradient_samples"
+    assert [*columns.split(), "temporaries", "to_optax", "to_limit"] == list(rows[0])
+    for row in about["rows"]:
+        assert (row["status"] == "measured") == (row["gradient_median"] is not None)
+        if row["peer"] == "optax":
+            assert row["to_optax"] == 1.0
+    summary = (out / report.SUMMARY_FILE).read_text()
+    assert "| integer | 6x5 | float32 |" in summary
+    assert "torch.compile: " in summary  # left out, or not installed: never dropped silently
+    assert sorted(path.name for path in out.glob("*.png")) == ["ratios.png", "scaling_classes.png"]
+
+    again = CliRunner().invoke(benchmark.app, options)
+    assert again.exit_code == 1
+    assert "not empty" in again.stderr
+
+
+def test_an_unknown_operation_is_a_wrong_option():
+    result = CliRunner().invoke(benchmark.app, ["--only", "cosine"])
+    assert result.exit_code == 2
+
+
+def test_pictures_need_no_figures_of_everybody(tmp_path):
+    timing = Timing(1e-3, 9e-4, 2e-3, 5)
+    rows = [
+        measure.Row(problem, peer, gradient=timing, temporaries=0, to_optax=1.0, devices=devices)
+        for peer in ("ce_jax", "optax", "a new one")
+        for problem in (Problem("vocab-parallel", 8, 16), Problem("linear", 8, 16, group="rows"))
+        for devices in (1, 2)
+    ]
+    rows.append(measure.Row(Problem("linear", 8, 16, group="rows"), "gone", "not installed"))
+    paths = pictures.save_all(tmp_path, rows, "a title")
+    assert [path.name for path in paths] == ["scaling_rows.png", "scaling_devices.png"]
+    assert all(path.stat().st_size > 10_000 for path in paths)
