@@ -157,7 +157,9 @@ def kernel_axis(hidden: Array, kernel: Array, axis: int) -> int:
             f"kernel must have the dtype of hidden, {hidden.dtype}, got {kernel.dtype}; "
             "cast the one that is to be rounded or widened"
         )
-    (axis,) = axes(integer_option("class_axis", axis), 2)
+    if integer_option("class_axis", axis) not in (-2, -1, 0, 1):
+        raise ValueError(f"class_axis must be an axis of kernel, 0 or 1 (or -1), got {axis}")
+    axis %= 2
     width = kernel.shape[1 - axis]
     if width != hidden.shape[-1] or 0 in kernel.shape:
         raise ValueError(
@@ -172,6 +174,14 @@ def class_count(value: int | None, held: int) -> int:
     if value is not None and not 0 < value <= held:
         raise ValueError(f"num_classes must be in [1, {held}], what kernel holds, got {value}")
     return held if value is None else value
+
+
+def memory_budget(value: int | None) -> int | None:
+    """The value of `memory_budget`, in bytes."""
+    value = integer_option("memory_budget", value)
+    if value is not None and value < 1:
+        raise ValueError(f"memory_budget must be at least 1 byte, got {value}")
+    return value
 
 
 def element_function(name: str, function: Callable[[Array], Array], one: Array) -> None:

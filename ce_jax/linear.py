@@ -80,7 +80,8 @@ def linear_softmax_cross_entropy(
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
       log_prob_loss: what replaces the negative log-probability: a function of the array of
         log-probabilities of the labels, element by element, such as `ce_jax.focal_loss`. Class
-        weight and smoothing apply to it as to the plain loss.
+        weight and smoothing apply to it as to the plain loss. Outside `jit`, each new function
+        object compiles anew: keep it at module level.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `kernel`, `bias` and `weight`
         are sharded by classes. Labels are ids among all classes, `hidden` is the same on all
         devices of that axis, and so is the loss.
@@ -131,7 +132,7 @@ def linear_softmax_cross_entropy(
         axis_name=axis_name,
         reduction=reduction,
         return_statistics=return_statistics,
-        memory_budget=_checks.integer_option("memory_budget", memory_budget),
+        memory_budget=_checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
@@ -330,7 +331,7 @@ def linear_softmax_statistics(
         num_classes=_checks.integer_option("num_classes", num_classes),
         ignore_index=_checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
-        memory_budget=_checks.integer_option("memory_budget", memory_budget),
+        memory_budget=_checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
