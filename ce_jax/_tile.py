@@ -3,22 +3,20 @@
 Every softmax loss of this package is a function of a few numbers per row, which for logits `z`,
 a target `t` and class coefficients `a` are
 
-    lse     = log sum_c exp(z_c)
-    cross   = <t, lse - z>                    the cross-entropy of `t` with `softmax(z)`
-    label_logit = z_y                         where `t` is the class id `y`
-    uniform = <a, lse - z> over the classes with z > -inf   (what label smoothing needs)
-    entropy = lse - <softmax(z), z>
+    lse         = log sum_c exp(z_c)
+    cross       = <t, lse - z>              the cross-entropy of `t` with `softmax(z)`
+    label_logit = z_y                       where `t` is the class id `y`
+    uniform     = <a, lse - z>              over the classes with z > -inf, for label smoothing
+    entropy     = lse - <softmax(z), z>
 
 A row may come in one tile (dense logits), in many (blocks of `hidden @ kernel`) or spread over
 devices: `partial_statistics` reads a tile, `merge` joins two partial results, `finish` turns the
 joined one into the numbers above. Their derivative is one line, in `pullback`. With the cotangents
-`g` of the four numbers, `p = softmax(z)`, `T = sum(t)` and `A = sum(a)`:
+`g` of these numbers, `p = softmax(z)`, `T = sum(t)` and `A = sum(a)`:
 
     dz = (g_lse + T g_cross + A g_uniform) p - g_cross t - g_uniform a - g_entropy p (log p + H)
 
-(and `g_label_logit` more in the label's column).
-
-For a one-hot `t` and the loss `cross` alone that is `p - y`. `T` is not assumed to be 1, as class
+and `g_label_logit` more in the label's column. For a one-hot `t` and the loss `cross` alone that is `p - y`. `T` is not assumed to be 1, as class
 weights, soft labels and smoothing make it any number.
 
 All sums are kept relative to the row's maximum: `lse - z` computed from two large numbers would
