@@ -15,6 +15,8 @@ from tests import reference, reference_beyond
 from tests.beyond import check
 from tests.helpers import close, softmax_arguments
 
+pytestmark = pytest.mark.sweep
+
 
 def distributions(arguments):
     """The same problem with labels that sum to 1 over the class axes."""

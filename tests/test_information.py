@@ -14,6 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 import ce_jax
 
+pytestmark = pytest.mark.sweep
+
 BASES = [math.e, 2, 10, 0.5, 7.25]
 ELEMENTWISE = [ce_jax.self_information, ce_jax.binary_entropy]
 ONE = [*ELEMENTWISE, ce_jax.entropy]

@@ -9,6 +9,8 @@ import ce_jax
 from tests import reference
 from tests.helpers import LAYOUTS, check, close, covering, named, softmax_arguments
 
+pytestmark = pytest.mark.sweep
+
 NLL_OPTIONS = {
     "layout": list(LAYOUTS),
     "where": [None, "rows", "classes"],

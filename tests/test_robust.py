@@ -21,6 +21,8 @@ from tests.helpers import (
     softmax_arguments,
 )
 
+pytestmark = pytest.mark.sweep
+
 mp = mpmath.mp
 # Name -> options to try, of each one that is differentiated.
 OF_LOG_PROB = {

@@ -9,6 +9,8 @@ import ce_jax
 from tests import reference
 from tests.helpers import GARBAGE, check, close, covering, named, result_dtype
 
+pytestmark = pytest.mark.sweep
+
 NAME = "sigmoid_binary_cross_entropy"
 SHAPE = (4, 3)
 # What broadcasts to the elements: a number for each, for each class, for each row, or one for all.

@@ -9,6 +9,8 @@ import ce_jax
 from tests import reference
 from tests.helpers import LAYOUTS, accuracy, close, covering, named, result_dtype, softmax_arguments
 
+pytestmark = pytest.mark.sweep
+
 FIELDS = ("lse", "label_logit", "log_prob", "entropy")
 
 

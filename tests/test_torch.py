@@ -8,6 +8,8 @@ import pytest
 
 import ce_jax
 
+pytestmark = pytest.mark.sweep
+
 torch = pytest.importorskip("torch", reason="torch is not installed: nothing to compare with")
 F = torch.nn.functional
 
