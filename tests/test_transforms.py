@@ -1,5 +1,7 @@
 """Every transformation of JAX over every loss, in float64, against the truth's derivatives."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from tests.problems import INTEGER, PROBLEMS, SIGMOID, SOFT
 
 pytestmark = pytest.mark.usefixtures("x64")
 
+# All transforms of a kind are one program, since compiling is what takes the time.
 every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
@@ -71,27 +74,34 @@ def test_value(problem):
     np.testing.assert_allclose(stacked[1], problem.truth(problem.x), rtol=1e-12)
 
 
-@pytest.mark.parametrize("transform", GRADIENTS)
+def every_result(transforms, f, *arguments):
+    """What each of the transforms of `f` makes of the arguments, by name."""
+
+    @jax.jit
+    def results(*arguments):
+        return {name: transform(f, *arguments) for name, transform in transforms.items()}
+
+    return results(*arguments).items()
+
+
 @every_problem
-def test_gradient(problem, transform):
-    found = jax.jit(lambda x: GRADIENTS[transform](problem.scalar, x))(problem.x)
-    np.testing.assert_allclose(found, problem.gradient(), rtol=1e-11, atol=1e-13)
+def test_gradient(problem):
+    for name, found in every_result(GRADIENTS, problem.scalar, problem.x):
+        np.testing.assert_allclose(found, problem.gradient(), rtol=1e-11, atol=1e-13, err_msg=name)
 
 
-@pytest.mark.parametrize("transform", HESSIANS)
 @every_problem
-def test_hessian(problem, transform):
-    found = jax.jit(lambda x: HESSIANS[transform](problem.scalar, x))(problem.x)
-    np.testing.assert_allclose(found, problem.hessian(), rtol=0, atol=1e-9)
+def test_hessian(problem):
+    for name, found in every_result(HESSIANS, problem.scalar, problem.x):
+        np.testing.assert_allclose(found, problem.hessian(), rtol=0, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("transform", PRODUCTS)
 @every_problem
-def test_hessian_vector_product(problem, transform):
+def test_hessian_vector_product(problem):
     v = np.random.default_rng(2).normal(size=problem.x.shape)
-    found = jax.jit(lambda x, v: PRODUCTS[transform](problem.scalar, x, v))(problem.x, v)
     wanted = np.tensordot(problem.hessian(), v, axes=problem.x.ndim)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9)
+    for name, found in every_result(PRODUCTS, problem.scalar, problem.x, v):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9, err_msg=name)
 
 
 FORWARD = {
@@ -105,21 +115,25 @@ FORWARD = {
 }
 
 
-@pytest.mark.parametrize("transform", FORWARD)
 @every_problem
-def test_forward_mode(problem, transform):
+def test_forward_mode(problem):
     v = np.random.default_rng(2).normal(size=problem.x.shape)
-    found = jax.jit(
-        lambda x, v: FORWARD[transform](lambda x: problem.scalar(x, forward_mode=True), x, v)
-    )(problem.x, v)
-    np.testing.assert_allclose(found, np.vdot(problem.gradient(), v), rtol=1e-11)
+    loss = functools.partial(problem.scalar, forward_mode=True)
+    for name, found in every_result(FORWARD, loss, problem.x, v):
+        np.testing.assert_allclose(found, np.vdot(problem.gradient(), v), rtol=1e-11, err_msg=name)
 
 
-@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+TWICE = {
+    "forward over forward": lambda f, x: jax.jacfwd(jax.jacfwd(f))(x),
+    "reverse over forward": lambda f, x: jax.jacrev(jax.jacfwd(f))(x),
+}
+
+
 @every_problem
-def test_second_order_of_forward_mode(problem, outer):
-    found = jax.jit(outer(jax.jacfwd(lambda x: problem.scalar(x, forward_mode=True))))(problem.x)
-    np.testing.assert_allclose(found, problem.hessian(), rtol=0, atol=1e-9)
+def test_second_order_of_forward_mode(problem):
+    loss = functools.partial(problem.scalar, forward_mode=True)
+    for name, found in every_result(TWICE, loss, problem.x):
+        np.testing.assert_allclose(found, problem.hessian(), rtol=0, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("name", [INTEGER, SOFT, SIGMOID])
