@@ -82,6 +82,11 @@ DEFAULTS = {
     "axis_name": None,
     "reduction": "none",
     "forward_mode": False,
+    "bias": None,
+    "class_axis": -1,
+    "num_classes": None,
+    "logit_soft_cap": None,
+    "memory_budget": None,
 }
 
 
