@@ -1,5 +1,7 @@
 """Masks, weights and reductions: what counts, what the mean divides by, and how parts add up."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,10 @@ import pytest
 import ce_jax
 from tests import reference
 from tests.helpers import close, covering, named, softmax_arguments
+
+pytestmark = pytest.mark.sweep
+
+INTEGER = "softmax_cross_entropy_with_integer_labels"
 
 
 def softmax_problem():
@@ -94,8 +100,11 @@ def test_gradient_accumulation_is_exact():
         )
         for rows in slices
     ]
-    values, slopes = zip(*(jax.value_and_grad(part)(logits, rows) for rows in slices), strict=True)
-    value, slope = jax.value_and_grad(mean)(logits)
+    parts = [
+        jax.jit(jax.value_and_grad(functools.partial(part, rows=rows)))(logits) for rows in slices
+    ]
+    values, slopes = zip(*parts, strict=True)
+    value, slope = jax.jit(jax.value_and_grad(mean))(logits)
     np.testing.assert_allclose(sum(values) / sum(denominators), value, rtol=2e-6)
     np.testing.assert_allclose(sum(slopes) / sum(denominators), slope, rtol=2e-6, atol=1e-7)
 
@@ -115,12 +124,15 @@ NOTHING_COUNTS = {
 def test_nothing_counts(reason, reduction, forward_mode):
     """A denominator of 0: loss 0 and gradient 0, where torch gives NaN."""
     options = {"labels": jnp.array([0, 2])} | NOTHING_COUNTS[reason]
-    value, slopes = jax.value_and_grad(ce_jax.softmax_cross_entropy_with_integer_labels)(
-        jnp.array([[1.0, -2.0, 0.5], [3.0, 0.0, 1.0]]),
+    loss = functools.partial(
+        ce_jax.softmax_cross_entropy_with_integer_labels,
         **options,
         reduction=reduction,
         label_smoothing=0.1,
         forward_mode=forward_mode,
+    )
+    value, slopes = jax.jit(jax.value_and_grad(loss))(
+        jnp.array([[1.0, -2.0, 0.5], [3.0, 0.0, 1.0]])
     )
     assert value == 0.0
     np.testing.assert_array_equal(slopes, 0.0)
@@ -135,9 +147,8 @@ def test_nothing_counts_in_losses_of_soft_labels(name, options):
         key: jnp.full((2,) if name == "softmax_cross_entropy" else (2, 3), value)
         for key, value in options.items()
     }
-    value, slopes = jax.value_and_grad(getattr(ce_jax, name))(
-        jnp.full((2, 3), 0.3), jnp.full((2, 3), 0.4), **options, reduction="mean"
-    )
+    loss = functools.partial(getattr(ce_jax, name), **options, reduction="mean")
+    value, slopes = jax.jit(jax.value_and_grad(loss))(jnp.full((2, 3), 0.3), jnp.full((2, 3), 0.4))
     assert value == 0.0
     np.testing.assert_array_equal(slopes, 0.0)
 
@@ -177,22 +188,28 @@ def test_soft_labels_divide_by_rows_and_integer_labels_by_class_weights():
     np.testing.assert_allclose([soft, integer], [total / 2, total / 4], rtol=1e-6)
 
 
+@functools.partial(jax.jit, static_argnames="name")
+def in_every_reduction(logits, labels, *, name=INTEGER, **options):
+    """One program for the three."""
+    return [
+        getattr(ce_jax, name)(logits, labels, **options, reduction=reduction)
+        for reduction in ("none", "sum", "mean")
+    ]
+
+
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("sample_weight", [2.0, (2.0,), ((2.0,),), ((1.0,), (3.0,)), (1, 2, 3)])
 def test_sample_weight_broadcasts_to_the_loss(sample_weight, soft):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
     labels = jnp.array([[0, 1, 2], [3, 0, 1]])
-    name = "softmax_cross_entropy" + ("" if soft else "_with_integer_labels")
-    loss = getattr(ce_jax, name)
+    name = "softmax_cross_entropy" if soft else INTEGER
     labels = jax.nn.one_hot(labels, 4) if soft else labels
     weights = jnp.asarray(sample_weight, jnp.float32)
     full = jnp.asarray(np.broadcast_to(weights, (2, 3)))
-    for reduction in ("none", "sum", "mean"):
-        np.testing.assert_allclose(
-            loss(logits, labels, sample_weight=weights, reduction=reduction),
-            loss(logits, labels, sample_weight=full, reduction=reduction),
-            rtol=1e-6,
-        )
+    found = in_every_reduction(logits, labels, sample_weight=weights, name=name)
+    wanted = in_every_reduction(logits, labels, sample_weight=full, name=name)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4), (2, 1, 1), (1, 3, 4), (2, 1), (1, 3), (1, 1)])
@@ -202,9 +219,7 @@ def test_where_broadcasts(shape):
     where = np.random.default_rng(1).random(shape) < 0.6
     where.flat[0] = True
     full = np.broadcast_to(where, (2, 3, 4)[: len(shape)])
-    loss = ce_jax.softmax_cross_entropy_with_integer_labels
-    for reduction in ("none", "mean"):
-        np.testing.assert_array_equal(
-            loss(logits, labels, where=where, reduction=reduction),
-            loss(logits, labels, where=full, reduction=reduction),
-        )
+    found = in_every_reduction(logits, labels, where=where)
+    wanted = in_every_reduction(logits, labels, where=full)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
