@@ -123,9 +123,10 @@ def scaling(rows: Sequence[Row], varied: str) -> Figure:
         for axes, unit in ((time_axes, 1e-3), (memory_axes, 1e6)):
             _amount_axis(axes, unit)
         time_axes.set_title(_title(found[0], varied), fontsize=10, loc="left")
-        time_axes.legend(
-            frameon=False, fontsize=8, ncols=7, loc="upper left", bbox_to_anchor=(-0.02, -0.16)
-        )
+    lines = {str(line.get_label()): line for time_axes, _ in grid for line in time_axes.get_lines()}
+    figure.legend(
+        lines.values(), lines.keys(), frameon=False, fontsize=9, ncols=6, loc="outside lower center"
+    )
     return figure
 
 
