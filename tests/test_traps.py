@@ -15,10 +15,15 @@ both_modes = pytest.mark.parametrize("forward_mode", [False, True])
 
 
 def pulled(loss, logits, cotangent=None):
-    """Losses, and the gradient of each row's loss."""
-    losses, pull = jax.vjp(loss, logits)
-    (slopes,) = pull(jnp.ones_like(losses) if cotangent is None else cotangent)
-    return losses, slopes
+    """Losses, and the gradient of each row's loss, from one program."""
+
+    @jax.jit
+    def losses_and_slopes(logits):
+        losses, pull = jax.vjp(loss, logits)
+        (slopes,) = pull(jnp.ones_like(losses) if cotangent is None else cotangent)
+        return losses, slopes
+
+    return losses_and_slopes(logits)
 
 
 @both_modes
@@ -42,8 +47,9 @@ def test_invalid_label_is_nan_and_never_wrapped(options, forward_mode):
 def test_invalid_label_spoils_the_mean_visibly():
     labels, weight = jnp.array([5, 0]), jnp.ones(3)
     for options in ({}, {"weight": weight}):
-        value, slopes = jax.value_and_grad(integer_loss)(
-            jnp.zeros((2, 3)), labels, **options, reduction="mean"
+        value, slopes = pulled(
+            lambda z, options=options: integer_loss(z, labels, **options, reduction="mean"),
+            jnp.zeros((2, 3)),
         )
         assert np.isnan(value)
         assert np.isnan(slopes[0]).all()
@@ -54,13 +60,16 @@ def test_invalid_label_that_does_not_count(forward_mode):
     labels = jnp.array([-100, 999, 1])
     options = {"where": jnp.array([True, False, True]), "ignore_index": -100}
     for reduction in ("sum", "mean"):
-        value, slopes = jax.value_and_grad(integer_loss)(
+        value, slopes = pulled(
+            lambda z, reduction=reduction: integer_loss(
+                z,
+                labels,
+                weight=jnp.ones(2),
+                **options,
+                reduction=reduction,
+                forward_mode=forward_mode,
+            ),
             jnp.zeros((3, 2)),
-            labels,
-            weight=jnp.ones(2),
-            **options,
-            reduction=reduction,
-            forward_mode=forward_mode,
         )
         np.testing.assert_allclose(value, np.log(2.0), rtol=1e-6)
         np.testing.assert_array_equal(slopes[:2], 0.0)
@@ -100,9 +109,13 @@ def test_masked_class_in_forward_mode():
         def loss(z, smoothing=smoothing):
             return soft_loss(z, targets, label_smoothing=smoothing, forward_mode=True)
 
-        np.testing.assert_allclose(jax.jacfwd(loss)(logits), jax.jacrev(loss)(logits), rtol=1e-6)
-        assert np.isfinite(jax.jacfwd(loss)(logits)).all()
-        assert np.isfinite(jax.hessian(loss)(logits)).all()
+        slopes, wanted, curvature = (
+            jax.jit(derivative(loss))(logits)
+            for derivative in (jax.jacfwd, jax.jacrev, jax.hessian)
+        )
+        np.testing.assert_allclose(slopes, wanted, rtol=1e-6)
+        assert np.isfinite(slopes).all()
+        assert np.isfinite(curvature).all()
 
 
 @pytest.mark.parametrize("hidden", [-INF, "where"])
