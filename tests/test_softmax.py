@@ -1,5 +1,7 @@
 """The softmax losses: values and every gradient over the option space."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,10 @@ from tests.helpers import (
     covering,
     in_layout,
     named,
-    result_dtype,
     softmax_arguments,
 )
+
+pytestmark = pytest.mark.sweep
 
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 SOFT = "softmax_cross_entropy"
@@ -130,15 +133,19 @@ def test_labels_of_every_width(wide):
     ids |= {f"uint{bits}": np.array([0, 127, 3, 156, 126]) for bits in (8, 16, 32, 64)}
 
     @jax.jit
-    def value_and_slopes(logits, labels):
-        return jax.value_and_grad(ce_jax.softmax_cross_entropy_with_integer_labels)(
-            logits, labels, ignore_index=-100, label_smoothing=0.1, reduction="mean"
-        )
+    def value_and_slopes(logits, ids):
+        loss = jax.value_and_grad(ce_jax.softmax_cross_entropy_with_integer_labels)
+        return {
+            dtype: loss(logits, labels, ignore_index=-100, label_smoothing=0.1, reduction="mean")
+            for dtype, labels in ids.items()
+        }
 
     with jax.enable_x64(wide):
+        found = value_and_slopes(logits, {dtype: ids[dtype].astype(dtype) for dtype in ids})
+        as_int32 = value_and_slopes(logits, {dtype: ids[dtype].astype(np.int32) for dtype in ids})
         for dtype, labels in ids.items():
-            value, slopes = value_and_slopes(logits, labels.astype(dtype))
-            wanted, wanted_slopes = value_and_slopes(logits, labels.astype(np.int32))
+            value, slopes = found[dtype]
+            wanted, wanted_slopes = as_int32[dtype]
             np.testing.assert_allclose(value, wanted, rtol=1e-6)
             np.testing.assert_allclose(slopes, wanted_slopes, rtol=1e-6)
             exact = reference.softmax_cross_entropy_with_integer_labels(
@@ -189,8 +196,8 @@ def test_options_keep_their_own_dtype(name, logits_dtype):
     }
     integers = {key: value for key, value in arguments.items() if key not in floats}
     loss = getattr(ce_jax, name)
-    value, gradients = jax.value_and_grad(
-        lambda floats: loss(**floats, **integers, axis=axis, reduction="mean")
+    value, gradients = jax.jit(
+        jax.value_and_grad(lambda floats: loss(**floats, **integers, axis=axis, reduction="mean"))
     )(floats)
     assert value.dtype == jnp.float32
     exact = integers | {key: np.asarray(x, np.float64) for key, x in floats.items()}
@@ -200,6 +207,12 @@ def test_options_keep_their_own_dtype(name, logits_dtype):
         assert gradient.dtype == floats[key].dtype
         exact_gradient = reference.vjp(truth, exact | {"reduction": "mean"}, key, 1.0)
         close(gradient, exact_gradient, 1.01 * 2**-8)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def losses_and_slopes(logits, labels, *, name):
+    losses, pull = jax.vjp(lambda z: getattr(ce_jax, name)(z, labels), logits)
+    return losses, pull(jnp.ones_like(losses))[0]
 
 
 def naive(logits, targets):
@@ -222,9 +235,9 @@ def test_error_is_not_above_the_naive_formulas(dtype, spread, offset, soft):
         targets = jnp.asarray(
             draw.dirichlet(np.ones(16), size=512) if soft else np.eye(16)[labels], dtype
         )
-        ours = getattr(ce_jax, SOFT if soft else INTEGER)
-        losses, pull = jax.vjp(lambda z: ours(z, targets if soft else labels), logits)
-        (slopes,) = pull(jnp.ones(512, result_dtype(dtype)))
+        losses, slopes = losses_and_slopes(
+            logits, targets if soft else labels, name=SOFT if soft else INTEGER
+        )
         plain, pull = jax.vjp(lambda z: naive(z, targets), logits)
         (plain_slopes,) = pull(jnp.ones(512, dtype))
     z, t = np.asarray(logits, np.longdouble), np.asarray(targets, np.longdouble)
