@@ -16,8 +16,8 @@ joined one into the numbers above. Their derivative is one line, in `pullback`. 
 
     dz = (g_lse + T g_cross + A g_uniform) p - g_cross t - g_uniform a - g_entropy p (log p + H)
 
-and `g_label_logit` more in the label's column. For a one-hot `t` and the loss `cross` alone that is `p - y`. `T` is not assumed to be 1, as class
-weights, soft labels and smoothing make it any number.
+and `g_label_logit` more in the label's column. For a one-hot `t` and the loss `cross` alone that is
+`p - y`. `T` is not assumed to be 1, as class weights, soft labels and smoothing make it any number.
 
 All sums are kept relative to the row's maximum: `lse - z` computed from two large numbers would
 lose the digits that `log p` is made of.
@@ -168,7 +168,20 @@ def finish(part: Partial) -> RowStatistics:
         )
     if part.exp_dot is not None:
         out = out._replace(entropy=log_sum - part.exp_dot / part.sum_exp)
-    return out
+    return _batched_alike(out, part)
+
+
+def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
+    """Adds a zero that depends on the whole target to each statistic.
+
+    Under `vmap` over labels or weights alone, `lse` would be one for the whole batch. JAX from 0.12
+    on takes no cotangent of such an output from a custom_vjp, as it could be counted too often.
+    """
+    zero = jnp.zeros((), out.lse.dtype)
+    for x in (part.label_logit, part.target_sum, part.classes_sum):
+        if x is not None:
+            zero = jnp.where(x == 0, zero, zero)
+    return jax.tree.map(lambda x: x + zero, out._replace(argmax=ABSENT))._replace(argmax=out.argmax)
 
 
 def pullback(

@@ -314,8 +314,8 @@ def linear_softmax_statistics(
       >>> import jax.numpy as jnp, ce_jax
       >>> hidden, kernel = jnp.eye(2), jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
       >>> found = ce_jax.linear_softmax_statistics(hidden, kernel, jnp.array([0, 2]))
-      >>> print(found.log_prob, found.entropy, found.argmax)
-      [-0.0949 -1.0986] [0.3666 1.0986] [0 0]
+      >>> print(found.log_prob.round(4), found.argmax)
+      [-0.0949 -1.0986] [0 0]
 
     References:
       Shannon, `A Mathematical Theory of Communication`, 1948.
