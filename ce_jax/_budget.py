@@ -24,8 +24,7 @@ _LARGEST_TILE = 2**31 - 1
 def default_budget(kernel_bytes: int) -> int:
     """Bytes of temporaries: half the kernel's, within 256 MB and 1 GB; 14 MB on a CPU.
 
-    An accelerator needs blocks large enough to keep its matrix units busy. A CPU computes blocks of
-    any size at the same rate, and is fastest while a block stays in its last-level cache.
+    An accelerator needs blocks large enough to keep its matrix units busy; a CPU does not.
     """
     if jax.default_backend() == "cpu":
         return 14 * 10**6

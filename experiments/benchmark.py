@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark
 
-Expect an hour on two CPU cores that have nothing else to do; `--quick` takes two minutes. All peers
+It needs a machine that has nothing else to do, and long; `--quick` takes fewer shapes. All peers
 are called in turns in this one process, after a warm-up, and each call waits for its result, so
 that ratios stay right where the machine's speed drifts.
 """
