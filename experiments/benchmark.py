@@ -68,7 +68,7 @@ def main(
         typer.Option(help="Measure this operation alone; may be repeated.", show_default="all"),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few and small shapes, few samples: two minutes.")
+        bool, typer.Option("--quick", help="Few and small shapes, few samples.")
     ] = False,
     seconds: Annotated[
         float | None,
