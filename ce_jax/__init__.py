@@ -17,6 +17,7 @@ from .information import kl_divergence as kl_divergence
 from .information import self_information as self_information
 from .linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from .linear import linear_softmax_statistics as linear_softmax_statistics
+from .mesh import on_mesh as on_mesh
 from .multitask import init_log_variances as init_log_variances
 from .multitask import uncertainty_weighted_loss as uncertainty_weighted_loss
 from .noisy_labels import backward_corrected_cross_entropy as backward_corrected_cross_entropy

@@ -6,6 +6,7 @@ the same axes, so `align` casts what does not. JAX's derivative of that cast is 
 that, say, the gradient of a replicated `hidden` needs.
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -21,20 +22,23 @@ def align(tree: _Tree) -> _Tree:
     """Makes all arrays vary over the mesh axes over which any of them does."""
     leaves = jax.tree.leaves(tree)
     axes = frozenset[Any]().union(*map(_varying, leaves))
-    return _vary(tree, axes)
+    return vary(tree, axes)
 
 
 def like(tree: _Tree, x: Array) -> _Tree:
     """Makes fresh arrays vary over the mesh axes over which `x` does."""
-    return _vary(tree, _varying(x))
+    return vary(tree, _varying(x))
 
 
-def _vary(tree: _Tree, axes: frozenset[Any]) -> _Tree:
+def vary(tree: _Tree, axes: Iterable[Any]) -> _Tree:
+    """Makes all arrays vary over these mesh axes."""
+    wanted = frozenset(axes)
+
     def cast(x: Array) -> Array:
-        missing = tuple(axes - _varying(x))
+        missing = tuple(wanted - _varying(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(cast, tree) if axes else tree
+    return jax.tree.map(cast, tree) if wanted else tree
 
 
 def _varying(x: Array) -> frozenset[Any]:

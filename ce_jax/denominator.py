@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction, _target
+from . import _checks, _reduction, _sharded, _target
 
 
 def mean_denominator(
@@ -16,6 +16,7 @@ def mean_denominator(
     sample_weight: Shaped[ArrayLike, "..."] | None = None,
     where: Shaped[ArrayLike, "..."] | None = None,
     ignore_index: int | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, ""]:
     r"""The number by which `reduction="mean"` divides `reduction="sum"`.
 
@@ -33,6 +34,8 @@ def mean_denominator(
       sample_weight: weight of each example, broadcastable to `labels`.
       where: bool, broadcastable to `labels`: the examples to include.
       ignore_index: label of rows that do not count; with integer labels only.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `weight` is sharded by
+        classes. Rows that are sharded need nothing here: add up what each device's rows give.
 
     Returns:
       The denominator, `[]`, in float32 (float64 if a weight or a floating `labels` is).
@@ -52,10 +55,12 @@ def mean_denominator(
       The rule is that of `torch.nn.CrossEntropyLoss`.
     """
     ignore_index = _checks.integer_option("ignore_index", ignore_index)
-    return _mean_denominator(labels, weight, sample_weight, where, ignore_index=ignore_index)
+    return _mean_denominator(
+        labels, weight, sample_weight, where, ignore_index=ignore_index, axis_name=axis_name
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("ignore_index",), inline=True)
+@functools.partial(jax.jit, static_argnames=("ignore_index", "axis_name"), inline=True)
 def _mean_denominator(
     labels: ArrayLike,
     weight: ArrayLike | None,
@@ -63,6 +68,7 @@ def _mean_denominator(
     where: ArrayLike | None,
     *,
     ignore_index: int | None,
+    axis_name: str | None,
 ) -> Array:
     labels = _checks.real("labels", labels)
     counts = None
@@ -78,8 +84,10 @@ def _mean_denominator(
     if weight is not None:
         weight = _checks.real("weight", weight)
         _checks.shape_is("weight", weight, (weight.size,), "one weight per class")
-        ids = _target.class_ids(labels, labels.shape, weight.size, counts, ignore_index)
-        counts, label_weight = ids.counts, weight.astype(dtype)[ids.ids]
+        classes = _sharded.all_classes(weight.size, axis_name)
+        ids = _target.class_ids(labels, labels.shape, classes, counts, ignore_index)
+        label_weight = _sharded.take_class(weight.astype(dtype), ids.ids, axis_name)
+        counts = ids.counts
     elif ignore_index is not None:
         counts = _target.counting(labels, counts, ignore_index)
     sample_weight = _reduction.weights("sample_weight", sample_weight, labels.shape, dtype)

@@ -1,5 +1,6 @@
 """What the package promises as a whole: its names, types, documentation, and what it imports."""
 
+import collections.abc
 import inspect
 import re
 import subprocess
@@ -49,6 +50,7 @@ NAMES = {
     "mean_denominator",
     "next_tokens",
     "nll_loss",
+    "on_mesh",
     "perplexity",
     "poly_loss",
     "poly_loss_cross_entropy",
@@ -100,7 +102,12 @@ def python(code):
 
 
 def results(annotation):
-    """What a function may return, taken out of unions and tuples."""
+    """What a function may return, taken out of unions and tuples.
+
+    A function that returns a function of the type that it is given has no result of its own.
+    """
+    if typing.get_origin(annotation) is collections.abc.Callable:
+        return []
     if typing.get_origin(annotation) in (types.UnionType, tuple):
         return [array for part in typing.get_args(annotation) for array in results(part)]
     return [annotation]

@@ -1,0 +1,224 @@
+"""Losses of global arrays that are spread over a mesh of devices."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array
+
+from . import _checks, _placement, _reduction, _sharded, denominator, linear, softmax, statistics
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+_OF_LOGITS: tuple[Callable[..., Any], ...] = (
+    softmax.softmax_cross_entropy_with_integer_labels,
+    softmax.softmax_cross_entropy,
+    statistics.softmax_statistics,
+)
+_OF_LAYER: tuple[Callable[..., Any], ...] = (
+    linear.linear_softmax_cross_entropy,
+    linear.linear_softmax_statistics,
+)
+_ARRAYS = ("logits", "hidden", "kernel", "labels", "bias", "weight", "sample_weight", "where")
+_SCALARS = ("label_smoothing", "z_loss", "logit_soft_cap")
+# What the functions check of a value they know, before it is traced.
+_CHECKS: dict[str, Callable[..., Any]] = {
+    "axis": _checks.static_axis,
+    "label_smoothing": functools.partial(_checks.float_option, "label_smoothing", high=1.0),
+    "z_loss": functools.partial(_checks.float_option, "z_loss"),
+    "logit_soft_cap": _checks.soft_cap,
+    **{
+        name: functools.partial(_checks.integer_option, name)
+        for name in ("ignore_index", "num_classes", "memory_budget")
+    },
+}
+
+
+def on_mesh(
+    function: Callable[_Arguments, _Result],
+    mesh: Mesh | AbstractMesh | None,
+    *,
+    rows: str | tuple[str, ...] | PartitionSpec | None = None,
+    classes: str | None = None,
+    width: str | tuple[str, ...] | None = None,
+) -> Callable[_Arguments, _Result]:
+    r"""A softmax loss, or its statistics, of global arrays spread over a mesh of devices.
+
+    With :math:`\mathcal{D}` the devices, each of which holds some rows and some classes,
+
+    .. math::
+      \mathrm{lse}_i = \log \sum_{d \in \mathcal{D}} \sum_{c \in d} e^{z_{ic}}, \qquad
+      L = \sum_{d \in \mathcal{D}} \sum_{i \in d} \ell_i
+
+    and so on for every option: the result is that of `function` on one device. Rows alone are data
+    (or sequence) parallelism, classes are tensor (vocabulary) parallelism, and rows with `width`
+    are FSDP of the kernel; all of them go together. Each device computes on its part inside one
+    `jax.shard_map`; the devices exchange a few numbers per row, and for the linear form besides
+    what the table of costs in the README says. Nothing is exchanged inside a loop over blocks.
+
+    Args:
+      function: `softmax_cross_entropy_with_integer_labels`, `softmax_cross_entropy`,
+        `softmax_statistics`, `linear_softmax_cross_entropy` or `linear_softmax_statistics`.
+      mesh: its axes may be of type Auto or Explicit. None: that of `jax.set_mesh` when the result
+        is called.
+      rows: mesh axis or axes over which the rows are spread: a name or a tuple of names for the
+        first axis of the loss, or a `PartitionSpec` for its leading axes.
+      classes: mesh axis over which the classes are spread: those of the logits (the first class
+        axis, if there are several) or of the kernel, and with them labels that give every class a
+        number, bias, class weights, and a `where` over classes.
+      width: for the linear form, mesh axis or axes, of those in `rows`, over which the kernel's
+        other axis, D, is spread. The kernel is gathered along it once, in its own dtype, and its
+        gradient is reduced and scattered.
+
+    Returns:
+      A function with the arguments of `function`, but for `axis_name`. It takes whole (global)
+      arrays, also under `jit`, `grad` and `vmap`; outside `jit` it runs one cached executable.
+      Losses and statistics of rows are spread as `rows` says, a sum or mean is on all devices, and
+      gradients are spread as the arguments of this function: place those likewise, or JAX moves
+      them at each call.
+
+    Raises:
+      TypeError: for another function, or what is no mesh or no name of a mesh axis.
+      ValueError: for an axis that the mesh does not have, or that is named twice; when called, for
+        `axis_name`, and for rows, classes or a width that do not divide evenly among the devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ce_jax
+      >>> mesh = jax.make_mesh((1, jax.device_count()), ("data", "model"))
+      >>> loss = ce_jax.on_mesh(
+      ...     ce_jax.softmax_cross_entropy_with_integer_labels, mesh, rows="data", classes="model"
+      ... )
+      >>> logits = jnp.zeros((2, 4 * jax.device_count()))
+      >>> total = loss(logits, jnp.array([0, 3]), reduction="mean")
+      >>> print(jnp.allclose(jnp.exp(total), 4 * jax.device_count()))
+      True
+
+    References:
+      Shoeybi et al., `Megatron-LM`, 2019 (classes); Zhao et al., `PyTorch FSDP`, 2023 (width).
+    """
+    if function not in _OF_LOGITS + _OF_LAYER:
+        raise TypeError(
+            f"function must be one of {[f.__name__ for f in _OF_LOGITS + _OF_LAYER]} of ce_jax "
+            f"itself (its options are given when it is called), got {function!r}"
+        )
+    if width is not None and function not in _OF_LAYER:
+        raise ValueError(f"width is an axis of a kernel, and {function.__name__} has none")
+    if mesh is not None:
+        _placement.plan(mesh, rows, classes, width)
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def sharded(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments["axis_name"] is not None:
+            raise ValueError("axis_name is for use inside jax.shard_map; here, classes names it")
+        options = {
+            name: _CHECKS[name](value) if name in _CHECKS else value
+            for name, value in bound.arguments.items()
+            if name != "axis_name"
+        }
+        arrays = {
+            name: options.pop(name) for name in _ARRAYS + _SCALARS if options.get(name) is not None
+        }
+        where = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+        task = _Task(
+            function,
+            _placement.plan(where, rows, classes, width),
+            tuple(sorted((k, v) for k, v in options.items() if k not in _ARRAYS + _SCALARS)),
+        )
+        return _run(task, arrays)
+
+    return sharded
+
+
+class _Task(NamedTuple):
+    """What is fixed when the function is compiled.
+
+    Attributes:
+      function: the function to run on each device.
+      plan: what is spread over which mesh axes.
+      options: its static options, with their names.
+    """
+
+    function: Callable[..., Any]
+    plan: _placement.Plan
+    options: tuple[tuple[str, Any], ...]
+
+
+@functools.partial(jax.jit, static_argnames=("task",), inline=True)
+def _run(task: _Task, arrays: dict[str, Array]) -> Any:
+    plan, options = task.plan, dict(task.options)
+    # Checks the whole arguments, so that errors tell their shapes, not those of a device's part.
+    whole = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
+    jax.eval_shape(functools.partial(task.function, **options), **whole)
+    shapes = {name: x.shape for name, x in arrays.items()}
+    if task.function in _OF_LAYER:
+        specs, rows = _placement.of_layer(plan, shapes, options["class_axis"])
+    else:
+        specs, rows = _placement.of_logits(plan, shapes, options["axis"])
+    _placement.check_divisible(plan, shapes, specs)
+
+    names = tuple(arrays)
+    place = _placement.placer(plan)
+    by_row = PartitionSpec(*rows)
+    loss = by_row if options.get("reduction", "none") == "none" else PartitionSpec()
+    return jax.shard_map(
+        lambda *parts: _local(task, dict(zip(names, parts, strict=True))),
+        mesh=plan.mesh,
+        in_specs=tuple(PartitionSpec(*specs[name]) for name in names),
+        out_specs=(loss, by_row) if options.get("return_statistics") else loss,
+    )(*(place(arrays[name], specs[name]) for name in names))
+
+
+def _local(task: _Task, parts: dict[str, Array]) -> Any:
+    """What each device does with its parts of the arrays."""
+    plan, options = task.plan, dict(task.options)
+    if plan.width:
+        # Cast first: its derivative, a sum over the other row axes, then comes after that of the
+        # gathering, when there is only this device's part left to be summed.
+        kernel = _sharded.vary(parts["kernel"], plan.row_axes)
+        width_axis = 1 - options["class_axis"] % 2
+        kernel = jax.lax.all_gather(kernel, plan.width, axis=width_axis, tiled=True)
+        parts = {**parts, "kernel": kernel}
+    reduction = options.get("reduction", "none")
+    if reduction == "mean":
+        options["reduction"] = "sum"
+    found = task.function(**parts, **options, axis_name=plan.classes)
+    if reduction == "none":
+        return found
+    total, *others = found if options.get("return_statistics") else (found,)
+    total = jax.lax.psum(total, plan.row_axes)
+    if reduction == "mean":
+        part = _denominator(task, parts).astype(total.dtype)
+        total = _reduction.divide(total, jax.lax.psum(part, plan.row_axes))
+    return (total, *others) if others else total
+
+
+def _denominator(task: _Task, parts: dict[str, Array]) -> Array:
+    """What this device's rows add to the denominator of a mean."""
+    options, classes = dict(task.options), task.plan.classes
+    labels, where = parts["labels"], parts.get("where")
+    weight, sample_weight = parts.get("weight"), parts.get("sample_weight")
+    if task.function in _OF_LOGITS:
+        logits = parts["logits"]
+        axes = _checks.axes(options["axis"], logits.ndim)
+        if where is not None and where.ndim == logits.ndim:  # no classes: a row that doesn't count
+            some = jnp.any(where, axes).astype(logits.dtype)
+            where = _sharded.max_over(some, classes) > 0
+        if task.function is softmax.softmax_cross_entropy:
+            rows = tuple(n for a, n in enumerate(logits.shape) if a not in axes)
+            labels, weight = jnp.zeros(rows, logits.dtype), None
+    return denominator.mean_denominator(
+        labels,
+        weight=weight,
+        sample_weight=sample_weight,
+        where=where,
+        ignore_index=options.get("ignore_index"),
+        axis_name=classes,
+    )
