@@ -108,8 +108,7 @@ def on_mesh(
         )
     if width is not None and function not in _OF_LAYER:
         raise ValueError(f"width is an axis of a kernel, and {function.__name__} has none")
-    if mesh is not None:
-        _placement.plan(mesh, rows, classes, width)
+    fixed = None if mesh is None else _placement.plan(mesh, rows, classes, width)
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -126,13 +125,11 @@ def on_mesh(
         arrays = {
             name: options.pop(name) for name in _ARRAYS + _SCALARS if options.get(name) is not None
         }
-        where = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-        task = _Task(
-            function,
-            _placement.plan(where, rows, classes, width),
-            tuple(sorted((k, v) for k, v in options.items() if k not in _ARRAYS + _SCALARS)),
-        )
-        return _run(task, arrays)
+        plan = fixed
+        if plan is None:
+            plan = _placement.plan(jax.sharding.get_abstract_mesh(), rows, classes, width)
+        static = ((k, v) for k, v in options.items() if k not in _ARRAYS + _SCALARS)
+        return _run(_Task(function, plan, tuple(static)), arrays)
 
     return sharded
 
@@ -154,6 +151,7 @@ class _Task(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("task",), inline=True)
 def _run(task: _Task, arrays: dict[str, Array]) -> Any:
     plan, options = task.plan, dict(task.options)
+    arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
     # Checks the whole arguments, so that errors tell their shapes, not those of a device's part.
     whole = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
     jax.eval_shape(functools.partial(task.function, **options), **whole)
