@@ -22,7 +22,7 @@ from rich.console import Console
 
 import ce_jax
 from experiments import console as show
-from experiments.mnist import fail
+from experiments.console import fail
 
 README = Path(__file__).parents[1] / "README.md"
 VOCABULARY = 256  # bytes

@@ -9,19 +9,18 @@ files and without a network it trains on scikit-learn's small digits instead, an
 import dataclasses
 import math
 import time
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import flax
 import jax
 import optax
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from experiments import console as show
-from experiments import data, plots, runs
+from experiments import data, plots, processes, runs
+from experiments.console import fail
 from experiments.errors import ExperimentError, RunError
 from experiments.objectives import LossName, make_objective
 from experiments.training import Settings, Trainer, fit
@@ -173,7 +172,8 @@ def main(
         raise typer.BadParameter("--resume wants the folder of the run: add --out")
     if data_dir is not None and given.get("dataset") == "digits":
         raise typer.BadParameter("--data-dir is of no use to --dataset digits")
-    folder = out or Path("runs") / f"mnist-{datetime.now():%Y%m%d-%H%M%S}"
+    started = processes.common_time()
+    folder = out or Path("runs") / f"mnist-{started:%Y%m%d-%H%M%S}"
     try:
         run(given, data_dir, folder, resume)
     except ExperimentError as error:
@@ -193,7 +193,7 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
       path: folder of the run.
       resume: whether to continue the run in that folder.
     """
-    console = Console()
+    console = Console(quiet=not processes.is_first())
     recorded = runs.read_config(path) if resume else None
     if recorded is None:
         runs.require_fresh(path)
@@ -212,8 +212,16 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
         show.warn(console, dataset.notice, dataset.reason)
     task = dataset.parity() if config.loss == "even-odd" else dataset
     objective = make_objective(config.loss, task, config.label_smoothing, config.z_loss)
+    processes.require_agreement(
+        {
+            "options": dataclasses.asdict(config),
+            "--out": str(path.absolute()),
+            "data": dataset.checksum,
+            "run in --out": recorded,
+        }
+    )
     trainer = Trainer(task, objective, config)
-    if recorded is None:
+    if recorded is None and processes.is_first():
         runs.create(
             path,
             {
@@ -263,10 +271,17 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
                 "per_class": evaluation.per_class,
             }
         )
-        plots.save_all(
-            path / "plots", title, dataset.notice, folder.history, evaluation, dataset.test_images
-        )
+        if processes.is_first():
+            plots.save_all(
+                path / "plots",
+                title,
+                dataset.notice,
+                folder.history,
+                evaluation,
+                dataset.test_images,
+            )
         show.files(console, folder.path)
+        processes.wait_for_all("the run is finished")
 
 
 def new_config(given: dict[str, Any], dataset: str) -> Config:
@@ -318,14 +333,6 @@ def check_options(given: dict[str, Any]) -> None:
         )
     if given.get("dropout", 0.0) == 1:
         raise typer.BadParameter("--dropout 1 would leave nothing to train")
-
-
-def fail(message: str, status: int = 1) -> NoReturn:
-    """Ends the program with one line on standard error."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"[bold red]error:[/bold red] {escape(message)}"
-    )
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

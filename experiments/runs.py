@@ -4,6 +4,9 @@ What makes a run resumable at any moment is the order of writing. The configurat
 the end of an epoch its metrics are on the disk before its checkpoint begins, and a checkpoint takes
 its name only when it is complete. So after a kill the newest complete checkpoint has all the
 metrics up to it; what lies beyond is cut off and computed again.
+
+Where several processes share a run, all of them open its folder, which has to be one for all: a
+checkpoint is written by all, everything else by the first.
 """
 
 import json
@@ -18,6 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
+from experiments import processes
 from experiments.errors import RunError
 
 CONFIG_FILE = "config.json"
@@ -55,8 +59,12 @@ class RunFolder:
         )
         self.epochs_done = self._checkpoints.latest_step() or 0
         self.history = self._read_history()
-        self._rewrite_metrics()
-        self._events = self._replay_events()
+        # The first process writes anew what the others read.
+        processes.wait_for_all("the metrics are read")
+        self._events: SummaryWriter | None = None
+        if processes.is_first():
+            self._rewrite_metrics()
+            self._events = self._replay_events()
 
     def __enter__(self) -> Self:
         return self
@@ -70,8 +78,9 @@ class RunFolder:
         row = {"kind": "epoch", "epoch": epoch, **metrics}
         self.history.append(row)
         self._append(row)
-        self._add_events(row)
-        self._events.flush()
+        if self._events:
+            _add_events(self._events, row)
+            self._events.flush()
         self._checkpoints.save(epoch, args=ocp.args.StandardSave(state))
         self.epochs_done = epoch
 
@@ -95,7 +104,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Ends all writing."""
-        self._events.close()
+        if self._events:
+            self._events.close()
         self._checkpoints.close()
 
     def _read_history(self) -> list[dict[str, Any]]:
@@ -121,6 +131,8 @@ class RunFolder:
         _write_whole(self.path / METRICS_FILE, "".join(_json_line(row) for row in rows))
 
     def _append(self, row: Mapping[str, Any]) -> None:
+        if not processes.is_first():
+            return
         with (self.path / METRICS_FILE).open("a") as file:
             file.write(_json_line(row))
             file.flush()
@@ -130,15 +142,9 @@ class RunFolder:
         folder = self.path / EVENTS_FOLDER
         shutil.rmtree(folder, ignore_errors=True)
         writer = SummaryWriter(str(folder))
-        self._events = writer
         for row in self.history:
-            self._add_events(row)
+            _add_events(writer, row)
         return writer
-
-    def _add_events(self, row: Mapping[str, Any]) -> None:
-        for key, value in row.items():
-            if isinstance(value, float):
-                self._events.add_scalar(key, value, row["epoch"])
 
 
 def require_fresh(path: Path) -> None:
@@ -190,6 +196,12 @@ def read_config(path: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise RunError(f"{file}: damaged: it is not a JSON object")
     return config
+
+
+def _add_events(writer: SummaryWriter, row: Mapping[str, Any]) -> None:
+    for key, value in row.items():
+        if isinstance(value, float):
+            writer.add_scalar(key, value, row["epoch"])
 
 
 def _is_fresh(path: Path) -> bool:

@@ -22,6 +22,7 @@ from experiments.data import Dataset
 from experiments.errors import RunError
 from experiments.model import HIDDEN, MLP
 from experiments.objectives import LossSum, Objective
+from experiments.processes import place
 from experiments.report import Evaluation
 from experiments.runs import RunFolder
 
@@ -66,9 +67,21 @@ class Tally(NamedTuple):
 
 
 def make_mesh(batch_size: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh over as many of the devices as share the batch evenly."""
-    used = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
-    return jax.make_mesh((used,), (_BATCH_AXIS,), (AxisType.Auto,), devices=devices[:used])
+    """A mesh over as many of the devices as share the batch evenly, of each process equally many.
+
+    Raises:
+      RunError: the batch cannot be shared evenly by the processes.
+    """
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    processes = len(by_process)
+    if batch_size % processes:
+        raise RunError(f"--batch-size {batch_size} is not a multiple of the {processes} processes")
+    most = min(map(len, by_process.values()))
+    each = max(n for n in range(1, most + 1) if batch_size % (n * processes) == 0)
+    used = [device for local in by_process.values() for device in local[:each]]
+    return jax.make_mesh((len(used),), (_BATCH_AXIS,), (AxisType.Auto,), devices=used)
 
 
 def make_optimizer(settings: Settings, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -113,7 +126,7 @@ class Trainer:
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
         self._by_batch = NamedSharding(self.mesh, PartitionSpec(_BATCH_AXIS))
         init_key, epoch_key = jax.random.split(jax.random.key(settings.seed))
-        self._key = jax.device_put(epoch_key, self._replicated)
+        self._key = place(jax.random.key_data(epoch_key), self._replicated)
         self._graph, self._initial_params = nnx.split(
             MLP(
                 dataset.features,
@@ -138,7 +151,9 @@ class Trainer:
         used = self.mesh.devices.flat
         idle = self._idle_devices
         note = f", {idle} more idle as they cannot share the batch evenly" if idle else ""
-        return f"{len(used)} x {used[0].device_kind} ({used[0].platform}){note}"
+        processes = len({device.process_index for device in used})
+        where = f" of {processes} processes" if processes > 1 else ""
+        return f"{len(used)} x {used[0].device_kind} ({used[0].platform}){where}{note}"
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -152,10 +167,8 @@ class Trainer:
 
     def initial_state(self) -> TrainState:
         """The state before the first epoch."""
-        # A copy, since an epoch takes the buffers it is given for its own.
-        params = jax.tree.map(jnp.copy, self._initial_params)
-        state = TrainState(params, self._optimizer.init(params))
-        return jax.device_put(state, self._replicated)
+        params = self._initial_params
+        return place(TrainState(params, self._optimizer.init(params)), self._replicated)
 
     def compile(self) -> None:
         """Compiles the epoch now rather than at its first run, so that both can be timed."""
@@ -180,17 +193,17 @@ class Trainer:
         )
 
     def _epoch_arguments(self, state: TrainState, epoch: int) -> tuple[Any, ...]:
-        number = jax.device_put(jnp.asarray(epoch, jnp.int32), self._replicated)
-        return state, self._train, self._key, number
+        return state, self._train, self._key, place(np.int32(epoch), self._replicated)
 
     def _place(self, images: np.ndarray, labels: np.ndarray) -> Examples:
         flat = images.reshape(len(images), -1)
-        return Examples(*jax.device_put((flat, labels), self._replicated))
+        return Examples(*place((flat, labels), self._replicated))
 
     def _epoch(
         self, state: TrainState, examples: Examples, key: jax.Array, epoch: jax.Array
     ) -> tuple[TrainState, Tally]:
-        shuffle_key, dropout_key = jax.random.split(jax.random.fold_in(key, epoch))
+        epoch_key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
+        shuffle_key, dropout_key = jax.random.split(epoch_key)
         order = jax.random.permutation(shuffle_key, len(examples.labels))
         rows, where = _batches(order, self.settings.batch_size)
 

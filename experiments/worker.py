@@ -1,0 +1,58 @@
+"""One of the processes of a run: joins the others, then runs an experiment.
+
+`experiments.launch` starts it, with one end of a socket as its standard input. The worker says
+there that it has joined; that the socket closes tells it that the launcher is gone, in whatever
+way, and that it has to go as well.
+"""
+
+import json
+import os
+import runpy
+import socket
+import sys
+import threading
+import traceback
+from typing import NoReturn
+
+import jax
+
+
+def main(joining: str, experiment: str, *arguments: str) -> None:
+    """Runs an experiment as one of several processes.
+
+    Args:
+      joining: keyword arguments of `jax.distributed.initialize`, as JSON.
+      experiment: name of a module of `experiments`.
+      *arguments: its command line.
+    """
+    launcher = socket.socket(fileno=sys.stdin.fileno())
+    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+    try:
+        jax.distributed.initialize(**json.loads(joining))
+        launcher.sendall(b"joined")
+        sys.argv[1:] = arguments
+        runpy.run_module(f"experiments.{experiment}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        # What JAX does at an ordinary end is to wait for the others. That is for success only.
+        if end.code:
+            _end(end.code if isinstance(end.code, int) else 1)
+    except Exception:
+        traceback.print_exc()
+        _end(1)
+
+
+def _end_with(launcher: socket.socket) -> None:
+    while launcher.recv(1):
+        pass
+    _end(1)
+
+
+def _end(status: int) -> NoReturn:
+    """Ends the process now: the connections to the others close, and they end as well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
