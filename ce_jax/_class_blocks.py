@@ -57,22 +57,32 @@ def tile(
 ) -> tuple[Float[Array, "tokens classes"], Pull]:
     """Logits of `size` classes from `first` on, and their pull-back.
 
-    Classes that are padding get -inf: a logit of 0 would count in the sum.
+    Classes that are padding get -inf: a logit of 0 would count in the sum. What the head holds
+    there is set to 0, as 0 times padding that is not finite would be NaN.
     """
-    z, pull = logits(
-        hidden, take_classes(head, first, size, options.class_axis), options.class_axis
+    block = take_classes(head, first, size, options.class_axis)
+    if not _padded(options, head):
+        return logits(hidden, block, options.class_axis)
+    ids = jnp.arange(size, dtype=jnp.int32) + _first_class(options, head, first)
+    real = ids < options.classes
+    block = block._replace(
+        kernel=jnp.where(jnp.expand_dims(real, 1 - options.class_axis), block.kernel, 0),
+        bias=ABSENT if block.bias is None else jnp.where(real, block.bias, 0),
     )
-    held = _sharded.all_classes(head.kernel.shape[options.class_axis], options.axis_name)
-    if options.classes < held:
-        ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-        z = jnp.where(ids + _first_class(options, head, first) < options.classes, z, -jnp.inf)
-    return z, pull
+    z, pull = logits(hidden, block, options.class_axis)
+    return jnp.where(real[None], z, -jnp.inf), pull
 
 
 def masked(options: Options, head: Head) -> bool:
     """Whether a logit may be -inf."""
-    held = _sharded.all_classes(head.kernel.shape[options.class_axis], options.axis_name)
-    return head.bias is not None or options.classes < held
+    return head.bias is not None or _padded(options, head)
+
+
+def _padded(options: Options, head: Head) -> bool:
+    """Whether a block may hold padding. Devices differ in theirs; one device leaves it out."""
+    local = head.kernel.shape[options.class_axis]
+    sharded = options.axis_name is not None
+    return sharded and options.classes < _sharded.all_classes(local, options.axis_name)
 
 
 def _first_class(options: Options, head: Head, first: First) -> First:
@@ -90,9 +100,7 @@ def _extent(options: Options, head: Head) -> tuple[int, int]:
     """How many of the local classes to visit, and how many at a time."""
     total = head.kernel.shape[options.class_axis]
     if options.axis_name is None:
-        total = min(
-            total, options.classes
-        )  # devices differ in their padding, one device needs none
+        total = min(total, options.classes)
     return total, min(options.block, total)
 
 
