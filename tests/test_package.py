@@ -29,6 +29,7 @@ NAMES = {
     "binary_entropy",
     "bits_per_byte",
     "brier_score",
+    "clip_loss",
     "cross_entropy",
     "cross_entropy_parts",
     "effective_number_weights",
@@ -42,6 +43,7 @@ NAMES = {
     "generalized_cross_entropy",
     "gradient_view",
     "hard_bootstrapped_cross_entropy",
+    "info_nce_loss",
     "init_log_variances",
     "inverse_frequency_weights",
     "kl_divergence",
@@ -61,11 +63,13 @@ NAMES = {
     "self_information",
     "sigmoid_binary_cross_entropy",
     "sigmoid_focal_loss",
+    "siglip_loss",
     "smooth_labels",
     "soft_bootstrapped_cross_entropy",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
     "softmax_statistics",
+    "supervised_contrastive_loss",
     "symmetric_cross_entropy",
     "training_logit_offset",
     "uncertainty_weighted_loss",
@@ -89,6 +93,7 @@ DEFAULTS = {
     "num_classes": None,
     "logit_soft_cap": None,
     "memory_budget": None,
+    "logit_scale": 1.0,
 }
 
 

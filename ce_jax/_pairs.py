@@ -1,0 +1,336 @@
+"""Losses of the matrix of all pairs `rows @ columns.T`, which is read in blocks of columns.
+
+Three ways of reading a block: as a softmax over the columns and one over the rows, as independent
+binary decisions, and as a softmax over the columns whose target are several of them.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from . import _budget, _sharded, _tile
+from ._head import First, Head, logits, over_blocks, put, take
+from ._recomputed import WHOLE, Form, over_columns
+from ._sides import Sides
+from ._tile import ABSENT, RowStatistics, Target, wide
+from .sigmoid import sigmoid_binary_cross_entropy
+
+_Partials = tuple[_tile.Partial, _tile.Partial]
+
+
+class _Fixed(NamedTuple):
+    """What has no derivative: the rest of `Sides`, and where there are groups, which and how many.
+
+    Attributes:
+      first: as in `Sides`.
+      row_counts: as in `Sides`.
+      column_counts: as in `Sides`.
+      row_group: the group of each row.
+      column_group: the group of each column.
+      positives: how many others are in the row's group, at least 1.
+    """
+
+    first: Integer[Array, ""]
+    row_counts: Bool[Array, " n"] | None
+    column_counts: Bool[Array, " m"] | None
+    row_group: Integer[Array, " n"] = ABSENT
+    column_group: Integer[Array, " m"] = ABSENT
+    positives: Float[Array, " n"] = ABSENT
+
+
+def _fixed(x: Sides) -> _Fixed:
+    return _Fixed(x.first, x.row_counts, x.column_counts)
+
+
+def _block(x: Sides, memory_budget: int | None, tiles: int) -> int:
+    """Columns per block, where a CPU holds so many of its arrays, and its rounded gradient."""
+    if memory_budget is None:
+        memory_budget = _budget.default_budget(x.columns.size * x.columns.dtype.itemsize)
+    pair_bytes = tiles * wide(x.rows.dtype).itemsize + x.rows.dtype.itemsize
+    rows, columns = x.rows.shape[0], x.columns.shape[0]
+    return _budget.blocks(rows, columns, pair_bytes, memory_budget, summed=False).classes
+
+
+def _without(
+    z: Float[Array, "n block"], counts: Bool[Array, " m"] | None, first: First
+) -> Float[Array, "n block"]:
+    """The logits with -inf in the columns that do not exist."""
+    if counts is None:
+        return z
+    return jnp.where(take(counts, first, z.shape[1])[None], z, -jnp.inf)
+
+
+def _nothing(rows: int, dtype: jnp.dtype, target: bool) -> _tile.Partial:
+    """The statistics over no columns, of a label or of a target distribution."""
+    zero = jnp.zeros(rows, dtype)
+    nothing = _tile.Partial(max=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+    if target:
+        return nothing._replace(target_dot=zero, target_sum=zero)
+    return nothing._replace(label_logit=zero)
+
+
+def _not_empty(part: _tile.Partial) -> _tile.Partial:
+    """The statistics, with a harmless normaliser in rows that had nothing to look at."""
+    return part._replace(sum_exp=jnp.where(part.sum_exp == 0, 1, part.sum_exp))
+
+
+def _of_cross(g: Float[Array, " n"]) -> RowStatistics:
+    zero = jnp.zeros_like(g)
+    return RowStatistics(lse=zero, cross=g, label_logit=zero)
+
+
+# Both directions. A block has all rows of its columns (on this device), so it completes their
+# statistics, and adds to those of the rows.
+
+
+def both_directions(
+    x: Sides, *, axis_name: str | None, memory_budget: int | None, forward_mode: bool
+) -> tuple[Float[Array, " n"], Float[Array, " m"]]:
+    """Cross-entropy of each row with its column, and of each column with its row, of all devices.
+
+    Row `i` is paired with column `first + i`. One matrix serves both.
+    """
+    form = Form(
+        start=_start_both,
+        fold=_fold_both,
+        across=functools.partial(_join_columns, axis_name),
+        finish=_finish_both,
+        pull=_pull_both,
+        axes=(WHOLE, 0),
+        columns=x.columns.shape[0],
+        block=_block(x, memory_budget, 2),
+    )
+    cross: tuple[Array, Array] = over_columns(
+        form, (x.rows, x.columns), _fixed(x), forward_mode=forward_mode
+    )
+    return cross
+
+
+def _start_both(inputs: tuple[Array, Array], fixed: _Fixed) -> _Partials:
+    rows, columns = inputs
+    dtype = wide(rows.dtype)
+    return _nothing(rows.shape[0], dtype, False), _nothing(columns.shape[0], dtype, False)
+
+
+def _views(
+    z: Float[Array, "n block"], fixed: _Fixed, first: First
+) -> tuple[tuple[Array, Target, First], tuple[Array, Target, First]]:
+    """A block as rows of columns and as columns of rows: logits, labels, and first class of each.
+
+    The label of a column may be a row of another device: then it is not found in this block.
+    """
+    n, size = z.shape
+    by_row = _without(z, fixed.column_counts, first)
+    by_column = _without(z.T, fixed.row_counts, 0)
+    row_labels = fixed.first + jnp.arange(n, dtype=jnp.int32)
+    column_labels = first + jnp.arange(size, dtype=jnp.int32)
+    return (
+        (by_row, Target(labels=row_labels), first),
+        (by_column, Target(labels=column_labels), fixed.first),
+    )
+
+
+def _fold_both(
+    inputs: tuple[Array, Array], fixed: _Fixed, sums: _Partials, first: First, size: int
+) -> _Partials:
+    rows, columns = inputs
+    z, _ = logits(rows, Head(take(columns, first, size)), 0)
+    parts = [
+        _tile.partial_statistics(view, target, first_class=first_class)
+        for view, target, first_class in _views(z, fixed, first)
+    ]
+    of_columns = jax.tree.map(lambda x, new: put(x, new, first), sums[1], parts[1])
+    return _tile.merge(sums[0], parts[0]), of_columns
+
+
+def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:
+    of_rows, of_columns = sums
+    return _not_empty(of_rows), _not_empty(_sharded.merge_across(of_columns, axis_name))
+
+
+def _finish_both(sums: _Partials) -> tuple[Array, Array]:
+    of_rows, of_columns = map(_tile.finish, sums)
+    return of_rows.cross, of_columns.cross
+
+
+def _pull_both(
+    inputs: tuple[Array, Array],
+    fixed: _Fixed,
+    sums: _Partials,
+    g: tuple[Array, Array],
+    first: First,
+    size: int,
+) -> tuple[Array, Array]:
+    rows, columns = inputs
+    z, pull = logits(rows, Head(take(columns, first, size)), 0)
+    of_block = jax.tree.map(lambda x: take(x, first, size), (sums[1], g[1]))
+    parts, cotangents = (sums[0], of_block[0]), (g[0], of_block[1])
+    by_row, by_column = (
+        _tile.pullback(view, target, part, _of_cross(d), first_class=first_class)[0]
+        for (view, target, first_class), part, d in zip(
+            _views(z, fixed, first), parts, cotangents, strict=True
+        )
+    )
+    d_rows, head = pull(by_row + by_column.T)
+    return d_rows, head.kernel
+
+
+# Independent decisions: is this the row's column?
+
+
+def decisions(
+    x: Sides, bias: Float[Array, ""], *, memory_budget: int | None, forward_mode: bool
+) -> Float[Array, " n"]:
+    """For each row, the logistic losses of all its pairs together; `bias` is added to all logits.
+
+    Row `i` is to be told from all columns but `first + i`.
+    """
+    form = Form(
+        start=_start_decisions,
+        fold=functools.partial(_fold_decisions, forward_mode),
+        across=lambda sums: sums,
+        finish=lambda sums: sums,
+        pull=_pull_decisions,
+        axes=(WHOLE, 0, WHOLE),
+        columns=x.columns.shape[0],
+        block=_block(x, memory_budget, 3),
+    )
+    losses: Array = over_columns(
+        form, (x.rows, x.columns, bias), _fixed(x), forward_mode=forward_mode
+    )
+    return losses
+
+
+def _start_decisions(inputs: tuple[Array, Array, Array], fixed: _Fixed) -> Float[Array, " n"]:
+    return jnp.zeros(inputs[0].shape[0], wide(inputs[0].dtype))
+
+
+def _block_of(inputs: tuple[Array, Array, Array], first: First, size: int) -> Head:
+    _, columns, bias = inputs
+    return Head(take(columns, first, size), jnp.broadcast_to(bias, (size,)))
+
+
+def _row_losses(
+    fixed: _Fixed, first: First, forward_mode: bool, z: Float[Array, "n block"]
+) -> Float[Array, " n"]:
+    rows = fixed.first + jnp.arange(z.shape[0], dtype=jnp.int32)
+    exists = None
+    if fixed.column_counts is not None:
+        exists = take(fixed.column_counts, first, z.shape[1])[None]
+    losses = sigmoid_binary_cross_entropy(
+        z, _tile.is_label(rows, z, first), where=exists, forward_mode=forward_mode
+    )
+    return jnp.sum(losses, -1)
+
+
+def _fold_decisions(
+    forward_mode: bool,
+    inputs: tuple[Array, Array, Array],
+    fixed: _Fixed,
+    sums: Array,
+    first: First,
+    size: int,
+) -> Float[Array, " n"]:
+    z, _ = logits(inputs[0], _block_of(inputs, first, size), 0)
+    return sums + _row_losses(fixed, first, forward_mode, z)
+
+
+def _pull_decisions(
+    inputs: tuple[Array, Array, Array],
+    fixed: _Fixed,
+    sums: Array,
+    g: Array,
+    first: First,
+    size: int,
+) -> tuple[Array, Array, Array]:
+    z, pull = logits(inputs[0], _block_of(inputs, first, size), 0)
+    _, pull_losses = jax.vjp(functools.partial(_row_losses, fixed, first, False), z)
+    d_rows, head = pull(*pull_losses(g))
+    return d_rows, head.kernel, jnp.sum(head.bias)
+
+
+# A softmax over all columns but the row itself, against the columns of the row's group.
+
+
+class Groups(NamedTuple):
+    """Which group the rows and columns belong to."""
+
+    rows: Integer[Array, " n"]
+    columns: Integer[Array, " m"]
+
+
+def against_group(
+    x: Sides, groups: Groups, *, memory_budget: int | None, forward_mode: bool
+) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
+    """Mean cross-entropy of each row with the others of its group, and whether there are any.
+
+    Row `i` is the same thing as column `first + i`.
+    """
+    fixed = _fixed(x)._replace(row_group=groups.rows, column_group=groups.columns)
+    columns, block = x.columns.shape[0], _block(x, memory_budget, 5)
+
+    def count(total: Array, first: First, size: int) -> Array:
+        return total + jnp.sum(_same(fixed, first, size)[0], -1, dtype=total.dtype)
+
+    nobody = _sharded.like(jnp.zeros(groups.rows.shape, jnp.int32), groups.rows)
+    positives = over_blocks(count, nobody, columns, block)
+    form = Form(
+        start=lambda inputs, fixed: _nothing(inputs[0].shape[0], wide(inputs[0].dtype), True),
+        fold=_fold_group,
+        across=_not_empty,
+        finish=lambda part: _tile.finish(part).cross,
+        pull=_pull_group,
+        axes=(WHOLE, 0),
+        columns=columns,
+        block=block,
+    )
+    fixed = fixed._replace(positives=jnp.maximum(positives, 1).astype(wide(x.rows.dtype)))
+    losses: Array = over_columns(form, (x.rows, x.columns), fixed, forward_mode=forward_mode)
+    return losses, positives > 0
+
+
+def _same(
+    fixed: _Fixed, first: First, size: int
+) -> tuple[Bool[Array, "n block"], Bool[Array, "n block"]]:
+    """Which columns are of the row's group, and which are others than the row at all."""
+    rows = fixed.first + jnp.arange(fixed.row_group.shape[0], dtype=jnp.int32)
+    columns = first + jnp.arange(size, dtype=jnp.int32)
+    others = rows[:, None] != columns[None]
+    if fixed.column_counts is not None:
+        others = others & take(fixed.column_counts, first, size)[None]
+    same = fixed.row_group[:, None] == take(fixed.column_group, first, size)[None]
+    return same & others, others
+
+
+def _group_block(
+    z: Float[Array, "n block"], fixed: _Fixed, first: First
+) -> tuple[Float[Array, "n block"], Target]:
+    same, others = _same(fixed, first, z.shape[1])
+    probs = jnp.where(same, 1 / fixed.positives[:, None], 0)
+    return jnp.where(others, z, -jnp.inf), Target(probs=probs)
+
+
+def _fold_group(
+    inputs: tuple[Array, Array], fixed: _Fixed, sums: _tile.Partial, first: First, size: int
+) -> _tile.Partial:
+    rows, columns = inputs
+    z, _ = logits(rows, Head(take(columns, first, size)), 0)
+    return _tile.merge(sums, _tile.partial_statistics(*_group_block(z, fixed, first)))
+
+
+def _pull_group(
+    inputs: tuple[Array, Array],
+    fixed: _Fixed,
+    sums: _tile.Partial,
+    g: Array,
+    first: First,
+    size: int,
+) -> tuple[Array, Array]:
+    rows, columns = inputs
+    z, pull = logits(rows, Head(take(columns, first, size)), 0)
+    dz, _ = _tile.pullback(*_group_block(z, fixed, first), sums, _of_cross(g))
+    d_rows, head = pull(dz)
+    return d_rows, head.kernel

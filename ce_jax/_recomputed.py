@@ -1,0 +1,102 @@
+"""What is gathered from blocks of columns, with a derivative that computes each block again.
+
+`_class_blocks` does this for the statistics of one softmax. A loss that reads a block in another
+way (both directions of a matrix, two matrices at once) brings a `Form`. The loop is here, with its
+derivative and the care for dtypes and devices.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import _sharded
+from ._head import First, over_blocks, put
+from ._tile import wide
+
+# For an input of which every block reads all.
+WHOLE = -1
+
+
+class Form(NamedTuple):
+    """How blocks are read and joined.
+
+    Attributes:
+      start: `start(inputs, fixed)`, the sums over no columns.
+      fold: `fold(inputs, fixed, sums, first, size)`, the sums with `size` more columns.
+      across: joins the sums of all devices, if the columns' or rows' are to be joined.
+      finish: turns the sums into the result.
+      pull: `pull(inputs, fixed, sums, g, first, size)`, what the columns of a block give to the
+        cotangents of the inputs; of an input with columns, the part that belongs to the block.
+      axes: the axis of each input that holds the columns, or `WHOLE`; a pytree like the inputs.
+      columns: how many columns there are.
+      block: how many at a time.
+    """
+
+    start: Callable[[Any, Any], Any]
+    fold: Callable[[Any, Any, Any, First, int], Any]
+    across: Callable[[Any], Any]
+    finish: Callable[[Any], Any]
+    pull: Callable[[Any, Any, Any, Any, First, int], Any]
+    axes: Any
+    columns: int
+    block: int
+
+
+def over_columns(form: Form, inputs: Any, fixed: Any, *, forward_mode: bool = False) -> Any:
+    """The result of a form, differentiable by `inputs`; `fixed` are constants."""
+    inputs, fixed = _sharded.align((inputs, fixed))
+    if forward_mode:
+        return form.finish(_sums(form, inputs, fixed))
+    return _fused(form, inputs, fixed)
+
+
+def _sums(form: Form, inputs: Any, fixed: Any) -> Any:
+    # Where JAX derives the derivative, it adds up cotangents over the blocks in the dtype in which
+    # the blocks find an input. The detour through the accumulation dtype changes no value.
+    widened = jax.tree.map(lambda x: x.astype(wide(x.dtype)), inputs)
+
+    def step(sums: Any, first: First, size: int) -> Any:
+        narrowed = jax.tree.map(lambda x, like: x.astype(like.dtype), widened, inputs)
+        return form.fold(narrowed, fixed, sums, first, size)
+
+    start = _sharded.like(form.start(inputs, fixed), jax.tree.leaves(inputs)[0])
+    return form.across(over_blocks(step, start, form.columns, form.block))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(form: Form, inputs: Any, fixed: Any) -> Any:
+    return form.finish(_sums(form, inputs, fixed))
+
+
+def _fused_fwd(form: Form, inputs: Any, fixed: Any) -> tuple[Any, Any]:
+    sums = _sums(form, inputs, fixed)
+    return form.finish(sums), (inputs, fixed, sums)
+
+
+def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None]:
+    inputs, fixed, sums = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
+
+    def step(carry: Any, first: First, size: int) -> Any:
+        block = form.pull(inputs, fixed, sums, g, first, size)
+        return jax.tree.map(
+            lambda d, new, axis: d + new if axis == WHOLE else put(d, new, first, axis),
+            carry,
+            block,
+            form.axes,
+        )
+
+    # What every block adds to adds up in the wide dtype; what is written once need not.
+    zeros = jax.tree.map(
+        lambda x, axis: jnp.zeros(x.shape, wide(x.dtype) if axis == WHOLE else x.dtype),
+        inputs,
+        form.axes,
+    )
+    zeros = _sharded.like(zeros, jax.tree.leaves(inputs)[0])
+    grads = over_blocks(step, zeros, form.columns, form.block)
+    return jax.tree.map(lambda x, d: d.astype(x.dtype), inputs, grads), None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

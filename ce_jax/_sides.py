@@ -1,0 +1,130 @@
+"""The two sides of a batch of pairs: checked, masked, scaled, gathered; and its losses reduced."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer
+
+from . import _checks, _reduction, _sharded, _target
+from ._tile import wide
+
+
+class Sides(NamedTuple):
+    """Both sides of the pairs.
+
+    Attributes:
+      rows: this device's.
+      columns: those of all devices.
+      first: the column with which the first row is paired.
+      row_counts: rows that exist; None if all do.
+      column_counts: columns that exist; None if all do.
+    """
+
+    rows: Float[Array, "n width"]
+    columns: Float[Array, "m width"]
+    first: Integer[Array, ""]
+    row_counts: Bool[Array, " n"] | None
+    column_counts: Bool[Array, " m"] | None
+
+
+def sides(
+    row_name: str,
+    rows: ArrayLike,
+    column_name: str,
+    columns: ArrayLike,
+    where: ArrayLike | None,
+    logit_scale: Array,
+    axis_name: str | None,
+    *,
+    more: bool = False,
+) -> Sides:
+    """Checks both sides. Where one does not exist it is 0, and `logit_scale` is in the rows.
+
+    Row `i` belongs to column `i` of the same device; with `more` there may be further columns.
+    """
+    rows, columns = embeddings(row_name, rows), embeddings(column_name, columns)
+    (n, width), m = rows.shape, columns.shape[0]
+    if columns.dtype != rows.dtype:
+        raise TypeError(
+            f"{column_name} must have the dtype of {row_name}, {rows.dtype}, got {columns.dtype}; "
+            "cast the one that is to be rounded or widened"
+        )
+    if columns.shape[1] != width or (m < n if more else m != n):
+        least = "at least " if more else ""
+        raise ValueError(
+            f"{column_name} must have shape [{least}{n}, {width}], as {row_name} has "
+            f"{rows.shape}, got {columns.shape}"
+        )
+    _sharded.check_sharded(row_name, rows, axis_name)
+    _sharded.check_sharded(column_name, columns, axis_name)
+    row_counts = column_counts = None
+    if where is not None:
+        row_counts = _checks.boolean("where", where)
+        row_counts = _checks.broadcast("where", row_counts, (n,), f"the rows of {row_name}")
+        row_counts = _sharded.like(row_counts, rows)
+        further = _sharded.like(jnp.ones(m - n, bool), row_counts)
+        column_counts = jnp.concatenate([row_counts, further])
+        rows = _target.without_excluded(rows, row_counts)
+        columns = _target.without_excluded(columns, column_counts)
+        column_counts = gathered(column_counts, axis_name)
+    return Sides(
+        rows=scaled(rows, logit_scale),
+        columns=gathered(columns, axis_name),
+        first=jnp.asarray(_sharded.first_class(m, axis_name), jnp.int32),
+        row_counts=row_counts,
+        column_counts=column_counts,
+    )
+
+
+def embeddings(name: str, x: ArrayLike) -> Float[Array, "n width"]:
+    """`x`, if it is a row of numbers for each example."""
+    x = _checks.floating(name, x)
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape [N, D], got {x.shape}")
+    return x
+
+
+def scaled(x: Float[Array, "n width"], scale: Array) -> Float[Array, "n width"]:
+    """`scale * x`, rounded once."""
+    dtype = wide(x.dtype)
+    return (x.astype(dtype) * scale.astype(dtype)).astype(x.dtype)
+
+
+def gathered(x: Array, axis_name: str | None) -> Array:
+    """The rows of all devices; JAX's derivative hands each device the sum of what is its own."""
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def reduced(
+    loss: Float[Array, " n"],
+    counts: Bool[Array, " n"] | None,
+    sample_weight: ArrayLike | None,
+    axis_name: str | None,
+    reduction: str,
+) -> Float[Array, "..."]:
+    """Masks, weights and reduces this device's losses; a sum or mean is over all devices."""
+    weights = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
+    if counts is not None:  # before the weights, whose derivative is the loss
+        loss = jnp.where(counts, loss, 0)
+    loss = _reduction.reduce(loss, None, weights, "none")
+    if reduction == "none":
+        return loss
+    return over_devices(jnp.sum(loss), loss.shape, counts, weights, axis_name, reduction)
+
+
+def over_devices(
+    total: Float[Array, ""],
+    rows: tuple[int, ...],
+    counts: Bool[Array, " n"] | None,
+    weights: Float[Array, " n"] | None,
+    axis_name: str | None,
+    reduction: str,
+) -> Float[Array, ""]:
+    """The "sum" or "mean" over all devices from this device's sum."""
+    denominator = _reduction.denominator(rows, total.dtype, counts, weights)
+    denominator = _sharded.like(denominator, total)
+    total = _sharded.sum_over(total, axis_name)
+    if reduction == "sum":
+        return total
+    return _reduction.divide(total, _sharded.sum_over(denominator, axis_name))

@@ -1,0 +1,113 @@
+"""The contrastive loss of embeddings with class labels."""
+
+import functools
+
+import jax
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks, _pairs, _sharded
+from ._numerics import scalar
+from ._sides import gathered, reduced, sides
+
+
+def supervised_contrastive_loss(
+    embeddings: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    logit_scale: Shaped[ArrayLike, ""] = 1.0,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    axis_name: str | None = None,
+    reduction: str = "none",
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Mean cross-entropy of picking the others of an example's class out of all other examples.
+
+    With :math:`P_i` the other examples with the label of example i:
+
+    .. math::
+      \ell_i = \frac{1}{|P_i|} \sum_{p \in P_i} \Big( \log \sum_{j \ne i} e^{z_{ij}} - z_{ip} \Big),
+      \qquad z_{ij} = s \langle x_i, x_j \rangle
+
+    An example without another of its class has nothing to be pulled to: it does not count, but is
+    a negative to the rest. Normalise the embeddings: :math:`z_{ij}` is then s times a cosine. Views
+    of one image are examples of their own; labels that number the images make it SimCLR's loss.
+    The matrix of all pairs is computed in blocks, and once more for the gradient.
+
+    Args:
+      embeddings: `[N, D]`, floating.
+      labels: class ids `[N]`, of any integer dtype and any value.
+      where: bool `[N]`: the examples that exist. Others have no part in anything.
+      logit_scale: s, at least 0, the inverse of the temperature: the paper's is 10. May be traced.
+      sample_weight: weight of each example's loss, broadcastable to `[N]`.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which all arrays are sharded by
+        rows. Examples are compared with those of all devices.
+      reduction: "none": this device's losses `[N]`; "sum" or "mean": over all devices, the latter
+        divided by `sum(sample_weight)` of the examples that count (0 if that is 0).
+      memory_budget: bytes that a block of logits and its gradient may take, by default half the
+        bytes of `embeddings`, but at least 256 MB and at most 1 GB; 14 MB on a CPU.
+      forward_mode: let JAX derive the derivative, so that forward mode works.
+
+    Returns:
+      The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit, and for embeddings that JAX does not
+        see vary over `axis_name`.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> embeddings = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, -0.8]])
+      >>> labels = jnp.array([0, 0, 1, 2])
+      >>> loss = ce_jax.supervised_contrastive_loss(embeddings, labels, logit_scale=10.0)
+      >>> print(loss)
+      [0.1273 0.127  0.     0.    ]
+
+    References:
+      Khosla et al., `Supervised Contrastive Learning`, 2020, equation 2. SimCLR: Chen et al.,
+      `A Simple Framework for Contrastive Learning of Visual Representations`, 2020.
+    """
+    _checks.reduction(reduction)
+    return _supervised_contrastive(
+        embeddings,
+        labels,
+        where,
+        scalar("logit_scale", logit_scale, low=0.0),
+        sample_weight,
+        axis_name=axis_name,
+        reduction=reduction,
+        memory_budget=_checks.memory_budget(memory_budget),
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("axis_name", "reduction", "memory_budget", "forward_mode"),
+    inline=True,
+)
+def _supervised_contrastive(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    logit_scale: Array,
+    sample_weight: ArrayLike | None,
+    *,
+    axis_name: str | None,
+    reduction: str,
+    memory_budget: int | None,
+    forward_mode: bool,
+) -> Array:
+    name = "embeddings"
+    x = sides(name, embeddings, name, embeddings, where, logit_scale, axis_name)
+    labels = _checks.integer("labels", labels)
+    _checks.shape_is("labels", labels, x.rows.shape[:1], "one class id per row")
+    labels = _sharded.like(labels, x.rows)
+    groups = _pairs.Groups(labels, gathered(labels, axis_name))
+    loss, counts = _pairs.against_group(
+        x, groups, memory_budget=memory_budget, forward_mode=forward_mode
+    )
+    counts = counts if x.row_counts is None else counts & x.row_counts
+    return reduced(loss, counts, sample_weight, axis_name, reduction)
