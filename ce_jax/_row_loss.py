@@ -1,9 +1,14 @@
 """The loss of a row from its statistics. Plain functions: JAX differentiates them."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
+from . import _sharded
 from ._tile import RowStatistics
 
 
@@ -44,3 +49,23 @@ def smoothing_coefficients(
 ) -> Float[Array, " local"]:
     """`w / C`, for the local ones of `C` classes: a mean where a sum of huge logits overflows."""
     return jnp.full((local,), 1 / classes, dtype) if weight is None else weight / classes
+
+
+def opened(
+    function: Callable[[Array], Array], one: Array
+) -> tuple[Callable[..., Array], list[Any]]:
+    """The function with the floating arrays of its closure as arguments, and these arrays.
+
+    So they get gradients, and vary over the mesh axes over which the log-probabilities do.
+    """
+    program = jax.make_jaxpr(function)(one)
+    smooth = [jnp.issubdtype(jnp.result_type(c), jnp.floating) for c in program.consts]
+
+    def of_row(log_prob: Array, *arguments: Array) -> Array:
+        given = iter(arguments)
+        held = zip(smooth, program.consts, strict=True)
+        constants = [next(given) if is_smooth else c for is_smooth, c in held]
+        (loss,) = jax.core.eval_jaxpr(program.jaxpr, _sharded.like(constants, log_prob), log_prob)
+        return loss
+
+    return of_row, [c for is_smooth, c in zip(smooth, program.consts, strict=True) if is_smooth]

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _class_blocks, _reduction, _sharded, _target, _token_blocks
 from ._layer import Layer, layer
-from ._row_loss import smoothing_coefficients, softmax_loss
+from ._row_loss import opened, smoothing_coefficients, softmax_loss
 from ._tile import RowStatistics, Target, wide
 from .statistics import SoftmaxStatistics, by_label
 
@@ -210,7 +210,7 @@ def _linear_loss(
     if log_prob_loss is not None:
         one = jnp.zeros((), dtype)
         _checks.element_function("log_prob_loss", log_prob_loss, one)
-        log_prob_loss, constants = jax.closure_convert(log_prob_loss, one)
+        log_prob_loss, constants = opened(log_prob_loss, one)
     row_loss = functools.partial(_row_loss, log_prob_loss, x.options.classes)
     inputs = _token_blocks.RowInputs(
         scales=(label_weight, sample_weight),
