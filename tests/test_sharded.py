@@ -1,7 +1,6 @@
 """Classes spread over a mesh axis: eight simulated devices against the float64 reference."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ce_jax
-from tests import reference, reference_linear
+from tests import hlo, reference, reference_linear
 from tests.helpers import close
 
 ROWS, CLASSES, WIDTH = 8, 20, 6
@@ -208,16 +207,6 @@ def test_what_would_be_silently_wrong_raises(mesh, problem):
         jax.shard_map(total, mesh=mesh, **specs)(logits, labels)
 
 
-def collectives(compiled):
-    """Operation and element count of every collective in the program."""
-    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    return [
-        (name, int(np.prod([int(n) for n in shape.split(",") if n])))
-        for shapes, name in re.findall(rf"= (\(?[^=]*?\)?) ({names})\(", compiled.as_text())
-        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
-    ]
-
-
 def test_devices_exchange_only_rows(mesh):
     """No collective of a vocab-parallel loss and its gradient is larger than the local rows."""
     rows, classes = 64, 512
@@ -233,10 +222,9 @@ def test_devices_exchange_only_rows(mesh):
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
         for x, spec in zip(shapes, (SPECS["logits"], SPECS["labels"]), strict=True)
     ]
-    found = collectives(jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile())
-    assert found
-    assert {name for name, _ in found} == {"all-reduce"}
-    assert max(size for _, size in found) <= rows // 2
+    found = hlo.collectives(jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile())
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert max(c.largest for c in found) == rows // 2
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -262,4 +250,8 @@ def test_global_logits_under_plain_jit(problem, axis_type, spec, soft):
     close(value, truth(**arguments), 4e-6)
     close(gradient, reference.vjp(truth, arguments, "logits", 1.0), 4e-6)
     assert gradient.sharding.is_equivalent_to(placed[0].sharding, 2)
-    assert {kind for kind, _ in collectives(compiled)} <= {"all-reduce"}
+    found = hlo.collectives(compiled)
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert max(c.largest for c in found) == (
+        1 if spec[1] is None else ROWS // (2 if spec[0] else 1)
+    )
