@@ -7,10 +7,17 @@ Instead of a `Dense` layer and a loss of its logits, the model returns hidden st
 never stand in memory, and loss and accuracy come from one pass. The text is this repository's own
 README, its bytes the vocabulary, so nothing is downloaded. In 300 steps, half a minute of two CPU
 cores, the loss falls from 6.0 to some 0.2 nats per byte: it learns the text by heart.
+
+The batch is spread over all devices, also those of several processes, and so is the head with what
+the optimizer keeps of it: its width over the devices that share the batch (FSDP), its classes over
+`--tensor-parallel` many.
 """
 
+import dataclasses
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,59 +25,36 @@ import numpy as np
 import optax
 import typer
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import ce_jax
 from experiments import console as show
+from experiments import processes, runs
 from experiments.console import fail
+from experiments.errors import ExperimentError, RunError
+from experiments.transformer import VOCABULARY, WIDTH, LanguageModel
 
 README = Path(__file__).parents[1] / "README.md"
-VOCABULARY = 256  # bytes
 PADDING = -100
 
+# Steps between two reports, each with a checkpoint.
+STRETCH = 50
 
-class Block(nnx.Module):
-    """Causal attention and a perceptron, each added to what it reads."""
-
-    def __init__(self, width: int, *, heads: int = 4, rngs: nnx.Rngs):
-        self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
-        self.attention = nnx.MultiHeadAttention(
-            heads, width, decode=False, keep_rngs=False, rngs=rngs
-        )
-        self.inner = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.outer = nnx.Linear(4 * width, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[batch, length, width]` to the same shape."""
-        mask = nnx.make_causal_mask(x[..., 0])
-        x = x + self.attention(self.norms[0](x), mask=mask)
-        return x + self.outer(jax.nn.gelu(self.inner(self.norms[1](x))))
+Params: TypeAlias = nnx.State[Any, Any]
 
 
-class LanguageModel(nnx.Module):
-    """A transformer up to its last hidden states; `head` gives the kernel that follows."""
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides the result of a run."""
 
-    def __init__(
-        self, length: int, *, width: int = 64, blocks: int = 2, tied: bool = True, rngs: nnx.Rngs
-    ):
-        self.tokens = nnx.Embed(VOCABULARY, width, rngs=rngs)
-        self.positions = nnx.Embed(length, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, rngs=rngs) for _ in range(blocks)])
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.untied = None if tied else nnx.Linear(width, VOCABULARY, use_bias=False, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps byte ids `[batch, length]` to hidden states `[batch, length, width]`."""
-        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[-1]))[None]
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    def head(self) -> tuple[jax.Array, int]:
-        """The kernel of the last layer and its class axis: the embedding table, if tied."""
-        if self.untied is None:
-            return self.tokens.embedding[...], 0
-        return self.untied.kernel[...], 1
+    steps: int
+    length: int
+    batch_size: int
+    parts: int
+    learning_rate: float
+    tied: bool
+    seed: int
 
 
 class Tally(NamedTuple):
@@ -81,13 +65,19 @@ class Tally(NamedTuple):
     tokens: jax.Array
 
 
-def tally(model: LanguageModel, text: jax.Array) -> Tally:
+def tally(model: LanguageModel, text: jax.Array, mesh: Mesh) -> Tally:
     """Loss and hits of predicting each byte of `text[:, 1:]` from those before it, in one pass."""
     labels = text[:, 1:]
-    kernel, class_axis = model.head()
-    losses, found = ce_jax.linear_softmax_cross_entropy(
-        model(text[:, :-1].clip(0)),
-        kernel,
+    head, class_axis = model.head()
+    loss = ce_jax.on_mesh(
+        ce_jax.linear_softmax_cross_entropy, mesh, rows="data", classes="model", width="data"
+    )
+    table = jax.lax.with_sharding_constraint(
+        model.tokens.embedding[...], NamedSharding(mesh, PartitionSpec())
+    )
+    losses, found = loss(
+        model(text[:, :-1].clip(0), table),
+        head[...],
         labels,
         class_axis=class_axis,
         ignore_index=PADDING,
@@ -98,40 +88,106 @@ def tally(model: LanguageModel, text: jax.Array) -> Tally:
     return Tally(losses, hits, ce_jax.mean_denominator(labels, ignore_index=PADDING))
 
 
-def gradients(
-    model: LanguageModel, text: jax.Array, parts: int
-) -> tuple[Tally, nnx.State[Any, Any]]:
+def gradients(model: LanguageModel, text: jax.Array, mesh: Mesh) -> tuple[Tally, Params]:
     """Sums and the mean's gradient, over a batch that is held in memory one part at a time.
 
     The parts' denominators differ where some rows are padding, so sums are added and divided once:
     the gradient is that of the whole batch.
+
+    Args:
+      model: what to differentiate, by its parameters.
+      text: byte ids `[parts, rows, length + 1]`.
+      mesh: devices over which its rows and the head are spread.
     """
     graph, params = nnx.split(model, nnx.Param)
 
-    def of_part(params: nnx.State[Any, Any], part: jax.Array) -> tuple[jax.Array, Tally]:
-        sums = tally(nnx.merge(graph, params), part)
+    def of_part(params: Params, part: jax.Array) -> tuple[jax.Array, Tally]:
+        sums = tally(nnx.merge(graph, params), part, mesh)
         return sums.loss, sums
 
-    def add(
-        carry: tuple[Tally, nnx.State[Any, Any]], part: jax.Array
-    ) -> tuple[tuple[Tally, nnx.State[Any, Any]], None]:
+    def add(carry: tuple[Tally, Params], part: jax.Array) -> tuple[tuple[Tally, Params], None]:
         slopes, sums = jax.grad(of_part, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, carry, (sums, slopes)), None
 
     nothing = Tally(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros(()))
     start = (nothing, jax.tree.map(jnp.zeros_like, params))
-    (sums, slopes), _ = jax.lax.scan(add, start, text.reshape(parts, -1, text.shape[-1]))
+    (sums, slopes), _ = jax.lax.scan(add, start, text)
     return sums, jax.tree.map(lambda slope: slope / jnp.maximum(sums.tokens, 1), slopes)
 
 
-@nnx.jit(static_argnames="parts")
-def train_step(
-    model: LanguageModel, optimizer: nnx.Optimizer[LanguageModel], text: jax.Array, parts: int
-) -> Tally:
-    """One step of the optimizer on a batch `[batch, length + 1]`, divided into `parts`."""
-    sums, slopes = gradients(model, text, parts)
-    optimizer.update(model, slopes)
-    return sums
+class Trainer:
+    """A model with its optimizer on a mesh of devices.
+
+    Args:
+      config: what to train and how.
+      tensor_parallel: over how many devices the classes are spread.
+      devices: on what; by default all there are. Those that do not share the classes share the
+        batch.
+
+    Attributes:
+      mesh: the devices in use.
+      state: parameters and what the optimizer keeps. `step` takes it for its own.
+    """
+
+    def __init__(
+        self, config: Config, tensor_parallel: int, devices: Sequence[jax.Device] | None = None
+    ):
+        self.config = config
+        self.mesh = make_mesh(config, tensor_parallel, devices or jax.devices())
+        self._by_row = NamedSharding(self.mesh, PartitionSpec(None, "data"))
+        model = LanguageModel(config.length, tied=config.tied, rngs=nnx.Rngs(config.seed))
+        head, class_axis = model.head()
+        spec = ("data", "model") if class_axis == 1 else ("model", "data")
+        head[...] = processes.place(head[...], NamedSharding(self.mesh, PartitionSpec(*spec)))
+        optimizer = nnx.Optimizer(model, optax.adamw(config.learning_rate), wrt=nnx.Param)
+        self._graph, state = nnx.split((model, optimizer))
+        self.state: Params = jax.tree.map(self._settle, state)
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        self._step = jax.jit(self._update, donate_argnums=0, out_shardings=(where, None))
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        model, _ = nnx.merge(self._graph, self.state)
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+    def step(self, text: np.ndarray) -> Tally:
+        """One step of the optimizer on byte ids `[parts, rows, length + 1]`."""
+        self.state, sums = self._step(self.state, processes.place(text, self._by_row))
+        return sums
+
+    def _settle(self, leaf: jax.Array) -> jax.Array:
+        """What belongs to the head stays where that is; everything else goes to all devices."""
+        on_mesh = isinstance(leaf.sharding, NamedSharding)
+        return leaf if on_mesh else processes.place(leaf, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _update(self, state: Params, text: jax.Array) -> tuple[Params, Tally]:
+        model, optimizer = nnx.merge(self._graph, state)
+        sums, slopes = gradients(model, text, self.mesh)
+        optimizer.update(model, slopes)
+        return nnx.state((model, optimizer)), sums
+
+
+def make_mesh(config: Config, tensor_parallel: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of as many devices as share the work evenly; its axes are "data" and "model".
+
+    Raises:
+      RunError: no number of devices does.
+    """
+    rows = config.batch_size // config.parts
+
+    def evenly(count: int) -> bool:
+        data, rest = divmod(count, tensor_parallel)
+        return rest == 0 and data > 0 and rows % data == 0 and WIDTH % data == 0
+
+    used = processes.sharing(devices, evenly)
+    if not used or VOCABULARY % tensor_parallel:
+        raise RunError(
+            f"{VOCABULARY} classes, by --tensor-parallel {tensor_parallel}, and {rows} rows, by "
+            f"what is left of {len(devices)} devices, are not to be shared evenly by all processes"
+        )
+    shape = (len(used) // tensor_parallel, tensor_parallel)
+    return jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2, devices=used)
 
 
 def rows_of(text: bytes, length: int) -> np.ndarray:
@@ -147,6 +203,13 @@ def rows_of(text: bytes, length: int) -> np.ndarray:
     return out
 
 
+def batch_of(rows: np.ndarray, config: Config, step: int) -> np.ndarray:
+    """The rows of a step `[parts, rows, length + 1]`: they depend on seed and step alone."""
+    draw = np.random.default_rng((config.seed, step))
+    chosen = rows[draw.integers(len(rows), size=config.batch_size)]
+    return chosen.reshape(config.parts, -1, rows.shape[-1])
+
+
 def main(
     text: Annotated[Path, typer.Option(help="File to learn.")] = README,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = 300,
@@ -158,35 +221,98 @@ def main(
     learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 3e-3,
     tied: Annotated[bool, typer.Option(help="Use the embedding table as the head.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of parameters and batches.")] = 0,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Devices over which the classes are spread.")
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for metrics and checkpoints, new or empty.",
+            show_default="runs/language_model-DATE-TIME",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, of the same options.")
+    ] = False,
 ) -> None:
     """Train a byte-level transformer with the linear cross-entropy of ce_jax as its head."""
     if batch_size % parts:
         raise typer.BadParameter(f"--parts {parts} does not divide --batch-size {batch_size}")
+    if resume and out is None:
+        raise typer.BadParameter("--resume wants the folder of the run: add --out")
+    config = Config(steps, length, batch_size, parts, learning_rate, tied, seed)
+    started = processes.common_time()
+    folder = out or Path("runs") / f"language_model-{started:%Y%m%d-%H%M%S}"
     try:
-        rows = rows_of(text.read_bytes(), length)
+        run(config, text, tensor_parallel, folder, resume)
+    except ExperimentError as error:
+        fail(str(error))
     except OSError as error:
-        fail(f"{text}: {error.strerror or error}")
+        fail(f"{error.filename or folder}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        fail(f"interrupted; --out {folder} --resume goes on from the last checkpoint", 130)
+
+
+def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bool) -> None:
+    """Trains in a folder, or goes on with the training in it, and shows the result."""
+    console = Console(quiet=not processes.is_first())
+    recorded = runs.read_config(path) if resume else None
+    if recorded is None:
+        runs.require_fresh(path)
+    learnt = text.read_bytes()
+    rows = rows_of(learnt, config.length)
     if not len(rows):
-        fail(f"{text}: no paragraph of two bytes in it")
-    model = LanguageModel(length, tied=tied, rngs=nnx.Rngs(seed))
-    optimizer = nnx.Optimizer(model, optax.adamw(learning_rate), wrt=nnx.Param)
-    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
-    console = Console()
-    show.setting(
-        console,
+        raise RunError(f"{text}: no paragraph of two bytes in it")
+    facts = {
+        "experiment": "language_model",
+        "options": dataclasses.asdict(config),
+        "text": zlib.crc32(learnt),
+    }
+    if recorded not in (None, facts):
+        raise RunError(f"{path}: the run in it has other options or another text: {recorded}")
+    processes.require_agreement(
         {
-            "text": f"{text}: {len(rows)} rows of at most {length} bytes",
-            "model": f"{sum(sizes):,} parameters, head {'tied' if tied else 'of its own'}",
-            "batch": f"{batch_size} rows in {parts} part{'s'[: parts > 1]}",
-        },
+            "options": [facts, tensor_parallel],
+            "--out": str(path.absolute()),
+            "run in --out": recorded,
+        }
     )
-    draw = np.random.default_rng(seed)
-    for step in range(1, steps + 1):
-        batch = jnp.asarray(rows[draw.integers(len(rows), size=batch_size)])
-        sums = train_step(model, optimizer, batch, parts=parts)
-        if step == 1 or step % 50 == 0 or step == steps:
-            loss, accuracy = sums.loss / sums.tokens, sums.hits / sums.tokens
+    trainer = Trainer(config, tensor_parallel)
+    if recorded is None and processes.is_first():
+        runs.create(path, facts)
+    with runs.RunFolder(path, {"text": str(text)}) as folder:
+        devices = processes.described(list(trainer.mesh.devices.flat))
+        show.setting(
+            console,
+            {
+                "text": f"{text}: {len(rows)} rows of at most {config.length} bytes",
+                "model": f"{trainer.parameters:,} parameters, "
+                f"head {'tied' if config.tied else 'of its own'}",
+                "batch": f"{config.batch_size} rows in {config.parts} "
+                f"part{'s'[: config.parts > 1]}",
+                "devices": f"{devices}; batch over {trainer.mesh.shape['data']}, "
+                f"classes over {trainer.mesh.shape['model']}",
+                "folder": str(folder.path),
+            },
+        )
+        fit(trainer, rows, folder, console)
+
+
+def fit(trainer: Trainer, rows: np.ndarray, folder: runs.RunFolder, console: Console) -> None:
+    """Trains from where the folder left off to the last step, recording it at every stretch."""
+    done = 0
+    if folder.epochs_done:
+        trainer.state = folder.restore(trainer.state)
+        done = folder.history[-1]["step"]
+        console.print(f"resuming after step {done}")
+    steps = trainer.config.steps
+    for step in range(done + 1, steps + 1):
+        sums = trainer.step(batch_of(rows, trainer.config, step))
+        if step == 1 or step % STRETCH == 0 or step == steps:
+            loss, accuracy = float(sums.loss / sums.tokens), float(sums.hits / sums.tokens)
+            folder.record_epoch({"step": step, "loss": loss, "accuracy": accuracy}, trainer.state)
             console.print(f"step {step:4d}: loss {loss:.4f} nats, accuracy {accuracy:.2%}")
+    processes.wait_for_all("the run is finished")
 
 
 if __name__ == "__main__":

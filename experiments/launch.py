@@ -14,6 +14,7 @@ or, under Slurm, Open MPI or on TPUs, where JAX finds these by itself:
 """
 
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Sequence
@@ -97,9 +98,12 @@ def main(
     else:
         jobs = on_a_cluster(coordinator, processes, process_id)
     jobs = {name: {**joining, **timeouts} for name, joining in jobs.items()}
-    environment = {}
+    # On CPUs an exchange of data blocks one of XLA's threads, of which there are as many as cores,
+    # or as this says. With no thread left for another device, all would wait for each other.
+    threads = max(os.cpu_count() or 1, 4 * (cpu_devices or 1))
+    environment = {"NPROC": str(threads)}
     if cpu_devices is not None:
-        environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cpu_devices)}
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cpu_devices)}
     command = [experiment, *(arguments or [])]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)

@@ -6,7 +6,7 @@ In a run of one process there is nothing to it: that process is the first, and w
 import json
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -48,13 +48,34 @@ def require_agreement(facts: Mapping[str, Any]) -> None:
         raise RunError(f"process {process[0]} has not the same {differing} as process 0")
 
 
-def place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Puts arrays on devices, of which some may belong to other processes.
+def sharing(devices: Sequence[jax.Device], evenly: Callable[[int], bool]) -> Sequence[jax.Device]:
+    """As many of the devices as can share the work, equally many of each process; none if none can.
 
-    Each process gives the part that its own devices hold, which of a replicated array is all of it.
+    Args:
+      devices: those there are.
+      evenly: whether so many can share the work.
     """
-    return jax.tree.map(
-        # A copy: a device may otherwise use the memory it is given, which its owner may change.
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.array(leaf)),
-        tree,
-    )
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    for each in range(min(map(len, by_process.values())), 0, -1):
+        if evenly(each * len(by_process)):
+            return [device for own in by_process.values() for device in own[:each]]
+    return []
+
+
+def described(devices: Sequence[jax.Device]) -> str:
+    """Number and kind of devices, and of how many processes where these are several."""
+    count = len({device.process_index for device in devices})
+    where = f" of {count} processes" if count > 1 else ""
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){where}"
+
+
+def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Puts an array, which every process has, on devices, some of which may be other processes'.
+
+    Each process feeds its own devices with their share of it.
+    """
+    # A copy: a device may otherwise use the memory it is given, which its owner may change.
+    whole = np.array(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda share: whole[share])

@@ -22,7 +22,7 @@ from experiments.data import Dataset
 from experiments.errors import RunError
 from experiments.model import HIDDEN, MLP
 from experiments.objectives import LossSum, Objective
-from experiments.processes import place
+from experiments.processes import described, place, sharing
 from experiments.report import Evaluation
 from experiments.runs import RunFolder
 
@@ -72,15 +72,9 @@ def make_mesh(batch_size: int, devices: Sequence[jax.Device]) -> Mesh:
     Raises:
       RunError: the batch cannot be shared evenly by the processes.
     """
-    by_process: dict[int, list[jax.Device]] = {}
-    for device in devices:
-        by_process.setdefault(device.process_index, []).append(device)
-    processes = len(by_process)
-    if batch_size % processes:
-        raise RunError(f"--batch-size {batch_size} is not a multiple of the {processes} processes")
-    most = min(map(len, by_process.values()))
-    each = max(n for n in range(1, most + 1) if batch_size % (n * processes) == 0)
-    used = [device for local in by_process.values() for device in local[:each]]
+    used = sharing(devices, lambda count: batch_size % count == 0)
+    if not used:
+        raise RunError(f"--batch-size {batch_size} is not a multiple of the number of processes")
     return jax.make_mesh((len(used),), (_BATCH_AXIS,), (AxisType.Auto,), devices=used)
 
 
@@ -126,7 +120,7 @@ class Trainer:
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
         self._by_batch = NamedSharding(self.mesh, PartitionSpec(_BATCH_AXIS))
         init_key, epoch_key = jax.random.split(jax.random.key(settings.seed))
-        self._key = place(jax.random.key_data(epoch_key), self._replicated)
+        self._key = self._replicate(jax.random.key_data(epoch_key))
         self._graph, self._initial_params = nnx.split(
             MLP(
                 dataset.features,
@@ -148,12 +142,9 @@ class Trainer:
     @property
     def devices(self) -> str:
         """Number and kind of the devices in use."""
-        used = self.mesh.devices.flat
         idle = self._idle_devices
         note = f", {idle} more idle as they cannot share the batch evenly" if idle else ""
-        processes = len({device.process_index for device in used})
-        where = f" of {processes} processes" if processes > 1 else ""
-        return f"{len(used)} x {used[0].device_kind} ({used[0].platform}){where}{note}"
+        return described(list(self.mesh.devices.flat)) + note
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -167,8 +158,8 @@ class Trainer:
 
     def initial_state(self) -> TrainState:
         """The state before the first epoch."""
-        params = self._initial_params
-        return place(TrainState(params, self._optimizer.init(params)), self._replicated)
+        state = TrainState(self._initial_params, self._optimizer.init(self._initial_params))
+        return jax.tree.map(self._replicate, state)
 
     def compile(self) -> None:
         """Compiles the epoch now rather than at its first run, so that both can be timed."""
@@ -193,11 +184,14 @@ class Trainer:
         )
 
     def _epoch_arguments(self, state: TrainState, epoch: int) -> tuple[Any, ...]:
-        return state, self._train, self._key, place(np.int32(epoch), self._replicated)
+        return state, self._train, self._key, self._replicate(np.int32(epoch))
 
     def _place(self, images: np.ndarray, labels: np.ndarray) -> Examples:
         flat = images.reshape(len(images), -1)
-        return Examples(*place((flat, labels), self._replicated))
+        return Examples(self._replicate(flat), self._replicate(labels))
+
+    def _replicate(self, array: Any) -> jax.Array:
+        return place(array, self._replicated)
 
     def _epoch(
         self, state: TrainState, examples: Examples, key: jax.Array, epoch: jax.Array

@@ -1,4 +1,6 @@
+import functools
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import optax
 import pytest
 import typer
 from flax import nnx
+from jax.sharding import AxisType
 from typer.testing import CliRunner
 
 from experiments import language_model as lm
@@ -19,8 +22,9 @@ BATCH = jnp.asarray(ROWS[:8])
 def dense(model, text):
     """The mean of optax's loss of the logits, over what is not padding."""
     labels = text[:, 1:]
-    kernel, class_axis = model.head()
-    logits = model(text[:, :-1].clip(0)) @ (kernel if class_axis == 1 else kernel.T)
+    head, class_axis = model.head()
+    kernel = head[...] if class_axis == 1 else head[...].T
+    logits = model(text[:, :-1].clip(0)) @ kernel
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels.clip(0))
     counts = labels != lm.PADDING
     hits = jnp.sum(counts & (logits.argmax(-1) == labels))
@@ -28,13 +32,15 @@ def dense(model, text):
 
 
 @pytest.mark.usefixtures("lenient")
-@pytest.mark.parametrize(("tied", "parts"), [(True, 4), (False, 1)])
+@pytest.mark.parametrize(("tied", "parts"), [(True, 2), (False, 1)])
 def test_loss_and_gradients_are_those_of_dense_logits(tied, parts):
-    """Whatever the number of parts, though their numbers of tokens differ."""
+    """Spread over devices in both ways, and in parts, though their numbers of tokens differ."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
     model = lm.LanguageModel(LENGTH, width=8, blocks=1, tied=tied, rngs=nnx.Rngs(0))
-    tokens = (np.asarray(BATCH)[:, 1:] != lm.PADDING).reshape(4, -1).sum(-1)
+    tokens = (np.asarray(BATCH)[:, 1:] != lm.PADDING).reshape(2, -1).sum(-1)
     assert len(set(tokens)) > 1
-    sums, slopes = nnx.jit(lm.gradients, static_argnums=2)(model, BATCH, parts)
+    gradients = nnx.jit(functools.partial(lm.gradients, mesh=mesh))
+    sums, slopes = gradients(model, BATCH.reshape(parts, -1, LENGTH + 1))
     (wanted, hits), wanted_slopes = nnx.jit(nnx.value_and_grad(dense, has_aux=True))(model, BATCH)
     np.testing.assert_allclose(sums.loss / sums.tokens, wanted, rtol=1e-6)
     assert int(sums.hits) == int(hits)
@@ -58,8 +64,10 @@ def run(*options):
 
 
 @pytest.mark.usefixtures("lenient")
-def test_the_loss_falls():
-    result = run("--steps", 60, "--length", LENGTH, "--batch-size", 16, "--parts", 2)
+def test_the_loss_falls_and_a_broken_run_goes_on(tmp_path):
+    options = ("--steps", 60, "--length", LENGTH, "--batch-size", 16, "--parts", 2)
+    options += ("--out", tmp_path / "run")
+    result = run(*options)
     assert result.exit_code == 0, result.output
     losses = [float(found) for found in re.findall(r"loss ([\d.]+) nats", result.output)]
     assert 5.0 < losses[0] < 7.0
@@ -67,9 +75,21 @@ def test_the_loss_falls():
     accuracies = [float(found) for found in re.findall(r"accuracy ([\d.]+)%", result.output)]
     assert accuracies[-1] > 15.0
 
+    unbroken = (tmp_path / "run" / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+    assert "not empty" in run(*options).stderr
+    assert "other options" in run(*options, "--seed", 1, "--resume").stderr
+    result = run(*options, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "resuming after step 50" in result.output
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == unbroken
+
 
 def test_wrong_use_is_one_line(tmp_path):
     assert "does not divide" in run("--parts", 3).stderr
+    assert "--resume wants the folder" in run("--resume").stderr
+    result = run("--tensor-parallel", 3, "--out", tmp_path / "run")
+    assert "256 classes, by --tensor-parallel 3" in result.stderr
     for path, message in ((tmp_path / "absent", "No such file"), (tmp_path, "directory")):
         result = run("--text", path)
         assert result.exit_code == 1
