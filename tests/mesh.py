@@ -52,5 +52,4 @@ LAYOUTS = {
     "data-sequence-tensor": Layout(
         {"data": 2, "seq": 2, "model": 2}, rows=P("data", "seq"), classes="model"
     ),
-    "idle": Layout({"data": 2, "pipe": 4}, rows="data"),
 }

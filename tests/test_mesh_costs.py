@@ -18,8 +18,8 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 FLOAT = 4
 
 
-def linear(layout, rows, width, classes, reduction="mean", **options):
-    """The program of value and gradients of hidden states and kernel."""
+def lower(layout, rows, width, classes, reduction="mean", dtype=jnp.float32, **options):
+    """Value and gradients of hidden states and kernel, before any compiler has seen them."""
     mesh = layout.mesh()
     loss = ce_jax.on_mesh(ce_jax.linear_softmax_cross_entropy, mesh, **layout.spread)
 
@@ -27,17 +27,21 @@ def linear(layout, rows, width, classes, reduction="mean", **options):
         found = loss(hidden, kernel, labels, reduction=reduction, **options)
         return jnp.vdot(cotangent, found) if reduction == "none" else found
 
-    def argument(name, *shape, dtype=jnp.float32):
+    def argument(name, dtype, *shape):
         spec = layout.spec(name)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     arguments = (
-        argument("hidden", rows, width),
-        argument("kernel", width, classes),
-        argument("labels", rows, dtype=jnp.int32),
-        argument("labels", rows),
+        argument("hidden", dtype, rows, width),
+        argument("kernel", dtype, width, classes),
+        argument("labels", jnp.int32, rows),
+        argument("labels", jnp.float32, rows),
     )
-    return jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments).compile()
+    return jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments)
+
+
+def linear(*arguments, **options):
+    return lower(*arguments, **options).compile()
 
 
 def dense(layout, rows, classes, reduction="mean", **options):
@@ -88,6 +92,14 @@ def test_linear_form_exchanges_gradients_once(layout, reduction):
     of_kernel = [(kind, FLOAT * kernel, kernel) for kind in ("all-gather", "reduce-scatter")]
     assert others == (of_kernel if layout.width else [])
     assert max(c.largest for c in found) == kernel
+
+
+def test_narrow_kernels_are_exchanged_as_they_are():
+    """Nothing is widened before it is sent. (A CPU, which reduces no bfloat16, does so later.)"""
+    lowered = lower(LAYOUTS["data-fsdp-tensor"], 64, 16, 512, dtype=jnp.bfloat16)
+    pattern = r'"stablehlo\.(all_gather|reduce_scatter)".*?: \(tensor<([\w]*)>\)'
+    found = re.findall(pattern, lowered.as_text(), re.DOTALL)
+    assert sorted(found) == [("all_gather", "8x256xbf16"), ("reduce_scatter", "16x256xbf16")]
 
 
 def test_a_collective_inside_a_loop_is_seen():
