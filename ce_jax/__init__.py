@@ -23,6 +23,11 @@ from .linear import linear_softmax_statistics as linear_softmax_statistics
 from .mesh import on_mesh as on_mesh
 from .multitask import init_log_variances as init_log_variances
 from .multitask import uncertainty_weighted_loss as uncertainty_weighted_loss
+from .negatives import Negatives as Negatives
+from .negatives import in_batch_negatives as in_batch_negatives
+from .negatives import log_uniform_log_prob as log_uniform_log_prob
+from .negatives import log_uniform_negatives as log_uniform_negatives
+from .negatives import uniform_negatives as uniform_negatives
 from .noisy_labels import backward_corrected_cross_entropy as backward_corrected_cross_entropy
 from .noisy_labels import forward_corrected_cross_entropy as forward_corrected_cross_entropy
 from .prior_shift import PriorEstimate as PriorEstimate
@@ -30,6 +35,8 @@ from .prior_shift import estimate_prior as estimate_prior
 from .probabilities import binary_cross_entropy as binary_cross_entropy
 from .probabilities import nll_loss as nll_loss
 from .probabilities import smooth_labels as smooth_labels
+from .ranking import bpr_loss as bpr_loss
+from .ranking import gbce_loss as gbce_loss
 from .robust import focal_loss as focal_loss
 from .robust import generalized_cross_entropy as generalized_cross_entropy
 from .robust import hard_bootstrapped_cross_entropy as hard_bootstrapped_cross_entropy
@@ -38,6 +45,8 @@ from .robust import soft_bootstrapped_cross_entropy as soft_bootstrapped_cross_e
 from .robust import symmetric_cross_entropy as symmetric_cross_entropy
 from .robust_logits import poly_loss_cross_entropy as poly_loss_cross_entropy
 from .robust_logits import sigmoid_focal_loss as sigmoid_focal_loss
+from .sampling import linear_sampled_softmax_cross_entropy as linear_sampled_softmax_cross_entropy
+from .sampling import sampled_softmax_cross_entropy as sampled_softmax_cross_entropy
 from .sequence import NextTokens as NextTokens
 from .sequence import bits_per_byte as bits_per_byte
 from .sequence import next_tokens as next_tokens

@@ -1,0 +1,158 @@
+"""Logits of a label and of a sample of the other classes: checked, masked, and from a linear layer.
+
+Of the layer's kernel only the rows of these classes are read.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer
+
+from . import _checks, _reduction, _sharded
+from ._head import Head, logits
+from ._tile import ABSENT, wide
+
+
+class Compared(NamedTuple):
+    """Logits in the dtype of the loss, with harmless values where they do not count.
+
+    Attributes:
+      label: of the label.
+      negatives: of the negatives.
+      counts: which rows count; None if nothing excludes any.
+      included: which negatives do; None if nothing excludes any.
+      weights: sample weights; None if there are none.
+    """
+
+    label: Float[Array, "*rows"]
+    negatives: Float[Array, "*rows samples"]
+    counts: Bool[Array, "*rows"] | None
+    included: Bool[Array, "*rows samples"] | None
+    weights: Float[Array, "*rows"] | None
+
+
+def compared(
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+) -> Compared:
+    """Checks the logits and what to include: the number of dimensions of `where` decides."""
+    label = _checks.floating("label_logits", label_logits)
+    negatives = _checks.floating("negative_logits", negative_logits)
+    if negatives.ndim != label.ndim + 1 or negatives.shape[:-1] != label.shape:
+        raise ValueError(
+            f"negative_logits must have the shape of label_logits, {label.shape}, and one axis "
+            f"more, of the negatives; got {negatives.shape}"
+        )
+    dtype = wide(jnp.promote_types(label.dtype, negatives.dtype))
+    label, negatives = label.astype(dtype), negatives.astype(dtype)
+    counts = included = None
+    if where is not None:
+        where = _checks.boolean("where", where)
+        if where.ndim == negatives.ndim:
+            meaning = "the shape of negative_logits"
+            included = _checks.broadcast("where", where, negatives.shape, meaning)
+            negatives = jnp.where(included, negatives, 0)
+        elif where.ndim == label.ndim:
+            counts = _checks.broadcast("where", where, label.shape, "the shape of the loss")
+        else:
+            raise ValueError(
+                f"where must have the shape of the loss {label.shape} (rows to include) or of "
+                f"negative_logits {negatives.shape} (negatives to include), got {where.shape}"
+            )
+    weights = _reduction.weights("sample_weight", sample_weight, label.shape, dtype)
+    kept = counts
+    if (
+        weights is not None
+    ):  # a weight of 0 silences NaN; where there is none, its derivative is the loss
+        heard = (weights != 0) | (label < jnp.inf) & jnp.all(negatives < jnp.inf, -1)
+        kept = heard if counts is None else counts & heard
+    if kept is not None:
+        label = jnp.where(kept, label, 0)
+        negatives = jnp.where(kept[..., None], negatives, 0)
+    return Compared(label, negatives, counts, included, weights)
+
+
+def layer_logits(
+    hidden: Float[Array, "n width"],
+    head: Head,
+    labels: Integer[Array, " n"],
+    ids: Integer[Array, "*n samples"],
+    class_axis: int,
+    *,
+    forward_mode: bool,
+) -> tuple[Float[Array, " n"], Float[Array, "n samples"]]:
+    """Logits of the labels, and of the classes `ids`, the same for all rows or each row's own."""
+    hidden, head, labels, ids = _sharded.align((hidden, head, labels, ids))
+    rows_of = _gather if forward_mode else _rows_of_kernel
+    logits_of = _plain_logits if forward_mode else _fused_logits
+    # One read and, for the gradient, one write of the kernel's rows.
+    both = jnp.concatenate([labels, ids.ravel()])
+    part = Head(
+        rows_of(class_axis, head.kernel, both), ABSENT if head.bias is None else head.bias[both]
+    )
+
+    def of_row(h: Array, row: Head) -> Array:
+        return logits_of(h[None], row._replace(soft_cap=head.soft_cap))[0]
+
+    n = labels.shape[0]
+    own = jax.vmap(of_row)(hidden, jax.tree.map(lambda x: x[:n, None], part))[:, 0]
+    negatives = jax.tree.map(lambda x: x[n:].reshape(*ids.shape, *x.shape[1:]), part)
+    if ids.ndim == 1:
+        return own, logits_of(hidden, negatives._replace(soft_cap=head.soft_cap))
+    return own, jax.vmap(of_row)(hidden, negatives)
+
+
+def _plain_logits(hidden: Float[Array, "n width"], head: Head) -> Float[Array, "n samples"]:
+    return logits(hidden, head, 0)[0]
+
+
+_fused_logits = jax.custom_vjp(_plain_logits)
+_Residuals = tuple[ArrayLike, ArrayLike]
+
+
+def _logits_fwd(hidden: Array, head: Head) -> tuple[Array, tuple[Array, Head]]:
+    return _plain_logits(hidden, head), (hidden, head)
+
+
+def _logits_bwd(residuals: tuple[ArrayLike, Head], g: Array) -> tuple[Array, Head]:
+    hidden, head = jax.tree.map(jnp.asarray, residuals)  # what is constant may come as a literal
+    _, pull = logits(hidden, head, 0)
+    return jax.tree.map(lambda x, d: d.astype(x.dtype), (hidden, head), pull(g))
+
+
+_fused_logits.defvjp(_logits_fwd, _logits_bwd)
+
+
+def _gather(
+    class_axis: int, kernel: Float[Array, "_ _"], ids: Integer[Array, " n"]
+) -> Float[Array, "n width"]:
+    rows = jnp.take(kernel, ids, axis=class_axis, mode="clip")
+    return rows if class_axis == 0 else rows.T
+
+
+_rows_of_kernel = jax.custom_vjp(_gather, nondiff_argnums=(0,))
+
+
+def _rows_fwd(class_axis: int, kernel: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _gather(class_axis, kernel, ids), (kernel, ids)
+
+
+def _rows_bwd(class_axis: int, residuals: _Residuals, g: Array) -> tuple[Array, None]:
+    """What belongs to one class adds up in the wide dtype, at the size of the sample."""
+    kernel, ids = map(jnp.asarray, residuals)  # what is constant may come as a literal
+    zeros = jnp.zeros_like(kernel)
+    if ids.size == 0:
+        return zeros, None
+    classes, of_entry = jnp.unique(
+        ids, size=ids.size, fill_value=kernel.shape[class_axis], return_inverse=True
+    )
+    sums = jax.ops.segment_sum(g.astype(wide(g.dtype)), of_entry, ids.size).astype(kernel.dtype)
+    if class_axis == 0:
+        return zeros.at[classes].set(sums, mode="drop"), None
+    return zeros.at[:, classes].set(sums.T, mode="drop"), None
+
+
+_rows_of_kernel.defvjp(_rows_fwd, _rows_bwd)

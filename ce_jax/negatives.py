@@ -1,0 +1,226 @@
+"""Negatives for losses over a sample of the classes: what is drawn, and how often to expect it."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray, Shaped
+
+from . import _checks
+from ._head import First
+from ._numerics import positive_int
+from ._tile import wide
+
+
+class Negatives(NamedTuple):
+    """Classes drawn with replacement, shared by all rows or each row's own; see the samplers.
+
+    Attributes:
+      ids: class ids `[S]` or `[..., S]`.
+      log_expected_count: of each of them, the logarithm of the number of times a whole draw is
+        expected to hold it: S times its probability. Where it is +inf, there is no negative.
+    """
+
+    ids: Integer[Array, "*batch samples"]
+    log_expected_count: Float[Array, "*batch samples"]
+
+
+def uniform_negatives(
+    key: PRNGKeyArray, num_samples: int, num_items: int, *, shape: tuple[int, ...] = ()
+) -> Negatives:
+    r"""Draws classes, all of them equally likely, with replacement.
+
+    .. math:: q_k = \frac{1}{C}
+
+    Args:
+      key: a key of `jax.random`.
+      num_samples: S, how many.
+      num_items: C, out of how many.
+      shape: leading axes: as many draws of S. None are needed where all rows share the negatives.
+
+    Returns:
+      The ids `[*shape, S]`, int32, and their log expected counts :math:`\log (S q_k)`.
+
+    Raises:
+      TypeError: for a number that is no int.
+      ValueError: for a number below 1.
+
+    Example:
+      >>> import jax, ce_jax
+      >>> negatives = ce_jax.uniform_negatives(jax.random.key(0), 5, 1000)
+      >>> print(negatives.ids.shape, negatives.log_expected_count[0])
+      (5,) -5.2983
+
+    References:
+      Bengio and Senécal, `Quick Training of Probabilistic Neural Nets by Importance Sampling`,
+      2003.
+    """
+    samples, items = _sizes(num_samples, num_items)
+    return _uniform_negatives(key, samples, items, tuple(shape))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _uniform_negatives(
+    key: PRNGKeyArray, samples: int, items: int, shape: tuple[int, ...]
+) -> Negatives:
+    ids = jax.random.randint(key, (*shape, samples), 0, items, jnp.int32)
+    return Negatives(ids, jnp.full(ids.shape, jnp.log(samples / items)))
+
+
+def log_uniform_negatives(
+    key: PRNGKeyArray, num_samples: int, num_items: int, *, shape: tuple[int, ...] = ()
+) -> Negatives:
+    r"""Draws classes by Zipf's law, with replacement: class ids must go by falling frequency.
+
+    .. math:: q_k = \frac{\log (k + 2) - \log (k + 1)}{\log (C + 1)}
+
+    Every class has its chance to a few roundings, for any C below 2^31: the intervals of ids are
+    halved until one id is left, where rounding the power of a uniform number would leave out ids
+    from a million on.
+
+    Args:
+      key: a key of `jax.random`.
+      num_samples: S, how many.
+      num_items: C, out of how many.
+      shape: leading axes: as many draws of S. None are needed where all rows share the negatives.
+
+    Returns:
+      The ids `[*shape, S]`, int32, and their log expected counts :math:`\log (S q_k)`.
+
+    Raises:
+      TypeError: for a number that is no int.
+      ValueError: for a number below 1.
+
+    Example:
+      >>> import jax, ce_jax
+      >>> negatives = ce_jax.log_uniform_negatives(jax.random.key(0), 1000, 50_000)
+      >>> print((negatives.ids < 50).mean() > 0.3)
+      True
+
+    References:
+      Zipf, `Human Behavior and the Principle of Least Effort`, 1949; as a proposal for sampled
+      softmax: Jozefowicz et al., `Exploring the Limits of Language Modeling`, 2016.
+    """
+    samples, items = _sizes(num_samples, num_items)
+    return _log_uniform_negatives(key, samples, items, tuple(shape))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _log_uniform_negatives(
+    key: PRNGKeyArray, samples: int, items: int, shape: tuple[int, ...]
+) -> Negatives:
+    def halve(step: First, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, size = interval  # of k + 1, which lies in [low, low + size)
+        half = (size + 1) // 2
+        at = low.astype(jnp.float32)
+        left, both = (x.astype(jnp.float32) / at for x in (half, size))
+        below = jnp.log1p(left) / jnp.log1p(both)
+        u = jax.random.uniform(jax.random.fold_in(key, step), low.shape, jnp.float32)
+        is_below = u < below
+        return jnp.where(is_below, low, low + half), jnp.where(is_below, half, size - half)
+
+    one = jnp.ones((*shape, samples), jnp.int32)
+    steps = (items - 1).bit_length()
+    low, _ = jax.lax.fori_loop(0, steps, halve, (one, jnp.full_like(one, items)))
+    ids = low - 1
+    return Negatives(ids, _log_uniform_log_prob(ids, items) + jnp.log(samples))
+
+
+def log_uniform_log_prob(ids: Shaped[ArrayLike, "..."], num_items: int) -> Float[Array, "..."]:
+    r"""Log-probability with which `log_uniform_negatives` draws a class.
+
+    .. math:: \log q_k = \log \frac{\log (k + 2) - \log (k + 1)}{\log (C + 1)}
+
+    Args:
+      ids: class ids of any integer dtype and shape.
+      num_items: C, how many classes there are.
+
+    Returns:
+      Log-probabilities of the shape of `ids`; NaN for an id outside `[0, C)`.
+
+    Raises:
+      TypeError: for ids of another dtype, or a number that is no int.
+      ValueError: for a number below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(jnp.exp(ce_jax.log_uniform_log_prob(jnp.arange(3), 3)))
+      [0.5    0.2925 0.2075]
+
+    References:
+      Zipf, `Human Behavior and the Principle of Least Effort`, 1949.
+    """
+    return _log_uniform_log_prob(ids, positive_int("num_items", num_items))
+
+
+@functools.partial(jax.jit, static_argnums=(1,), inline=True)
+def _log_uniform_log_prob(ids: ArrayLike, items: int) -> Array:
+    ids = _checks.integer("ids", ids)
+    valid = (ids >= 0) & (ids < items)
+    k = jnp.where(valid, ids, 0).astype(jnp.result_type(float))
+    log_prob = jnp.log(jnp.log1p(1 / (k + 1))) - jnp.log(jnp.log1p(items))
+    return jnp.where(valid, log_prob, jnp.nan)
+
+
+def in_batch_negatives(
+    labels: Shaped[ArrayLike, "..."],
+    log_prob: Shaped[ArrayLike, "..."],
+    *,
+    where: Shaped[ArrayLike, "..."] | None = None,
+) -> Negatives:
+    r"""The labels of a batch as negatives of one another.
+
+    .. math:: \log (\mathrm{expected\ count\ of\ } y_j) = \log \left( (N - 1)\, q_{y_j} \right)
+
+    For any row, the other N - 1 rows are a draw from the classes as frequent as they are, and its
+    own label is no negative to it, as sampled losses remove what equals the label.
+
+    Args:
+      labels: class ids `[N]`, of any integer dtype.
+      log_prob: log-probability `[N]` with which an example has that label, as counted over the
+        data.
+      where: bool `[N]`: the rows that exist.
+
+    Returns:
+      The ids `[N]` and log expected counts, shared by all rows of the batch.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> counts = jnp.array([60, 30, 10])
+      >>> labels = jnp.array([0, 2, 0, 1, 0])
+      >>> log_prob = jnp.log(counts / counts.sum())[labels]
+      >>> negatives = ce_jax.in_batch_negatives(labels, log_prob)
+      >>> print(negatives.ids, jnp.exp(negatives.log_expected_count[1]))
+      [0 2 0 1 0] 0.4
+
+    References:
+      Yi et al., `Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations`,
+      2019.
+    """
+    return _in_batch_negatives(labels, log_prob, where)
+
+
+@functools.partial(jax.jit, inline=True)
+def _in_batch_negatives(
+    labels: ArrayLike, log_prob: ArrayLike, where: ArrayLike | None
+) -> Negatives:
+    labels, log_prob = _checks.integer("labels", labels), _checks.floating("log_prob", log_prob)
+    if labels.ndim != 1:
+        raise ValueError(f"labels must have shape [N], got {labels.shape}")
+    _checks.shape_is("log_prob", log_prob, labels.shape, "one per label")
+    log_prob = log_prob.astype(wide(log_prob.dtype))
+    exists = jnp.ones(labels.shape, bool)
+    if where is not None:
+        exists = _checks.broadcast("where", _checks.boolean("where", where), labels.shape, "labels")
+    others = jnp.maximum(jnp.sum(exists) - 1, 1).astype(log_prob.dtype)
+    log_count = jnp.where(exists, log_prob + jnp.log(others), jnp.inf)
+    return Negatives(jnp.where(exists, labels, 0), log_count)
+
+
+def _sizes(num_samples: int, num_items: int) -> tuple[int, int]:
+    return positive_int("num_samples", num_samples), positive_int("num_items", num_items)

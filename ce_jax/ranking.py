@@ -1,0 +1,184 @@
+"""Losses that rank a label above a sample of the other classes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks, _reduction
+from ._numerics import positive_int, scalar
+from ._sampled import compared
+from .sigmoid import sigmoid_binary_cross_entropy
+
+_STATIC = ("reduction", "forward_mode")
+
+
+def bpr_loss(
+    label_logits: Shaped[ArrayLike, "..."],
+    negative_logits: Shaped[ArrayLike, "..."],
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Bayesian personalised ranking: cross-entropy of ranking the label above each negative.
+
+    .. math:: \ell = -\frac{1}{S} \sum_{s=1}^{S} \log \sigma(z_y - z_{k_s})
+
+    Args:
+      label_logits: score of the label `[...]`, floating.
+      negative_logits: scores of the negatives `[..., S]`, floating.
+      where: bool; of the loss's number of dimensions: rows to include; of that of
+        `negative_logits`: negatives to include, such as those that are not the label. A row without
+        any does not count.
+      sample_weight: weight of each row, broadcastable to the loss.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0).
+      forward_mode: let JAX derive the derivative, so that forward mode works.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.bpr_loss(jnp.array([2.0]), jnp.array([[0.0, 2.0, -1.0]])))
+      [0.2895]
+
+    References:
+      Rendle et al., `BPR: Bayesian Personalized Ranking from Implicit Feedback`, 2009.
+    """
+    _checks.reduction(reduction)
+    return _bpr(
+        label_logits,
+        negative_logits,
+        where,
+        sample_weight,
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+def _bpr(
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    *,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    x = compared(label_logits, negative_logits, where, sample_weight)
+    ahead = x.label[..., None] - x.negatives
+    included = jnp.ones(ahead.shape, bool) if x.included is None else x.included
+    losses = sigmoid_binary_cross_entropy(
+        ahead, jnp.ones_like(ahead), where=included, forward_mode=forward_mode
+    )
+    number = jnp.sum(included, -1)
+    loss = jnp.sum(losses, -1) / jnp.maximum(number, 1).astype(losses.dtype)
+    counts = number > 0 if x.counts is None else x.counts & (number > 0)
+    return _reduction.reduce(loss, counts, x.weights, reduction)
+
+
+def gbce_loss(
+    label_logits: Shaped[ArrayLike, "..."],
+    negative_logits: Shaped[ArrayLike, "..."],
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    num_items: int,
+    calibration: Shaped[ArrayLike, ""] = 0.75,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Binary cross-entropy that makes up for the negatives that were not drawn.
+
+    With S negatives, drawn uniformly from the C - 1 classes that are not the label, and the
+    calibration t:
+
+    .. math::
+      \ell = -\frac{1}{S + 1} \Big( \beta \log \sigma(z_y)
+        + \sum_{s=1}^{S} \log (1 - \sigma(z_{k_s})) \Big), \qquad
+      \beta = 1 - t (1 - \alpha), \quad \alpha = \frac{S}{C - 1}
+
+    With t = 0 this is the binary cross-entropy, whose probabilities are too high the fewer
+    negatives there are; with t = 1, that of the best scores is the probability itself.
+
+    Args:
+      label_logits: score of the label `[...]`, floating.
+      negative_logits: scores of the negatives `[..., S]`, floating.
+      where: bool; of the loss's number of dimensions: rows to include; of that of
+        `negative_logits`: negatives to include, such as those that are not the label. S counts
+        these alone.
+      num_items: C, how many classes there are, at least 2.
+      calibration: t, in [0, 1]. May be traced.
+      sample_weight: weight of each row, broadcastable to the loss.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0).
+      forward_mode: let JAX derive the derivative, so that forward mode works.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> scores = jnp.array([2.0]), jnp.array([[0.0, 2.0, -1.0]])
+      >>> print(ce_jax.gbce_loss(*scores, num_items=1001))
+      [0.7913]
+
+    References:
+      Petrov and Macdonald, `gSASRec: Reducing Overconfidence in Sequential Recommendation Trained
+      with Negative Sampling`, 2023, whose default of the calibration is this one.
+    """
+    _checks.reduction(reduction)
+    items = positive_int("num_items", num_items)
+    if items < 2:
+        raise ValueError(f"num_items must be at least 2, got {num_items}")
+    return _gbce(
+        label_logits,
+        negative_logits,
+        where,
+        scalar("calibration", calibration, 0.0, 1.0),
+        sample_weight,
+        items=items,
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("items", *_STATIC), inline=True)
+def _gbce(
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None,
+    calibration: Array,
+    sample_weight: ArrayLike | None,
+    *,
+    items: int,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    x = compared(label_logits, negative_logits, where, sample_weight)
+    dtype = x.label.dtype
+    number = jnp.full(x.label.shape, x.negatives.shape[-1], dtype)
+    if x.included is not None:
+        number = jnp.sum(x.included, -1, dtype=dtype)
+    beta = 1 - calibration.astype(dtype) * (1 - number / (items - 1))
+    of_label = sigmoid_binary_cross_entropy(
+        x.label, jnp.ones_like(x.label), weight=beta, forward_mode=forward_mode
+    )
+    of_negatives = sigmoid_binary_cross_entropy(
+        x.negatives, jnp.zeros_like(x.negatives), where=x.included, forward_mode=forward_mode
+    )
+    loss = (of_label + jnp.sum(of_negatives, -1)) / (number + 1)
+    return _reduction.reduce(loss, x.counts, x.weights, reduction)

@@ -1,0 +1,309 @@
+"""Losses over the label and a sample of the other classes, where there are too many to see all."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Shaped
+
+from . import _checks, _reduction, _target
+from ._head import Head
+from ._sampled import Compared, compared, layer_logits
+from ._tile import wide
+from .negatives import Negatives
+from .softmax import softmax_cross_entropy_with_integer_labels
+
+
+def sampled_softmax_cross_entropy(
+    label_logits: Shaped[ArrayLike, "..."],
+    negative_logits: Shaped[ArrayLike, "..."],
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    log_expected_count: Shaped[ArrayLike, "..."] | None = None,
+    label_log_expected_count: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Softmax cross-entropy with the normaliser estimated from the label and a sample.
+
+    With expected counts :math:`m_k` of the classes that were drawn:
+
+    .. math::
+      \ell = \log \hat Z - z_y, \qquad
+      \hat Z = e^{z_y} + \sum_{s: k_s \ne y} \frac{e^{z_{k_s}}}{m_{k_s}}
+
+    The expectation of :math:`\hat Z` is the sum over all classes, if all are drawn with replacement
+    and negatives that equal the label, accidental hits, are left out by `where`. (The loss, its
+    logarithm, is then too small on average, by less the more are drawn.)
+
+    Args:
+      label_logits: logit of the label `[...]`, floating.
+      negative_logits: logits of the negatives `[..., S]`, floating.
+      where: bool; of the loss's number of dimensions: rows to include; of that of
+        `negative_logits`: negatives to include. A row without any negative has loss 0.
+      log_expected_count: :math:`\log m` of the negatives, broadcastable to `negative_logits`. None
+        stands for 0: no correction.
+      label_log_expected_count: what is taken off the label's logit likewise, broadcastable to
+        `label_logits`. With it, as Yi et al. and TensorFlow have it, label and negatives are
+        treated alike, and the expectation of the normaliser is another.
+      sample_weight: weight of each row, broadcastable to the loss.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0).
+      forward_mode: let JAX derive the derivative, so that forward mode works.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits are).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> logits = jnp.array([1.0, -2.0, 0.5, 3.0])
+      >>> loss = ce_jax.sampled_softmax_cross_entropy(logits[0], logits[1:])
+      >>> print(loss)  # all classes, each of them once
+      2.2023
+
+    References:
+      Bengio and Senécal, `Quick Training of Probabilistic Neural Nets by Importance Sampling`,
+      2003; Jean et al., `On Using Very Large Target Vocabulary for Neural Machine Translation`,
+      2015; Yi et al., `Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
+      Recommendations`, 2019.
+    """
+    _checks.reduction(reduction)
+    return _sampled_softmax(
+        label_logits,
+        negative_logits,
+        where,
+        log_expected_count,
+        label_log_expected_count,
+        sample_weight,
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("reduction", "forward_mode"), inline=True)
+def _sampled_softmax(
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None,
+    log_expected_count: ArrayLike | None,
+    label_log_expected_count: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    *,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    return _loss(
+        compared(label_logits, negative_logits, where, sample_weight),
+        log_expected_count,
+        label_log_expected_count,
+        reduction,
+        forward_mode,
+    )
+
+
+def linear_sampled_softmax_cross_entropy(
+    hidden: Shaped[ArrayLike, "..."],
+    kernel: Shaped[ArrayLike, "..."],
+    labels: Shaped[ArrayLike, "..."],
+    negatives: Negatives,
+    *,
+    bias: Shaped[ArrayLike, "..."] | None = None,
+    class_axis: int = -1,
+    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
+    label_log_expected_count: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Sampled softmax cross-entropy of a linear layer, of whose classes only those drawn are read.
+
+    .. math::
+      \ell = \log \Big( e^{z_y} + \sum_{s: k_s \ne y} \frac{e^{z_{k_s}}}{m_{k_s}} \Big) - z_y,
+      \qquad z_k = \mathrm{cap} \tanh\!\left(\frac{h w_k + b_k}{\mathrm{cap}}\right)
+
+    `sampled_softmax_cross_entropy` with the logits of `linear_softmax_cross_entropy`; negatives
+    that equal the row's label are left out. The gradient of the kernel is 0 in all other classes.
+
+    Args:
+      hidden: `[..., D]`, floating.
+      kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden`.
+      labels: class ids `[...]`, of any integer dtype.
+      negatives: from a sampler: `[S]`, shared by all rows, or each row's own, `[..., S]`.
+      bias: `[V]`.
+      class_axis: the axis of `kernel` that holds the classes.
+      logit_soft_cap: positive bound of the logits. May be traced.
+      label_log_expected_count: as in `sampled_softmax_cross_entropy`.
+      sample_weight: weight of each row, broadcastable to `labels`.
+      where: bool, broadcastable to `labels`: rows to include.
+      ignore_index: label of rows that do not count.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0).
+      forward_mode: let JAX derive the derivative, so that forward mode works.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 inputs). An id outside
+      `[0, V)`, of a label or of a negative, makes loss and gradient of its rows NaN.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit; `hidden` and `kernel` must agree.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ce_jax
+      >>> items, users = jnp.ones((10_000, 4)), jnp.ones((2, 4))
+      >>> negatives = ce_jax.uniform_negatives(jax.random.key(0), 50, 10_000)
+      >>> loss = ce_jax.linear_sampled_softmax_cross_entropy
+      >>> print(loss(users, items, jnp.array([3, 7777]), negatives, class_axis=0))
+      [9.2104 9.2104]
+
+    References:
+      As `sampled_softmax_cross_entropy`.
+    """
+    _checks.reduction(reduction)
+    return _linear_sampled_softmax(
+        hidden,
+        kernel,
+        labels,
+        negatives,
+        bias,
+        _checks.soft_cap(logit_soft_cap),
+        label_log_expected_count,
+        sample_weight,
+        where,
+        class_axis=class_axis,
+        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("class_axis", "ignore_index", "reduction", "forward_mode"),
+    inline=True,
+)
+def _linear_sampled_softmax(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    negatives: Negatives,
+    bias: ArrayLike | None,
+    logit_soft_cap: ArrayLike | None,
+    label_log_expected_count: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    where: ArrayLike | None,
+    *,
+    class_axis: int,
+    ignore_index: int | None,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    hidden, kernel = _checks.floating("hidden", hidden), _checks.floating("kernel", kernel)
+    class_axis = _checks.kernel_axis(hidden, kernel, class_axis)
+    rows, classes, dtype = hidden.shape[:-1], kernel.shape[class_axis], wide(hidden.dtype)
+    head = Head(kernel)
+    if bias is not None:
+        bias = _checks.floating("bias", bias)
+        _checks.shape_is("bias", bias, (classes,), "one bias per class")
+        head = head._replace(bias=bias)
+    if logit_soft_cap is not None:
+        head = head._replace(soft_cap=jnp.asarray(logit_soft_cap, dtype))
+    counts = None
+    if where is not None:
+        counts = _checks.boolean("where", where)
+        counts = _checks.broadcast("where", counts, rows, "the rows of hidden")
+    label = _target.class_ids(labels, rows, classes, counts, ignore_index)
+    drawn = _drawn(negatives, rows, classes, dtype)
+    weights = _reduction.weights("sample_weight", sample_weight, rows, dtype)
+    hidden = _target.without_excluded(hidden, label.counts)
+    if weights is not None:
+        silent = (weights == 0) & ~jnp.all(jnp.isfinite(hidden), -1)
+        hidden = jnp.where(silent[..., None], 0, hidden)
+
+    ids = drawn.ids if drawn.ids.ndim == 1 else drawn.ids.reshape(-1, drawn.ids.shape[-1])
+    own, sampled = layer_logits(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        label.ids.ravel(),
+        ids,
+        class_axis,
+        forward_mode=forward_mode,
+    )
+    drawn = jax.tree.map(lambda x: jnp.broadcast_to(x, (*rows, x.shape[-1])), drawn)
+    sampled = _target.nan_if(drawn.unknown, sampled.reshape(drawn.ids.shape))
+    own = _target.nan_if(label.unknown, own.reshape(rows), weights)
+    included = drawn.exists & (drawn.ids != label.ids[..., None])
+    return _loss(
+        Compared(own, sampled, label.counts, included, weights),
+        drawn.log_count,
+        label_log_expected_count,
+        reduction,
+        forward_mode,
+    )
+
+
+class _Drawn(NamedTuple):
+    """Negatives that are safe to index with.
+
+    Attributes:
+      ids: class ids in range.
+      exists: whether there is a negative.
+      unknown: whether it is no class.
+      log_count: log expected count.
+    """
+
+    ids: Integer[Array, "*rows samples"]
+    exists: Bool[Array, "*rows samples"]
+    unknown: Bool[Array, "*rows samples"]
+    log_count: Float[Array, "*rows samples"]
+
+
+def _drawn(negatives: Negatives, rows: tuple[int, ...], classes: int, dtype: DTypeLike) -> _Drawn:
+    ids = _checks.integer("negatives.ids", negatives.ids)
+    log_count = _checks.floating("negatives.log_expected_count", negatives.log_expected_count)
+    if ids.ndim != 1 and (ids.ndim != len(rows) + 1 or ids.shape[:-1] != rows):
+        raise ValueError(
+            f"negatives.ids must have shape [S] or that of labels, {rows}, and S; got {ids.shape}"
+        )
+    _checks.shape_is("negatives.log_expected_count", log_count, ids.shape, "that of the ids")
+    exists = log_count < jnp.inf
+    valid = (ids >= 0) & (ids < classes)
+    ids = jnp.where(exists & valid, ids, 0).astype(jnp.int32)
+    return _Drawn(ids, exists, exists & ~valid, log_count.astype(dtype))
+
+
+def _loss(
+    x: Compared,
+    log_expected_count: ArrayLike | None,
+    label_log_expected_count: ArrayLike | None,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    negatives = _corrected(x.negatives, "log_expected_count", log_expected_count)
+    label = _corrected(x.label, "label_log_expected_count", label_log_expected_count)
+    if x.included is not None:
+        negatives = jnp.where(x.included, negatives, -jnp.inf)
+    return softmax_cross_entropy_with_integer_labels(
+        jnp.concatenate([label[..., None], negatives], -1),
+        jnp.zeros(label.shape, jnp.int32),
+        where=x.counts,
+        sample_weight=x.weights,
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+def _corrected(z: Float[Array, "..."], name: str, log_count: ArrayLike | None) -> Array:
+    if log_count is None:
+        return z
+    log_count = _checks.real(name, log_count).astype(z.dtype)
+    return z - _checks.broadcast(name, log_count, z.shape, "the shape of the logits")
