@@ -80,12 +80,12 @@ def names(entry: Names) -> tuple[str, ...]:
 
 
 def of_logits(
-    plan: Plan, shapes: Shapes, axis: int | Sequence[int] | None
+    plan: Plan, shapes: Shapes, axis: int | Sequence[int] | None, *, soft: bool
 ) -> tuple[Specs, tuple[Names, ...]]:
     """Specs of the arguments of a loss of logits, and of the loss.
 
     Of several class axes the first one is spread, so that the flat ids of each device's classes
-    follow upon each other.
+    follow upon each other. `soft` labels broadcast to the logits, others are those of the rows.
     """
     shape = shapes["logits"]
     axes = _checks.axes(axis, len(shape))
@@ -94,11 +94,14 @@ def of_logits(
     by_axis: dict[int, Names] = dict(zip(rest, rows, strict=True)) | {axes[0]: plan.classes}
     logits = tuple(by_axis.get(a) for a in range(len(shape)))
     row_shape = tuple(shape[a] for a in rest)
+    by_class = {"logits", "labels"} if soft else {"logits"}
+    if len(shapes.get("where", ())) == len(shape):
+        by_class.add("where")
 
     def spec(name: str) -> tuple[Names, ...]:
         if name == "weight":
             return (plan.classes,)
-        if len(shapes[name]) == len(shape) and name in ("labels", "where", "logits"):
+        if name in by_class:
             return _broadcast(logits, shapes[name], shape)
         if name in ("labels", "where", "sample_weight"):
             return _broadcast(rows, shapes[name], row_shape)

@@ -159,7 +159,8 @@ def _run(task: _Task, arrays: dict[str, Array]) -> Any:
     if task.function in _OF_LAYER:
         specs, rows = _placement.of_layer(plan, shapes, options["class_axis"])
     else:
-        specs, rows = _placement.of_logits(plan, shapes, options["axis"])
+        soft = task.function is softmax.softmax_cross_entropy
+        specs, rows = _placement.of_logits(plan, shapes, options["axis"], soft=soft)
     _placement.check_divisible(plan, shapes, specs)
 
     names = tuple(arrays)

@@ -175,6 +175,10 @@ def test_integer_labels(reduction):
     )
 
 
+# Along one mesh axis, which is for something else, devices do the same.
+UNUSED_AXIS = Layout({"data": 2, "other": 2, "model": 2}, rows="data", classes="model")
+
+
 @pytest.mark.parametrize("stretched", [False, True])
 def test_distributions(stretched):
     """Labels for every class; also the same ones for all rows, whole on devices with other rows."""
@@ -201,15 +205,24 @@ def test_distributions(stretched):
     )
 
 
-def test_statistics_over_several_class_axes():
-    """The first class axis is spread, so that flat ids are those of the whole row.
+def test_distributions_of_fewer_axes():
+    """As many classes as rows: labels `[C]` are one for each class, not for each row."""
+    draw = np.random.default_rng(19)
+    arguments = {"logits": draw.normal(size=(8, 8)), "labels": draw.random(8)}
+    layout = UNUSED_AXIS
+    found = ce_jax.on_mesh(ce_jax.softmax_cross_entropy, layout.mesh(), **layout.spread)(
+        **arguments
+    )
+    labels = np.broadcast_to(arguments.pop("labels"), (8, 8))
+    close(found, reference.softmax_cross_entropy(**arguments, labels=labels), 1e-12)
 
-    One mesh axis is for something else: along it devices do the same.
-    """
+
+def test_statistics_over_several_class_axes():
+    """The first class axis is spread, so that flat ids are those of the whole row."""
     draw = np.random.default_rng(16)
     arguments = {"logits": draw.normal(size=(4, 6, 5)), "labels": draw.integers(0, 20, 6)}
     arguments["logits"][[1, 3], 2, [4, 0]] = 9.0  # equal: the first wins
-    layout = Layout({"data": 2, "other": 2, "model": 2}, rows="data", classes="model")
+    layout = UNUSED_AXIS
     found = ce_jax.on_mesh(ce_jax.softmax_statistics, layout.mesh(), **layout.spread)(
         **arguments, axis=(0, 2)
     )
