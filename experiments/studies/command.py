@@ -1,0 +1,262 @@
+"""The command line of a study: its options, its data, its folder, and errors of one line."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import flax
+import jax
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from experiments import console as show
+from experiments import data
+from experiments.benchmarking.report import machine
+from experiments.errors import ExperimentError, RunError
+from experiments.studies import pictures, report
+from experiments.studies.training import HIDDEN, Loss, Runs, Trained, train
+from experiments.training import Settings
+
+_QUICK_IMAGES, _QUICK_EPOCHS = 500, 2
+_LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run of a study may use, whatever its method.
+
+    Attributes:
+      images: training images; a study may have its own meaning for that.
+      epochs: passes over them.
+      batch_size: images per step.
+    """
+
+    images: int
+    epochs: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study works with.
+
+    Attributes:
+      data: the data set.
+      images: the training images it may use.
+      settings: how every run is trained.
+      seeds: 0 up to the number of seeds.
+      console: where progress is shown.
+    """
+
+    data: data.Dataset
+    images: int
+    settings: Settings
+    seeds: range
+    console: Console
+
+    def subset(self, seed: int, available: int) -> np.ndarray:
+        """Numbers of the images that a seed trains on, drawn from the first ones available."""
+        draw = np.random.default_rng([seed, 0])
+        return draw.permutation(available)[: self.images].astype(np.int32)
+
+    def train(
+        self,
+        losses: Mapping[str, Loss],
+        runs: Runs,
+        judged: np.ndarray,
+        *,
+        images: np.ndarray | None = None,
+        outputs: int | None = None,
+        learnt_rate: float = 0.0,
+    ) -> Trained:
+        """Trains all runs behind a progress bar; see `training.train`."""
+        steps = runs.rows.shape[1] // self.settings.batch_size
+        if steps == 0:
+            raise RunError(
+                f"{runs.rows.shape[1]} training images do not fill a batch of "
+                f"{self.settings.batch_size}"
+            )
+        self.console.print(
+            f"training {len(runs.seed)} runs of {self.settings.epochs} x {steps} steps in one "
+            "compiled program",
+            soft_wrap=True,
+        )
+        with Progress(
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("mean loss {task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        ) as bar:
+            task = bar.add_task("", total=self.settings.epochs, loss="")
+            return train(
+                tuple(losses.values()),
+                self.settings,
+                self.data.train_images if images is None else images,
+                runs,
+                judged,
+                outputs=len(self.data.class_names) if outputs is None else outputs,
+                learnt_rate=learnt_rate,
+                on_epoch=lambda loss: bar.update(task, advance=1, loss=f"{loss:.4g}"),
+            )
+
+
+def make_app(
+    name: str, purpose: str, body: Callable[[Study], report.Outcome], budgets: Mapping[str, Budget]
+) -> typer.Typer:
+    """The command of a study, which ends with one line where it cannot go on.
+
+    Args:
+      name: of the study.
+      purpose: one line for --help.
+      body: does the work.
+      budgets: by data set.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    epochs_of = {dataset: budget.epochs for dataset, budget in budgets.items()}
+    results = "Exit status: 0 for a finished study, 1 for data or a folder that cannot be used, "
+
+    @app.command(help=f"{purpose}\n\n{results}2 for wrong options, 130 for an interrupt.")
+    def main(
+        seeds: Annotated[
+            int | None,
+            typer.Option(
+                min=1,
+                max=100,
+                help="Number of seeds. Each brings its own parameters, images and noise.",
+                show_default="3; with --quick 1",
+            ),
+        ] = None,
+        epochs: Annotated[
+            int | None,
+            typer.Option(
+                min=1,
+                max=1000,
+                help="Passes over the training images.",
+                show_default=f"{epochs_of['mnist']}; on digits {epochs_of['digits']}; "
+                f"with --quick {_QUICK_EPOCHS}",
+            ),
+        ] = None,
+        dataset: Annotated[
+            data.DatasetName,
+            typer.Option(
+                help="mnist: the real one, or an error. digits: scikit-learn's 8x8 digits. auto: "
+                "mnist where it is at hand or can be downloaded, otherwise digits."
+            ),
+        ] = "auto",
+        data_dir: Annotated[
+            Path | None,
+            typer.Option(
+                help="Folder of the four MNIST files, plain or .gz. Without one they are "
+                "downloaded, once, into the user's cache folder.",
+                show_default=f"${data.DATA_DIR_VARIABLE} where it is set",
+            ),
+        ] = None,
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                help="Folder of the results, new or empty: tables, figures of every run, plots.",
+                show_default=f"runs/{name}-DATE-TIME",
+            ),
+        ] = None,
+        quick: Annotated[
+            bool,
+            typer.Option(
+                "--quick", help="Few images and epochs: to see it run, not for its figures."
+            ),
+        ] = False,
+    ) -> None:
+        if data_dir is not None and dataset == "digits":
+            raise typer.BadParameter("--data-dir is of no use to --dataset digits")
+        folder = out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        try:
+            found = data.load(dataset, data_dir)
+            claim(folder)
+            budget = budgets[found.name]
+            settings = Settings(
+                epochs=epochs or (_QUICK_EPOCHS if quick else budget.epochs),
+                batch_size=budget.batch_size,
+                learning_rate=_LEARNING_RATE,
+                weight_decay=0.0,
+                dropout=0.0,
+                seed=0,
+            )
+            images = min(budget.images, _QUICK_IMAGES) if quick else budget.images
+            study = Study(found, images, settings, range(seeds or (1 if quick else 3)), Console())
+            _conduct(name, body, study, folder, quick)
+        except ExperimentError as error:
+            show.fail(str(error))
+        except OSError as error:
+            show.fail(f"{error.filename or folder}: {error.strerror or error}")
+        except KeyboardInterrupt:
+            show.fail("interrupted; a study writes its results at its end, there are none", 130)
+
+    return app
+
+
+def claim(folder: Path) -> None:
+    """Makes the folder, or raises RunError where something is in it."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: not a folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder}: not empty; name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _conduct(
+    name: str, body: Callable[[Study], report.Outcome], study: Study, folder: Path, quick: bool
+) -> None:
+    console, found, settings = study.console, study.data, study.settings
+    if not console.is_terminal:
+        console.width = 130  # what the widest table needs
+    notices = [found.notice, "QUICK: too little training for figures that mean anything"]
+    notice = "; ".join(text for text in notices[: 2 if quick else 1] if text)
+    if notice:
+        show.warn(console, notice, found.reason)
+    widths = "-".join(map(str, (found.features, *HIDDEN)))
+    recipe = (
+        f"Adam, learning rate {settings.learning_rate:g} at its peak, cosine decay, batches of "
+        f"{settings.batch_size}, {settings.epochs} epochs; no weight decay, no dropout"
+    )
+    show.setting(
+        console,
+        {
+            "data": found.summary,
+            "model": f"MLP {widths} and one layer more, float32",
+            "training": recipe,
+            "seeds": str(len(study.seeds)),
+            "devices": ", ".join(device.device_kind for device in jax.devices()),
+            "folder": str(folder.absolute()),
+        },
+    )
+    start, start_of_work = time.perf_counter(), time.process_time()
+    outcome = body(study)
+    seconds, work = time.perf_counter() - start, time.process_time() - start_of_work
+    plural = "s" if len(study.seeds) > 1 else ""
+    title = f"{name} on {found.name}, {settings.epochs} epochs, {len(study.seeds)} seed{plural}"
+    about: dict[str, Any] = {
+        "experiment": name,
+        "notice": notice,
+        "data": found.summary,
+        "options": {**asdict(settings), "seeds": len(study.seeds), "images": study.images},
+        "hidden": list(HIDDEN),
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(work, 1),
+        **machine(),
+    }
+    about["versions"] = {"flax": flax.__version__, **about["versions"]}
+    report.save(folder, outcome, about, title)
+    pictures.save_all(folder, outcome.figures, title, notice)
+    console.print(f"[bold]{title}[/bold]; mean ± standard deviation over the seeds")
+    outcome.table.show(console)
+    console.print(f"{seconds:.0f} s, {work:.0f} s of processor time", highlight=False)
+    console.print(
+        Text(f"tables, plots and the figures of every run: {folder.absolute()}"), soft_wrap=True
+    )
