@@ -26,7 +26,7 @@ _ON_A_CPU = 14 * 10**6
 
 
 def default_budget(kernel_bytes: int) -> int:
-    """Bytes of temporaries: half the kernel's, within 256 MB and 1 GB; 14 MB on a CPU.
+    """Bytes of temporaries: a third of the kernel's, within 256 MB and 1 GB; 14 MB on a CPU.
 
     An accelerator needs blocks large enough to keep its matrix units busy; a CPU does not. Where
     one CPU plays several devices, they share its cache.
@@ -35,7 +35,7 @@ def default_budget(kernel_bytes: int) -> int:
         mesh = jax.sharding.get_abstract_mesh()
         devices = mesh.size if mesh.manual_axes else 1  # manual: inside jax.shard_map
         return max(_ON_A_CPU // devices, _ON_A_CPU // 4)
-    return min(max(kernel_bytes // 2, 256 * 10**6), 10**9)
+    return min(max(kernel_bytes // 3, 256 * 10**6), 10**9)
 
 
 def blocks(tokens: int, classes: int, logit_bytes: int, budget: int, *, summed: bool) -> Blocks:

@@ -91,7 +91,7 @@ def _first_class(options: Options, head: Head, first: First) -> First:
 
 
 def _target_of(target: _tile.Target, first: First, size: int) -> _tile.Target:
-    if target.classes is None:
+    if target.classes is None or target.classes.ndim == 0:
         return target
     return target._replace(classes=take(target.classes, first, size))
 
@@ -168,15 +168,18 @@ def _fused_bwd(
             soft_cap=ABSENT if head.soft_cap is None else d_head.soft_cap + block.soft_cap,
         )
         if d_classes is not None:
-            d_classes = put(d_classes, d_target.classes, first)
+            of_all = d_classes.ndim == 0
+            d_classes = (
+                d_classes + d_target.classes if of_all else put(d_classes, d_target.classes, first)
+            )
         return d_hidden + more_hidden, d_head, d_classes
 
-    zeros = jnp.zeros(hidden.shape, _tile.wide(hidden.dtype))
+    zeros = jnp.zeros(hidden.shape[::-1], _tile.wide(hidden.dtype))
     carry = (zeros, *jax.tree.map(jnp.zeros_like, (head, target.classes)))
     d_hidden, d_head, d_classes = over_blocks(
         step, _sharded.like(carry, hidden), *_extent(options, head)
     )
-    return d_hidden.astype(hidden.dtype), d_head, _tile.Target(classes=d_classes)
+    return d_hidden.T.astype(hidden.dtype), d_head, _tile.Target(classes=d_classes)
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -175,7 +175,7 @@ def _pull_both(
         )
     )
     d_rows, head = pull(by_row + by_column.T)
-    return d_rows, head.kernel
+    return d_rows.T, head.kernel
 
 
 # Independent decisions: is this the row's column?
@@ -249,7 +249,7 @@ def _pull_decisions(
     z, pull = logits(inputs[0], _block_of(inputs, first, size), 0)
     _, pull_losses = jax.vjp(functools.partial(_row_losses, fixed, first, False), z)
     d_rows, head = pull(*pull_losses(g))
-    return d_rows, head.kernel, jnp.sum(head.bias)
+    return d_rows.T, head.kernel, jnp.sum(head.bias)
 
 
 # A softmax over all columns but the row itself, against the columns of the row's group.
@@ -333,4 +333,4 @@ def _pull_group(
     z, pull = logits(rows, Head(take(columns, first, size)), 0)
     dz, _ = _tile.pullback(*_group_block(z, fixed, first), sums, _of_cross(g))
     d_rows, head = pull(dz)
-    return d_rows, head.kernel
+    return d_rows.T, head.kernel

@@ -45,27 +45,31 @@ def weighted(weight: Float[Array, "..."], loss: Float[Array, "..."]) -> Float[Ar
 
 
 def smoothing_coefficients(
-    weight: Float[Array, " local"] | None, local: int, classes: int, dtype: DTypeLike
-) -> Float[Array, " local"]:
-    """`w / C`, for the local ones of `C` classes: a mean where a sum of huge logits overflows."""
-    return jnp.full((local,), 1 / classes, dtype) if weight is None else weight / classes
+    weight: Float[Array, " local"] | None, classes: int, dtype: DTypeLike
+) -> Float[Array, " local"] | Float[Array, ""]:
+    """`w / C` for the local ones of `C` classes: a mean where a sum of huge logits overflows."""
+    return jnp.asarray(1 / classes, dtype) if weight is None else weight / classes
 
 
 def opened(
     function: Callable[[Array], Array], one: Array
 ) -> tuple[Callable[..., Array], list[Any]]:
-    """The function with the floating arrays of its closure as arguments, and these arrays.
+    """The function with the traced floats of its closure as arguments, and these floats.
 
-    So they get gradients, and vary over the mesh axes over which the log-probabilities do.
+    So they get gradients. What the closure holds varies over the mesh axes over which the
+    log-probabilities do.
     """
     program = jax.make_jaxpr(function)(one)
-    smooth = [jnp.issubdtype(jnp.result_type(c), jnp.floating) for c in program.consts]
+    traced = [
+        isinstance(c, jax.core.Tracer) and jnp.issubdtype(c.dtype, jnp.floating)
+        for c in program.consts
+    ]
 
     def of_row(log_prob: Array, *arguments: Array) -> Array:
         given = iter(arguments)
-        held = zip(smooth, program.consts, strict=True)
-        constants = [next(given) if is_smooth else c for is_smooth, c in held]
+        held = zip(traced, program.consts, strict=True)
+        constants = [next(given) if is_traced else jnp.asarray(c) for is_traced, c in held]
         (loss,) = jax.core.eval_jaxpr(program.jaxpr, _sharded.like(constants, log_prob), log_prob)
         return loss
 
-    return of_row, [c for is_smooth, c in zip(smooth, program.consts, strict=True) if is_smooth]
+    return of_row, [c for is_traced, c in zip(traced, program.consts, strict=True) if is_traced]

@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
+_FEW_CLASSES = 128
 
 
 class Target(NamedTuple):
@@ -39,12 +40,13 @@ class Target(NamedTuple):
     Attributes:
       labels: class ids, counted from the first class of the whole row, not of the tile.
       probs: a weight for every class of the tile, instead of `labels`.
-      classes: coefficients `a` of the part that is the same for all rows, one per class.
+      classes: coefficients `a` of the part that is the same for all rows, one per class, or one for
+        all classes.
     """
 
     labels: Integer[Array, "*rows"] = ABSENT
     probs: Float[Array, "*rows classes"] = ABSENT
-    classes: Float[Array, " classes"] = ABSENT
+    classes: Float[Array, " classes"] | Float[Array, ""] = ABSENT
 
 
 class Partial(NamedTuple):
@@ -101,7 +103,7 @@ def partial_statistics(
     """
     shifted, row_max = _shift(z)
     exp = jnp.exp(shifted)
-    out = Partial(max=row_max, sum_exp=jnp.sum(exp, -1))
+    out = Partial(max=row_max, sum_exp=_sum(exp))
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class)
         out = out._replace(label_logit=logit.astype(shifted.dtype))
@@ -109,20 +111,19 @@ def partial_statistics(
         # 0 * -inf = 0; written with a single select, as each costs a CPU a pass over the tile.
         bounded = jnp.maximum(shifted, jnp.finfo(shifted.dtype).min)
         reached = jnp.where(target.probs == 0, bounded, shifted)
-        out = out._replace(
-            target_dot=jnp.sum(target.probs * reached, -1),
-            target_sum=jnp.sum(target.probs, -1),
-        )
+        out = out._replace(target_dot=_sum(target.probs * reached), target_sum=_sum(target.probs))
     if target.classes is not None:
         classes, allowed = _spread(target.classes, z, masked)
         finite = _finite_part(shifted) if masked else shifted
+        count = _sum(allowed.astype(shifted.dtype))
         out = out._replace(
-            classes_dot=jnp.sum(classes * finite, -1),
-            classes_sum=jnp.sum(classes, -1),
-            classes_count=jnp.sum(allowed, -1, dtype=shifted.dtype),
+            classes_dot=_sum(classes * finite),
+            # With one coefficient for all classes there is one sum over the row less to compute.
+            classes_sum=_sum(classes) if target.classes.ndim else target.classes * count,
+            classes_count=count,
         )
     if entropy:
-        out = out._replace(exp_dot=jnp.sum(exp * _finite_part(shifted), -1))
+        out = out._replace(exp_dot=_sum(exp * _finite_part(shifted)))
     if argmax:
         out = out._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + first_class)
     return out
@@ -226,7 +227,8 @@ def pullback(
         dz = dz - g.uniform[..., None] * classes
         surprise = jnp.where(allowed, log_sum[..., None] - shifted, 0)
         d_classes = g.uniform[..., None] * surprise
-        d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(range(z.ndim - 1))))
+        rows = range(z.ndim - target.classes.ndim)
+        d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(rows)))
     if part.exp_dot is not None:
         # log p + H is (z - max) - exp_dot / sum_exp: the logarithm of the sum cancels.
         mean = part.exp_dot / part.sum_exp
@@ -274,12 +276,25 @@ def _base(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     return jnp.where(row_max == -jnp.inf, 0, row_max)
 
 
+def _sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
+    """The sum over the classes; a CPU sums a few of them twice as fast by a matrix product."""
+    sharding = jax.typeof(x).sharding.spec
+    sharded = sharding and sharding[-1] is not None  # no product of a sharded axis without advice
+    if x.shape[-1] > _FEW_CLASSES or x.dtype != jnp.float32 or sharded:
+        return jnp.sum(x, -1)
+
+    def product(x: Array) -> Array:
+        return jnp.matmul(x, jnp.ones(x.shape[-1:], x.dtype), precision="highest")
+
+    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, -1))
+
+
 def _finite_part(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(x == -jnp.inf, 0, x)
 
 
 def _spread(
-    classes: Float[Array, " classes"], z: Float[Array, "*rows classes"], masked: bool
+    classes: Float[ArrayLike, "..."], z: Float[Array, "*rows classes"], masked: bool
 ) -> tuple[Float[Array, "*rows classes"], Bool[Array, "*rows classes"]]:
     """The class coefficients in each row, 0 where a class is not allowed, and which are."""
     classes = jnp.broadcast_to(classes, z.shape)

@@ -61,7 +61,7 @@ def loss_sum(
     """The sum of `row_loss` over all rows."""
     # Every block reads all classes it is given: 0 times padding that is not finite would be NaN.
     head = take_classes(head, 0, options.head.classes, options.head.class_axis)
-    if target.classes is not None:
+    if target.classes is not None and target.classes.ndim:
         target = target._replace(classes=take(target.classes, 0, options.head.classes))
     return _fused(options, *_sharded.align((hidden, head, target, rows)))
 
@@ -108,7 +108,7 @@ def _fused_fwd(
         dz, d_target = _tile.pullback(z, of_block, partial, g, masked=masked)
         d_hidden, d_head = pull(dz)
         return total + loss, _Inputs(
-            hidden=put(grads.hidden, d_hidden, first),
+            hidden=put(grads.hidden, d_hidden.T, first),
             head=jax.tree.map(jnp.add, grads.head, d_head),
             classes=jax.tree.map(jnp.add, grads.classes, d_target.classes),
             scales=jax.tree.map(lambda d, new: put(d, new, first), grads.scales, d_scales),

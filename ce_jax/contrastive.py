@@ -164,8 +164,8 @@ def clip_loss(
         and `sample_weight` are sharded by rows. Pairs are told from those of all devices.
       reduction: "none": this device's losses `[N]`; "sum" or "mean": over all devices, the latter
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
-      memory_budget: bytes that a block of logits and its gradient may take, by default half the
-        bytes of `texts`, but at least 256 MB and at most 1 GB; 14 MB on a CPU.
+      memory_budget: bytes that a block of logits and its gradient may take, by default a third
+        of the bytes of `texts`, but at least 256 MB and at most 1 GB; 14 MB on a CPU.
       forward_mode: let JAX derive the derivative, so that forward mode works.
 
     Returns:
@@ -257,8 +257,8 @@ def siglip_loss(
         and `sample_weight` are sharded by rows. Images are paired with the texts of all devices.
       reduction: "none": this device's losses `[N]`; "sum" or "mean": over all devices, the latter
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
-      memory_budget: bytes that a block of logits and its gradient may take, by default half the
-        bytes of `texts`, but at least 256 MB and at most 1 GB; 14 MB on a CPU.
+      memory_budget: bytes that a block of logits and its gradient may take, by default a third
+        of the bytes of `texts`, but at least 256 MB and at most 1 GB; 14 MB on a CPU.
       forward_mode: let JAX derive the derivative, so that forward mode works.
 
     Returns:

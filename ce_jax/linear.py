@@ -89,8 +89,8 @@ def linear_softmax_cross_entropy(
         that count (0 if that is 0; see `mean_denominator`).
       return_statistics: return `(loss, statistics)` from one pass, the latter as from
         `linear_softmax_statistics`: accuracy is the mean of `statistics.argmax == labels`.
-      memory_budget: bytes that a block of logits and its gradient may take. By default half the
-        kernel's bytes, but at least 256 MB and at most 1 GB; 14 MB on a CPU, less on each of
+      memory_budget: bytes that a block of logits and its gradient may take. By default a third
+        of the kernel's bytes, but at least 256 MB and at most 1 GB; 14 MB on a CPU, less on each of
         several devices that it plays.
       forward_mode: let JAX derive the derivative instead of using the fused one, so that
         `jax.jvp`, `jax.jacfwd` and `jax.linearize` work, in the same memory.
@@ -198,7 +198,7 @@ def _linear_loss(
         label_weight = _sharded.take_class(weight, x.label.ids, axis_name)
     target = Target(labels=x.label.ids)
     if label_smoothing is not None:
-        spread = smoothing_coefficients(weight, local, x.options.classes, dtype)
+        spread = smoothing_coefficients(weight, x.options.classes, dtype)
         target = target._replace(classes=spread)
     if sample_weight is not None:
         sample_weight = sample_weight.ravel()

@@ -102,7 +102,7 @@ def _nll_loss(
     statistics = RowStatistics(lse=jnp.zeros_like(cross), cross=cross)
     if label_smoothing is not None:
         allowed = log_p > -jnp.inf
-        spread = smoothing_coefficients(weight, classes, classes, dtype)
+        spread = smoothing_coefficients(weight, classes, dtype)
         terms = jnp.broadcast_to(spread, log_p.shape) * jnp.where(allowed, log_p, 0)
         statistics = statistics._replace(
             uniform=-jnp.sum(terms, -1), uniform_count=jnp.sum(allowed, -1, dtype=dtype)

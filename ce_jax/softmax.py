@@ -136,7 +136,7 @@ def _integer_loss(
 
     spread = ABSENT
     if label_smoothing is not None:
-        spread = smoothing_coefficients(weight, z.shape[-1], classes, dtype)
+        spread = smoothing_coefficients(weight, classes, dtype)
     statistics = row_statistics(
         _target.without_excluded(z, label.counts, sample_weight, axis_name),
         Target(labels=label.ids, classes=spread),
