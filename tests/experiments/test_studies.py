@@ -318,3 +318,13 @@ def test_too_few_images_for_a_batch_are_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(imbalance, "profile", lambda available, most: np.ones(10, np.int32))
     message = one_line(invoke("imbalance", "--dataset", "digits", "--out", tmp_path / "out"))
     assert "10 training images do not fill a batch of 32" in message
+
+
+def test_an_interrupt_is_one_line(monkeypatch, tmp_path):
+    def interrupt(available, most):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(imbalance, "profile", interrupt)
+    result = invoke("imbalance", "--dataset", "digits", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr.startswith("error: interrupted; a study writes its results at its end")
