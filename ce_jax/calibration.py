@@ -276,7 +276,8 @@ def fit_temperature(
     Returns:
       The temperature, `[]`, float32 (float64 for float64 logits); 1 if no row counts. Rows whose
       label is masked are left out: their loss is infinite at every temperature. A label that is
-      no class gives NaN.
+      no class gives NaN. It is found in a loop of unknown length, so there is no reverse-mode
+      derivative of it.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

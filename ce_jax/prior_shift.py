@@ -56,7 +56,8 @@ def estimate_prior(
 
     Returns:
       A named tuple of the shares `[C]` in float32 (float64 for float64 logits), the number of
-      steps, and the last change. Without any example the training prior itself.
+      steps, and the last change. Without any example the training prior itself. The steps are
+      a loop of unknown length: the result has no reverse-mode derivative.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

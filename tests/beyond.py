@@ -1,4 +1,4 @@
-"""Comparison of value and gradients with a truth given as a function."""
+"""Comparison of value and gradients with a truth given as a function, and of the two modes."""
 
 import jax
 import jax.numpy as jnp
@@ -40,3 +40,18 @@ def check(loss, truth, arguments, wrt=(), *, dtype=jnp.float32, loosen=1.0, **st
         assert gradient.dtype == smooth[key].dtype
         slope = reference.vjp(truth, exact, key, cotangent)
         close(gradient, slope, loosen * accuracy(gradient.dtype), f"d {key}", size)
+
+
+def slopes_everywhere(function, x):
+    """Value and slope, which must be the same in both modes."""
+    x = jnp.asarray(x, jnp.float32)
+
+    @jax.jit
+    def both(x):
+        value, pull = jax.vjp(function, x)
+        return value, *pull(jnp.ones_like(x)), *jax.jvp(function, (x,), (jnp.ones_like(x),))
+
+    value, slope, pushed, tangent = both(x)
+    np.testing.assert_array_equal(pushed, value)
+    np.testing.assert_array_equal(tangent, slope)
+    return value, slope

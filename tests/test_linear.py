@@ -12,7 +12,7 @@ from ce_jax import _budget
 from tests import beyond, linear, reference, reference_linear
 from tests.helpers import accuracy, close, covering, named
 
-pytestmark = pytest.mark.usefixtures("few_tokens")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("few_tokens")]
 
 OPTIONS = {
     "batch": [(7,), (2, 3), ()],

@@ -9,6 +9,8 @@ import ce_jax
 from ce_jax import _budget
 from tests import linear, reference_linear
 
+pytestmark = pytest.mark.sweep
+
 
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens():

@@ -70,6 +70,7 @@ def train(dataset, loss, seed, **options):
     return trainer.evaluate(state)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_first_line_to_the_last(tmp_path):
     out = tmp_path / "run"
     shown = finish(command("--dataset", "digits", "--out", out))
@@ -87,6 +88,7 @@ def test_a_run_from_the_first_line_to_the_last(tmp_path):
     assert len(list((out / "plots").iterdir())) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "options"),
     [
@@ -112,6 +114,7 @@ def kill_when(process, reached):
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(tmp_path):
     options = ("--dataset", "digits", "--epochs", 8, "--seed", 3)
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
@@ -246,6 +249,7 @@ def test_help_names_every_option(monkeypatch):
         assert f"{loss}:" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_MNIST, reason=f"{data.DATA_DIR_VARIABLE} names no folder of MNIST")
 def test_the_real_mnist_is_learned():
     dataset = data.read_mnist(Path(REAL_MNIST))
