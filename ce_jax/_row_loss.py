@@ -1,14 +1,9 @@
 """The loss of a row from its statistics. Plain functions: JAX differentiates them."""
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
-from . import _sharded
 from ._tile import RowStatistics
 
 
@@ -49,27 +44,3 @@ def smoothing_coefficients(
 ) -> Float[Array, " local"] | Float[Array, ""]:
     """`w / C` for the local ones of `C` classes: a mean where a sum of huge logits overflows."""
     return jnp.asarray(1 / classes, dtype) if weight is None else weight / classes
-
-
-def opened(
-    function: Callable[[Array], Array], one: Array
-) -> tuple[Callable[..., Array], list[Any]]:
-    """The function with the traced floats of its closure as arguments, and these floats.
-
-    So they get gradients. What the closure holds varies over the mesh axes over which the
-    log-probabilities do.
-    """
-    program = jax.make_jaxpr(function)(one)
-    traced = [
-        isinstance(c, jax.core.Tracer) and jnp.issubdtype(c.dtype, jnp.floating)
-        for c in program.consts
-    ]
-
-    def of_row(log_prob: Array, *arguments: Array) -> Array:
-        given = iter(arguments)
-        held = zip(traced, program.consts, strict=True)
-        constants = [next(given) if is_traced else jnp.asarray(c) for is_traced, c in held]
-        (loss,) = jax.core.eval_jaxpr(program.jaxpr, _sharded.like(constants, log_prob), log_prob)
-        return loss
-
-    return of_row, [c for is_traced, c in zip(traced, program.consts, strict=True) if is_traced]

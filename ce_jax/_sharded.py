@@ -51,6 +51,11 @@ def with_sharding_of(d: Array, x: Array) -> Array:
     return d if jax.typeof(d).sharding.spec == spec else jax.reshard(d, spec)
 
 
+def inside_shard_map() -> bool:
+    """Whether arrays are a device's parts of larger ones."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def check_sharded(name: str, x: Array, axis_name: str | None) -> None:
     """Raises where `axis_name` is given but JAX does not see `x` vary over it."""
     if axis_name is not None and axis_name not in _varying(x):

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _class_blocks, _reduction, _sharded, _target, _token_blocks
 from ._layer import Layer, layer
-from ._row_loss import opened, smoothing_coefficients, softmax_loss
+from ._row_loss import smoothing_coefficients, softmax_loss
 from ._tile import RowStatistics, Target, wide
 from .statistics import SoftmaxStatistics, by_label
 
@@ -58,8 +58,9 @@ def linear_softmax_cross_entropy(
 
     Two ways of dividing the work serve, and give the same result. Blocks of classes, recomputed for
     the gradient (four matmuls), are the rule. Blocks of tokens (three matmuls) serve a "sum" or
-    "mean" without `return_statistics`, `axis_name` and `forward_mode`, if the budget has room for
-    the logits of 1024 tokens, or of all. Where the value alone is wanted, both take one matmul.
+    "mean" without `return_statistics`, `axis_name` and `forward_mode` (nor, inside `jax.shard_map`,
+    a `log_prob_loss` with a traced parameter), if the budget has room for the logits of 1024 tokens,
+    or of all. Where the value alone is wanted, both take one matmul.
 
     Args:
       hidden: `[..., D]`, floating. Divide it by a temperature, if there is one.
@@ -175,6 +176,17 @@ def _linear_loss(
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array | tuple[Array, SoftmaxStatistics]:
+    summed = reduction != "none" and not (return_statistics or axis_name or forward_mode)
+    constants: Sequence[Any] = ()
+    if log_prob_loss is not None:
+        one = jnp.zeros((), wide(jnp.asarray(hidden).dtype))
+        _checks.element_function("log_prob_loss", log_prob_loss, one)
+        converted, constants = jax.closure_convert(log_prob_loss, one)
+        if constants and _sharded.inside_shard_map():
+            # The converted function is typed as the same on all devices; rows are not.
+            summed, constants = False, ()
+        elif constants:
+            log_prob_loss = converted
     x = layer(
         hidden,
         kernel,
@@ -187,7 +199,7 @@ def _linear_loss(
         ignore_index=ignore_index,
         axis_name=axis_name,
         memory_budget=memory_budget,
-        summed=reduction != "none" and not (return_statistics or axis_name or forward_mode),
+        summed=summed,
         statistics=return_statistics,
     )
     local, dtype = x.head.kernel.shape[x.options.class_axis], wide(x.hidden.dtype)
@@ -206,11 +218,6 @@ def _linear_loss(
         x = x._replace(hidden=jnp.where(silent[:, None], 0, x.hidden))
 
     scalars = [None if s is None else jnp.asarray(s, dtype) for s in (label_smoothing, z_loss)]
-    constants: Sequence[Any] = ()
-    if log_prob_loss is not None:
-        one = jnp.zeros((), dtype)
-        _checks.element_function("log_prob_loss", log_prob_loss, one)
-        log_prob_loss, constants = opened(log_prob_loss, one)
     row_loss = functools.partial(_row_loss, log_prob_loss, x.options.classes)
     inputs = _token_blocks.RowInputs(
         scales=(label_weight, sample_weight),

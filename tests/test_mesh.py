@@ -256,6 +256,26 @@ def test_loss_and_statistics_on_the_mesh_in_use(layout):
     check_statistics(found)
 
 
+@pytest.mark.parametrize(
+    ("layout", "traced"), [("data-tensor", True), ("fsdp", True), ("fsdp", False)]
+)
+def test_a_row_loss_of_the_library(layout, traced):
+    """With a parameter that is traced, but not differentiated; without, by blocks of tokens."""
+    layout, arguments = LAYOUTS[layout], (draws(BATCH, LENGTH, WIDTH), draws(WIDTH, HELD))
+
+    def gradients(layout):
+        @jax.jit
+        def run(hidden, kernel, gamma):
+            of_row = functools.partial(ce_jax.focal_loss, gamma=gamma if traced else 1.5)
+            mean = plain(layout, reduction="mean", log_prob_loss=of_row)
+            return jax.value_and_grad(mean, (0, 1))(hidden, kernel)
+
+        return jax.tree.leaves(run(*arguments, jnp.asarray(1.5)))
+
+    for found, wanted in zip(gradients(layout), gradients(Layout({"data": 1})), strict=True):
+        close(found, wanted, 1e-11)
+
+
 def check_statistics(found):
     arguments = {k: problem()[k] for k in ("hidden", "kernel", "labels", "bias", "where")}
     truth = reference_linear.linear_softmax_statistics(**arguments, **STATISTICS)
