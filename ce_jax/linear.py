@@ -59,8 +59,8 @@ def linear_softmax_cross_entropy(
     Two ways of dividing the work serve, and give the same result. Blocks of classes, recomputed for
     the gradient (four matmuls), are the rule. Blocks of tokens (three matmuls) serve a "sum" or
     "mean" without `return_statistics`, `axis_name` and `forward_mode` (nor, inside `jax.shard_map`,
-    a `log_prob_loss` with a traced parameter), if the budget has room for the logits of 1024 tokens,
-    or of all. Where the value alone is wanted, both take one matmul.
+    a `log_prob_loss` with a traced parameter), if the budget has room for the logits of 1024
+    tokens, or of all. Where the value alone is wanted, both take one matmul.
 
     Args:
       hidden: `[..., D]`, floating. Divide it by a temperature, if there is one.
