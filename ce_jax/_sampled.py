@@ -120,7 +120,8 @@ def _logits_fwd(hidden: Array, head: Head) -> tuple[Array, tuple[Array, Head]]:
 def _logits_bwd(residuals: tuple[ArrayLike, Head], g: Array) -> tuple[Array, Head]:
     hidden, head = jax.tree.map(jnp.asarray, residuals)  # what is constant may come as a literal
     _, pull = logits(hidden, head, 0)
-    return jax.tree.map(lambda x, d: d.astype(x.dtype), (hidden, head), pull(g))
+    d_hidden, d_head = pull(g)
+    return jax.tree.map(lambda x, d: d.astype(x.dtype), (hidden, head), (d_hidden.T, d_head))
 
 
 _fused_logits.defvjp(_logits_fwd, _logits_bwd)
