@@ -18,7 +18,6 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -37,13 +36,6 @@ SHUTDOWN_TIMEOUT = 20
 _USAGE_ERROR = 2
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class Stopped(BaseException):
-    """A signal asks to end the job."""
-
-    def __init__(self, number: int):
-        self.number = number
 
 
 # Whatever follows the experiment is its own.
@@ -105,15 +97,16 @@ def main(
     if cpu_devices is not None:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cpu_devices)}
     command = [experiment, *(arguments or [])]
+    received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as after `nohup`
+            signal.signal(number, lambda number, _: received.append(number))
     # Where nobody reads the output any more, this process is killed, and with it the workers end.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        failure = supervise.run(jobs, command, environment)
-    except Stopped as stopped:
-        name = signal.Signals(stopped.number).name
-        fail(f"{name}: all processes were ended. {advice(command)}", 128 + stopped.number)
+    failure = supervise.run(jobs, command, environment, until=lambda: bool(received))
+    if received:
+        name = signal.Signals(received[0]).name
+        fail(f"{name}: all processes were ended. {advice(command)}", 128 + received[0])
     if failure is None:
         return
     message = f"{'; '.join(failure.fates)}."
@@ -186,10 +179,6 @@ def advice(command: Sequence[str]) -> str:
     ]
     added = f" with {' '.join(missing)}" if missing else ""
     return f"The same command{added} goes on from the last checkpoint, if there is one already."
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    raise Stopped(number)
 
 
 if __name__ == "__main__":

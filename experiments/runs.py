@@ -15,14 +15,16 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from tensorboardX import SummaryWriter
 
 from experiments import processes
 from experiments.errors import RunError
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -138,7 +140,10 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def _replay_events(self) -> SummaryWriter:
+    def _replay_events(self) -> "SummaryWriter":
+        # Imported here because it takes a second that the other processes need not wait for.
+        from tensorboardX import SummaryWriter
+
         folder = self.path / EVENTS_FOLDER
         shutil.rmtree(folder, ignore_errors=True)
         writer = SummaryWriter(str(folder))
@@ -198,7 +203,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def _add_events(writer: SummaryWriter, row: Mapping[str, Any]) -> None:
+def _add_events(writer: "SummaryWriter", row: Mapping[str, Any]) -> None:
     for key, value in row.items():
         if isinstance(value, float):
             writer.add_scalar(key, value, row["epoch"])

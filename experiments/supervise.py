@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, NamedTuple, Self, TypeAlias
 
 Joining: TypeAlias = Mapping[str, Any]
@@ -112,7 +112,10 @@ class Worker:
 
 
 def run(
-    jobs: Mapping[str, Joining], command: Sequence[str], environment: Mapping[str, str]
+    jobs: Mapping[str, Joining],
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    until: Callable[[], bool],
 ) -> Failure | None:
     """Runs a process for each job until all are done or one fails, and then ends the others.
 
@@ -120,9 +123,10 @@ def run(
       jobs: how each is to join the others, by its name.
       command: the experiment and its arguments.
       environment: variables besides those of this process.
+      until: says, asked many times a second, whether to end all of them now.
 
     Returns:
-      The failure, or None where all were done.
+      The failure, or None where all were done or had to be ended.
     """
     with contextlib.ExitStack() as stack:
         workers = []
@@ -131,7 +135,7 @@ def run(
             worker = Worker(name, prefix, joining, command, environment)
             workers.append(stack.enter_context(worker))
         while not (failed := [worker for worker in workers if worker.status]):
-            if all(worker.status == 0 for worker in workers):
+            if until() or all(worker.status == 0 for worker in workers):
                 return None
             time.sleep(_POLL_SECONDS)
         first = min(failed, key=_likely_victim)
