@@ -13,6 +13,8 @@ from .diagnostics import CrossEntropyParts as CrossEntropyParts
 from .diagnostics import GradientView as GradientView
 from .diagnostics import cross_entropy_parts as cross_entropy_parts
 from .diagnostics import gradient_view as gradient_view
+from .distillation import distillation_loss as distillation_loss
+from .distillation import linear_distillation_loss as linear_distillation_loss
 from .information import binary_entropy as binary_entropy
 from .information import cross_entropy as cross_entropy
 from .information import entropy as entropy

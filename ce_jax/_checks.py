@@ -145,26 +145,31 @@ def soft_cap(value: ArrayLike | None) -> ArrayLike | None:
     return value
 
 
-def kernel_axis(hidden: Array, kernel: Array, axis: int) -> int:
-    """The axis of `kernel` that holds the classes, if the other one fits `hidden`."""
+def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> int:
+    """The axis of `kernel` that holds the classes, if the other one fits `hidden`.
+
+    The prefix is that of the arguments' names.
+    """
     if hidden.ndim == 0 or kernel.ndim != 2:
         raise ValueError(
-            "hidden must have shape [..., D] and kernel two axes, of D and of the classes; "
-            f"got {hidden.shape} and {kernel.shape}"
+            f"{prefix}hidden must have shape [..., D] and {prefix}kernel two axes, of D and of the "
+            f"classes; got {hidden.shape} and {kernel.shape}"
         )
     if kernel.dtype != hidden.dtype:
         raise TypeError(
-            f"kernel must have the dtype of hidden, {hidden.dtype}, got {kernel.dtype}; "
-            "cast the one that is to be rounded or widened"
+            f"{prefix}kernel must have the dtype of {prefix}hidden, {hidden.dtype}, "
+            f"got {kernel.dtype}; cast the one that is to be rounded or widened"
         )
-    if integer_option("class_axis", axis) not in (-2, -1, 0, 1):
-        raise ValueError(f"class_axis must be an axis of kernel, 0 or 1 (or -1), got {axis}")
+    if integer_option(f"{prefix}class_axis", axis) not in (-2, -1, 0, 1):
+        raise ValueError(
+            f"{prefix}class_axis must be an axis of {prefix}kernel, 0 or 1 (or -1), got {axis}"
+        )
     axis %= 2
     width = kernel.shape[1 - axis]
     if width != hidden.shape[-1] or 0 in kernel.shape:
         raise ValueError(
-            f"kernel must have shape {('D, V' if axis else 'V, D')} with D = {hidden.shape[-1]} "
-            f"and V > 0 for class_axis={axis}, got {kernel.shape}"
+            f"{prefix}kernel must have shape {('D, V' if axis else 'V, D')} with "
+            f"D = {hidden.shape[-1]} and V > 0 for {prefix}class_axis={axis}, got {kernel.shape}"
         )
     return axis
 

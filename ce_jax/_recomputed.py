@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from . import _sharded
 from ._head import First, over_blocks, put
@@ -80,13 +81,13 @@ def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None]:
     inputs, fixed, sums = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
 
     def step(carry: Any, first: First, size: int) -> Any:
+        def add(d: Array, new: Array, axis: int) -> Array:
+            if axis == WHOLE:
+                return d + new
+            return new.astype(d.dtype) if new.shape == d.shape else put(d, new, first, axis)
+
         block = form.pull(inputs, fixed, sums, g, first, size)
-        return jax.tree.map(
-            lambda d, new, axis: d + new if axis == WHOLE else put(d, new, first, axis),
-            carry,
-            block,
-            form.axes,
-        )
+        return jax.tree.map(add, carry, block, form.axes)
 
     # What every block adds to adds up in the wide dtype; what is written once need not.
     zeros = jax.tree.map(

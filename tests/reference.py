@@ -224,6 +224,18 @@ def hessian(function, arguments, name, cotangent, step=1e-4):
     return np.reshape(rows, x.shape + x.shape)
 
 
+def hessian_product(function, arguments, name, cotangent, v, step=1e-4):
+    """The same Hessian times a direction `v`, which takes but four gradients."""
+    x = np.asarray(arguments[name], np.float64)
+
+    def difference(size):
+        moved = ({**arguments, name: x + sign * size * v} for sign in (1, -1))
+        up, down = (vjp(function, there, name, cotangent) for there in moved)
+        return (up - down) / (2 * size)
+
+    return (4 * difference(step) - difference(2 * step)) / 3
+
+
 def _class_last(x, axis):
     """`x` with its class axes (in the caller's order; None is all) flattened into one last axis."""
     axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)

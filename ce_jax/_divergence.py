@@ -1,0 +1,225 @@
+"""Kullback-Leibler divergence between two softmaxes of each row, in blocks of classes.
+
+With logits `u` of `p = softmax(u)` and `v` of `q = softmax(v)`, each less its maximum:
+
+    KL(p || q) = <p, u - v> - log sum exp(u) + log sum exp(v)
+
+One pass over the classes gathers this in sums that merge like those of `_tile`. Where p and q
+agree, `u - v` is as small as the divergence, where a cross-entropy less an entropy would lose all
+digits. With the cotangent `g` the derivative is
+
+    du = g p (log p - log q - KL)        dv = g (q - p)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from . import _class_blocks, _sharded, _tile
+from ._head import First, Head, take
+from ._recomputed import WHOLE, Form, over_columns
+from ._tile import ABSENT, Target
+
+
+class Side(NamedTuple):
+    """One of the two softmaxes: its logits, or the layer that they come from."""
+
+    logits: Float[Array, "*rows classes"] = ABSENT
+    hidden: Float[Array, "tokens width"] = ABSENT
+    head: Head = ABSENT
+
+
+class Inputs(NamedTuple):
+    """What the divergence is a function of. An absent temperature is 1."""
+
+    p: Side
+    q: Side
+    temperature: Float[Array, ""] | None = None
+
+
+class Options(NamedTuple):
+    """What is fixed when the function is compiled.
+
+    Attributes:
+      p: how p's logits are computed from its layer, if it has one.
+      q: the same of q.
+      columns: how many of the local classes to visit.
+    """
+
+    p: _class_blocks.Options
+    q: _class_blocks.Options
+    columns: int
+
+
+class _Sums(NamedTuple):
+    """Over the classes seen so far, relative to both maxima: of p, of q, and `<exp(u), u - v>`."""
+
+    p: _tile.Partial
+    q: _tile.Partial
+    gap: Float[Array, "*rows"]
+
+
+def divergence(options: Options, inputs: Inputs, *, forward_mode: bool) -> Float[Array, "*rows"]:
+    """KL(p || q) of each row, of logits divided by the temperature."""
+    form = Form(
+        start=functools.partial(_start, options),
+        fold=functools.partial(_fold, options),
+        across=functools.partial(_across, options.p.axis_name),
+        finish=_finish,
+        pull=functools.partial(_pull, options),
+        axes=_axes(options, inputs),
+        columns=options.columns,
+        block=options.p.block,
+    )
+    found: Array = over_columns(form, inputs, None, forward_mode=forward_mode)
+    return found
+
+
+def _axes(options: Options, inputs: Inputs) -> Any:
+    """For each array the axis that holds its classes."""
+
+    def of(side: Side, class_axis: int) -> list[int]:
+        if side.logits is not None:
+            return [side.logits.ndim - 1]
+        head = zip(side.head, (class_axis, 0, WHOLE), strict=True)
+        return [WHOLE, *(axis for x, axis in head if x is not None)]
+
+    axes = [*of(inputs.p, options.p.class_axis), *of(inputs.q, options.q.class_axis)]
+    axes += [] if inputs.temperature is None else [WHOLE]
+    return jax.tree.unflatten(jax.tree.structure(inputs), axes)
+
+
+_Tiles = tuple[Float[Array, "*rows block"], Float[Array, "*rows block"]]
+
+
+def _tiles(
+    options: Options, inputs: Inputs, first: First, size: int
+) -> tuple[_Tiles, Callable[[_Tiles], Inputs]]:
+    """Logits of a block of classes of both sides, and the function that pulls cotangents back."""
+    u, pull_u = _tile_of(options.p, inputs.p, first, size)
+    v, pull_v = _tile_of(options.q, inputs.q, first, size)
+    dtype = jnp.promote_types(u.dtype, v.dtype)
+    tiles, pull_tiles = jax.vjp(functools.partial(_tempered, dtype), u, v, inputs.temperature)
+
+    def pull(d: _Tiles) -> Inputs:
+        du, dv, d_temperature = pull_tiles(d)
+        return Inputs(pull_u(du), pull_v(dv), d_temperature)
+
+    return tiles, pull
+
+
+def _tile_of(
+    options: _class_blocks.Options, side: Side, first: First, size: int
+) -> tuple[Array, Callable[[Array], Side]]:
+    if side.logits is None:
+        z, pull = _class_blocks.tile(options, side.hidden, side.head, first, size)
+
+        def pull_layer(dz: Array) -> Side:
+            d_hidden, d_head = pull(dz)
+            return Side(hidden=d_hidden.T, head=d_head)
+
+        return z, pull_layer
+    local = side.logits.shape[-1]
+    z = take(side.logits, first, size, side.logits.ndim - 1)
+    z = z.astype(_tile.wide(z.dtype))
+    if options.classes < _sharded.all_classes(local, options.axis_name):
+        ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+        ids = ids + _sharded.first_class(local, options.axis_name) + first
+        z = jnp.where(ids < options.classes, z, -jnp.inf)
+    return z, lambda dz: Side(logits=dz)
+
+
+def _tempered(dtype: DTypeLike, u: Array, v: Array, temperature: Array | None) -> _Tiles:
+    u, v = u.astype(dtype), v.astype(dtype)
+    if temperature is None:
+        return u, v
+    return _over(u, temperature), _over(v, temperature)
+
+
+def _over(z: Float[Array, "*rows block"], temperature: Float[Array, ""]) -> Array:
+    banned = z == -jnp.inf  # 0 times it would be NaN in the temperature's derivative
+    return jnp.where(banned, z, jnp.where(banned, 0, z) / temperature.astype(z.dtype))
+
+
+def _start(options: Options, inputs: Inputs, fixed: None) -> _Sums:
+    size = min(options.p.block, options.columns)
+    tile, _ = jax.eval_shape(lambda: _tiles(options, inputs, 0, size)[0])
+    zero = jnp.zeros(tile.shape[:-1], tile.dtype)
+    nothing = _tile.Partial(max=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+    return _Sums(nothing, nothing, zero)
+
+
+def _fold(
+    options: Options, inputs: Inputs, fixed: None, sums: _Sums, first: First, size: int
+) -> _Sums:
+    tiles, _ = _tiles(options, inputs, first, size)
+    new = _read(*tiles)
+    p, q = _tile.merge(sums.p, new.p), _tile.merge(sums.q, new.q)
+    gap = _rebased(sums, p.max, q.max) + _rebased(new, p.max, q.max)
+    return _Sums(p, q, gap)
+
+
+def _read(u: Float[Array, "*rows block"], v: Float[Array, "*rows block"]) -> _Sums:
+    p, q = (_tile.partial_statistics(z, Target()) for z in (u, v))
+    u, v = u - _base(p.max)[..., None], v - _base(q.max)[..., None]
+    exp = jnp.exp(u)
+    return _Sums(p, q, jnp.sum(exp * _where_likely(exp, u, v), -1))
+
+
+def _where_likely(exp: Array, u: Array, v: Array) -> Array:
+    """`u - v`, but 0 where p is 0: of what is banned on both sides it would be NaN."""
+    impossible = exp == 0
+    return jnp.where(impossible, 0, u) - jnp.where(impossible, 0, v)
+
+
+def _rebased(
+    sums: _Sums, p_max: Float[Array, "*rows"], q_max: Float[Array, "*rows"]
+) -> Float[Array, "*rows"]:
+    """The gap relative to other maxima."""
+    by_p, by_q = _base(sums.p.max) - _base(p_max), _base(sums.q.max) - _base(q_max)
+    scale = jnp.where(sums.p.max == -jnp.inf, 0, jnp.exp(by_p))
+    gap = scale * (sums.gap + sums.p.sum_exp * (by_p - by_q))
+    return jnp.where(scale == 0, 0, gap)
+
+
+def _base(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """What a row is measured from: its maximum, unless that would give -inf - -inf."""
+    return jnp.where(row_max == -jnp.inf, 0, row_max)
+
+
+def _across(axis_name: str | None, sums: _Sums) -> _Sums:
+    p, q = (_sharded.merge_across(x, axis_name) for x in (sums.p, sums.q))
+    if axis_name is None:
+        return sums
+    return _Sums(p, q, _sharded.sum_over(_rebased(sums, p.max, q.max), axis_name))
+
+
+def _finish(sums: _Sums) -> Float[Array, "*rows"]:
+    return sums.gap / sums.p.sum_exp - jnp.log(sums.p.sum_exp) + jnp.log(sums.q.sum_exp)
+
+
+def _pull(
+    options: Options,
+    inputs: Inputs,
+    fixed: None,
+    sums: _Sums,
+    g: Float[Array, "*rows"],
+    first: First,
+    size: int,
+) -> Inputs:
+    (u, v), pull = _tiles(options, inputs, first, size)
+    u, v = u - _base(sums.p.max)[..., None], v - _base(sums.q.max)[..., None]
+    exp = jnp.exp(u)
+    p = exp / sums.p.sum_exp[..., None]
+    q = jnp.exp(v) / sums.q.sum_exp[..., None]
+    # log p - log q - KL: the logarithms of the sums cancel. A row that weighs nothing may be inf.
+    mean = sums.gap / sums.p.sum_exp
+    ahead = _where_likely(exp, u, v) - mean[..., None]
+    silent = g[..., None] == 0
+    g = g[..., None]
+    return pull((jnp.where(silent, 0, g * p * ahead), jnp.where(silent, 0, g * (q - p))))

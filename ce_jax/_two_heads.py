@@ -1,0 +1,157 @@
+"""The arguments of distillation between linear layers: checked, by rows, with a plan of blocks."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from . import _budget, _checks, _class_blocks, _reduction, _sharded, _target
+from ._divergence import Options, Side
+from ._head import Head
+from ._tile import wide
+
+
+class Layer(NamedTuple):
+    """The arguments of a linear layer, as given."""
+
+    hidden: ArrayLike
+    kernel: ArrayLike
+    bias: ArrayLike | None
+    soft_cap: ArrayLike | None
+
+
+class TwoHeads(NamedTuple):
+    """Student and teacher, their rows in one axis, and 0 in rows that do not count.
+
+    Attributes:
+      student: its layer.
+      teacher: its layer or its logits.
+      options: how to read both, with the teacher as the first.
+      rows: the shape of the loss.
+      counts: which rows count; None if nothing excludes any.
+      weights: sample weights; None if there are none.
+    """
+
+    student: Side
+    teacher: Side
+    options: Options
+    rows: tuple[int, ...]
+    counts: Bool[Array, "*rows"] | None
+    weights: Float[Array, "*rows"] | None
+
+
+class _Checked(NamedTuple):
+    """One side, how many classes it holds locally, on which axis, and bytes it takes for each."""
+
+    side: Side
+    rows: tuple[int, ...]
+    local: int
+    class_axis: int
+    logit_bytes: int
+    kernel_bytes: int
+
+
+def two_heads(
+    student: Layer,
+    teacher: Layer | None,
+    teacher_logits: ArrayLike | None,
+    where: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    *,
+    class_axis: int,
+    teacher_class_axis: int,
+    num_classes: int | None,
+    axis_name: str | None,
+    memory_budget: int | None,
+) -> TwoHeads:
+    """Checks the arguments and divides the work."""
+    s = _layer("", student, class_axis, axis_name)
+    if teacher is not None:
+        name, t = "teacher_hidden", _layer("teacher_", teacher, teacher_class_axis, axis_name)
+    else:
+        name, t = "teacher_logits", _logits("teacher_logits", teacher_logits, axis_name)
+    if t.rows != s.rows:
+        raise ValueError(f"{name} must have the rows of hidden, {s.rows}, got {t.rows}")
+    held = [_sharded.all_classes(x.local, axis_name) for x in (s, t)]
+    if s.local != t.local and (num_classes is None or axis_name is not None):
+        raise ValueError(
+            f"{'teacher_logits' if teacher is None else 'teacher_kernel'} must have as many "
+            f"classes as kernel, {s.local}, got {t.local}; without axis_name, num_classes can tell "
+            "how many of them are no padding"
+        )
+    classes = _checks.class_count(num_classes, min(held))
+
+    dtype = jnp.promote_types(*(wide(_leaf(x.side).dtype) for x in (s, t)))
+    counts = None
+    if where is not None:
+        counts = _checks.boolean("where", where)
+        counts = _checks.broadcast("where", counts, s.rows, "the rows of hidden")
+    weights = _reduction.weights("sample_weight", sample_weight, s.rows, dtype)
+    used = None if counts is None else counts.ravel()
+    if weights is not None:  # a weight of 0 silences what is not finite
+        heard = (weights.ravel() != 0) | _finite(s.side) & _finite(t.side)
+        used = heard if used is None else used & heard
+
+    if memory_budget is None:
+        memory_budget = _budget.default_budget(s.kernel_bytes + t.kernel_bytes)
+    tokens, local = _leaf(s.side).shape[0], s.local if axis_name is not None else classes
+    pair_bytes = s.logit_bytes + t.logit_bytes
+    block = _budget.blocks(tokens, local, pair_bytes, memory_budget, summed=False).classes
+    of_teacher, of_student = (
+        _class_blocks.Options(block, x.class_axis, classes, axis_name) for x in (t, s)
+    )
+    return TwoHeads(
+        student=_without_unused(s.side, used),
+        teacher=_without_unused(t.side, used),
+        options=Options(of_teacher, of_student, local),
+        rows=s.rows,
+        counts=counts,
+        weights=weights,
+    )
+
+
+def _layer(prefix: str, x: Layer, class_axis: int, axis_name: str | None) -> _Checked:
+    hidden = _checks.floating(f"{prefix}hidden", x.hidden)
+    kernel = _checks.floating(f"{prefix}kernel", x.kernel)
+    class_axis = _checks.kernel_axis(hidden, kernel, class_axis, prefix)
+    _sharded.check_sharded(f"{prefix}kernel", kernel, axis_name)
+    dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], kernel.shape[class_axis]
+    head = Head(kernel)
+    if x.bias is not None:
+        bias = _checks.floating(f"{prefix}bias", x.bias)
+        _checks.shape_is(f"{prefix}bias", bias, (local,), "one bias per class")
+        head = head._replace(bias=bias)
+    if x.soft_cap is not None:
+        head = head._replace(soft_cap=jnp.asarray(x.soft_cap, dtype))
+    steps = (x.bias is not None) + (x.soft_cap is not None)
+    logit_bytes = dtype.itemsize * (2 + steps) + hidden.dtype.itemsize
+    side = Side(hidden=hidden.reshape(-1, hidden.shape[-1]), head=head)
+    kernel_bytes = kernel.size * kernel.dtype.itemsize
+    return _Checked(side, rows, local, class_axis, logit_bytes, kernel_bytes)
+
+
+def _logits(name: str, x: ArrayLike | None, axis_name: str | None) -> _Checked:
+    z = _checks.floating(name, jnp.asarray(x))
+    if z.ndim == 0 or z.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., V] with V > 0, got {z.shape}")
+    _sharded.check_sharded(name, z, axis_name)
+    rows, local = z.shape[:-1], z.shape[-1]
+    side = Side(logits=z.reshape(-1, local))
+    return _Checked(side, rows, local, 1, 2 * wide(z.dtype).itemsize + z.dtype.itemsize, 0)
+
+
+def _leaf(side: Side) -> Array:
+    return side.hidden if side.logits is None else side.logits
+
+
+def _finite(side: Side) -> Bool[Array, " tokens"]:
+    """Where there is a softmax; logits may be -inf."""
+    if side.logits is not None:
+        return jnp.isfinite(jnp.max(side.logits, -1))
+    return jnp.all(jnp.isfinite(side.hidden), -1)
+
+
+def _without_unused(side: Side, used: Bool[Array, " tokens"] | None) -> Side:
+    if side.logits is not None:
+        return side._replace(logits=_target.without_excluded(side.logits, used))
+    return side._replace(hidden=_target.without_excluded(side.hidden, used))

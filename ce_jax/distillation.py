@@ -1,0 +1,311 @@
+r"""Learning from a teacher: the divergence between its softmax and the student's, row by row."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks, _class_blocks, _reduction, _sharded, _target
+from ._divergence import Inputs, Options, Side, divergence
+from ._numerics import scalar
+from ._tile import wide
+from ._two_heads import Layer, two_heads
+
+# The smallest temperature: below, logits of ordinary size overflow.
+_COLDEST = 1e-6
+
+
+def distillation_loss(
+    logits: Shaped[ArrayLike, "..."],
+    teacher_logits: Shaped[ArrayLike, "..."],
+    axis: int | Sequence[int] | None = -1,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    *,
+    temperature: Shaped[ArrayLike, ""] = 1.0,
+    reverse: bool = False,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    axis_name: str | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Kullback-Leibler divergence of the student's softmax from the teacher's, in nats.
+
+    With logits z of the student, z' of the teacher, and a temperature T:
+
+    .. math::
+      \ell = T^2 \sum_c p'_c \log \frac{p'_c}{p_c}, \qquad
+      p = \mathrm{softmax}(z / T), \quad p' = \mathrm{softmax}(z' / T)
+
+    and with the two exchanged for `reverse`. The factor keeps gradients of the same size for any
+    temperature: it is usual where a cross-entropy with the labels is added. The loss is the
+    cross-entropy with :math:`p'` less the entropy of :math:`p'`, but its digits do not cancel as
+    the student comes close. Gradients of the student's logits are :math:`T (p - p')`; those of the
+    teacher's are true too: apply `jax.lax.stop_gradient` to what is not to learn.
+
+    Args:
+      logits: the student's `[..., C]`, floating; `-inf` marks a class that is not allowed.
+      teacher_logits: the teacher's, of the same shape; their dtype may be another.
+      axis: the class axis, a tuple of them, or None for all.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      temperature: T, above 0. May be traced.
+      reverse: take the teacher's divergence from the student's: it seeks a mode of the teacher
+        rather than covers all.
+      sample_weight: weight of each row, broadcastable to the loss.
+      axis_name: mapped mesh axis over which the class axis of both is sharded.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0).
+      forward_mode: let JAX derive the derivative, so that forward mode works.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits of one are). It is +inf
+      where the student does not allow what the teacher does (the other way round for `reverse`).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> student, teacher = jnp.array([0.0, 0.0]), jnp.log(jnp.array([0.75, 0.25]))
+      >>> print(ce_jax.distillation_loss(student, teacher))
+      0.1308
+
+    References:
+      Hinton et al., `Distilling the Knowledge in a Neural Network`, 2015; reverse: Gu et al.,
+      `MiniLLM: Knowledge Distillation of Large Language Models`, 2024.
+    """
+    _checks.reduction(reduction)
+    return _distillation(
+        logits,
+        teacher_logits,
+        where,
+        _temperature(temperature),
+        sample_weight,
+        axis=_checks.static_axis(axis),
+        reverse=reverse,
+        axis_name=axis_name,
+        reduction=reduction,
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("axis", "reverse", "axis_name", "reduction", "forward_mode"),
+    inline=True,
+)
+def _distillation(
+    logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    where: ArrayLike | None,
+    temperature: Array | None,
+    sample_weight: ArrayLike | None,
+    *,
+    axis: int | tuple[int, ...] | None,
+    reverse: bool,
+    axis_name: str | None,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    student = _target.rows_of("logits", logits, axis, where, axis_name)
+    teacher_logits = _checks.floating("teacher_logits", teacher_logits)
+    _checks.shape_is("teacher_logits", teacher_logits, jnp.shape(logits), "that of logits")
+    teacher = _target.rows_of("teacher_logits", teacher_logits, axis, where, axis_name)
+    *rows, local = student.values.shape
+    dtype = wide(jnp.promote_types(student.values.dtype, teacher.values.dtype))
+    weights = _reduction.weights("sample_weight", sample_weight, tuple(rows), dtype)
+    for name, x in (("logits", student), ("teacher_logits", teacher)):
+        _sharded.check_sharded(name, x.values, axis_name)
+    of_student, of_teacher = (
+        Side(logits=_target.without_excluded(x.values, x.counts, weights, axis_name))
+        for x in (student, teacher)
+    )
+    classes = _sharded.all_classes(local, axis_name)
+    options = _class_blocks.Options(local, -1, classes, axis_name)
+    both = Options(options, options, local)
+    loss = _loss(both, of_student, of_teacher, temperature, reverse, forward_mode)
+    return _reduction.reduce(loss, student.counts, weights, reduction)
+
+
+def _loss(
+    options: Options,
+    student: Side,
+    teacher: Side,
+    temperature: Array | None,
+    reverse: bool,
+    forward_mode: bool,
+) -> Float[Array, "*rows"]:
+    """`options` are those of the teacher and of the student."""
+    p, q = (student, teacher) if reverse else (teacher, student)
+    if reverse:
+        options = options._replace(p=options.q, q=options.p)
+    loss = divergence(options, Inputs(p, q, temperature), forward_mode=forward_mode)
+    return loss if temperature is None else loss * jnp.square(temperature.astype(loss.dtype))
+
+
+def _temperature(value: ArrayLike) -> Array | None:
+    """The value, or None where it is known to be 1 and so has no effect."""
+    temperature = scalar("temperature", value, low=_COLDEST)
+    known = not isinstance(temperature, jax.core.Tracer)
+    return None if known and temperature == 1 else temperature
+
+
+def linear_distillation_loss(
+    hidden: Shaped[ArrayLike, "..."],
+    kernel: Shaped[ArrayLike, "..."],
+    *,
+    teacher_logits: Shaped[ArrayLike, "..."] | None = None,
+    teacher_hidden: Shaped[ArrayLike, "..."] | None = None,
+    teacher_kernel: Shaped[ArrayLike, "..."] | None = None,
+    bias: Shaped[ArrayLike, "..."] | None = None,
+    teacher_bias: Shaped[ArrayLike, "..."] | None = None,
+    class_axis: int = -1,
+    teacher_class_axis: int = -1,
+    num_classes: int | None = None,
+    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
+    teacher_logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
+    temperature: Shaped[ArrayLike, ""] = 1.0,
+    reverse: bool = False,
+    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    where: Shaped[ArrayLike, "..."] | None = None,
+    axis_name: str | None = None,
+    reduction: str = "none",
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> Float[Array, "..."]:
+    r"""Distillation of a linear layer's softmax, without its logits in memory.
+
+    .. math::
+      \ell = T^2 \sum_c p'_c \log \frac{p'_c}{p_c}, \qquad
+      p = \mathrm{softmax}\!\left(\frac{h W + b}{T}\right), \quad
+      p' = \mathrm{softmax}\!\left(\frac{h' W' + b'}{T}\right)
+
+    `distillation_loss` with the logits of `linear_softmax_cross_entropy`, of the student and, if
+    these are not given, of the teacher. Both are computed in blocks of classes, once for the loss
+    and once more for the gradient. The gradient of the teacher is true too, and costs nothing where
+    it is not asked for.
+
+    Args:
+      hidden: the student's hidden states `[..., D]`, floating.
+      kernel: the student's kernel `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of
+        `hidden`.
+      teacher_logits: the teacher's logits `[..., V]`, of any floating dtype; or instead:
+      teacher_hidden: the teacher's hidden states `[..., D']`, floating, and
+      teacher_kernel: its kernel `[D', V]`, or `[V, D']` with `teacher_class_axis=0`.
+      bias: `[V]`, of the student.
+      teacher_bias: `[V]`, of the teacher.
+      class_axis: the axis of `kernel` that holds the classes.
+      teacher_class_axis: the axis of `teacher_kernel` that holds the classes.
+      num_classes: how many classes there are; what kernels and logits hold beyond is padding, of
+        which the student may have more or less than the teacher. By default there is none.
+      logit_soft_cap: positive bound of the student's logits. May be traced.
+      teacher_logit_soft_cap: positive bound of the teacher's logits. May be traced.
+      temperature: T, above 0. May be traced.
+      reverse: take the teacher's divergence from the student's.
+      sample_weight: weight of each row, broadcastable to the loss.
+      where: bool, broadcastable to the loss: rows to include, such as `next_tokens` has it.
+      axis_name: mapped mesh axis over which the classes of all arrays are sharded, alike.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
+        (0 if that is 0).
+      memory_budget: bytes that the blocks of logits and their gradients may take, by default as
+        in `linear_softmax_cross_entropy`.
+      forward_mode: let JAX derive the derivative, so that forward mode works.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit; hidden states and kernel must agree.
+      ValueError: for a shape, an axis or a value that does not fit, or if the teacher is not given
+        in exactly one way.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> hidden, kernel = jnp.ones((2, 3)), jnp.zeros((3, 2))
+      >>> teacher_logits = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
+      >>> loss = ce_jax.linear_distillation_loss(hidden, kernel, teacher_logits=teacher_logits)
+      >>> print(loss)
+      [0.     0.1308]
+
+    References:
+      As `distillation_loss`.
+    """
+    _checks.reduction(reduction)
+    student = Layer(hidden, kernel, bias, _checks.soft_cap(logit_soft_cap))
+    teacher = None
+    if teacher_hidden is not None and teacher_kernel is not None:
+        cap = _checks.soft_cap(teacher_logit_soft_cap)
+        teacher = Layer(teacher_hidden, teacher_kernel, teacher_bias, cap)
+    of_layer = (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap)
+    if (teacher is None) == (teacher_logits is None) or (
+        teacher is None and any(x is not None for x in of_layer)
+    ):
+        raise ValueError(
+            "the teacher must be given either by teacher_logits alone, or by teacher_hidden and "
+            "teacher_kernel, with or without teacher_bias and teacher_logit_soft_cap"
+        )
+    return _linear_distillation(
+        student,
+        teacher,
+        teacher_logits,
+        _temperature(temperature),
+        sample_weight,
+        where,
+        class_axis=class_axis,
+        teacher_class_axis=teacher_class_axis,
+        num_classes=_checks.integer_option("num_classes", num_classes),
+        reverse=reverse,
+        axis_name=axis_name,
+        reduction=reduction,
+        memory_budget=_checks.memory_budget(memory_budget),
+        forward_mode=forward_mode,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "class_axis",
+        "teacher_class_axis",
+        "num_classes",
+        "reverse",
+        "axis_name",
+        "reduction",
+        "memory_budget",
+        "forward_mode",
+    ),
+    inline=True,
+)
+def _linear_distillation(
+    student: Layer,
+    teacher: Layer | None,
+    teacher_logits: ArrayLike | None,
+    temperature: Array | None,
+    sample_weight: ArrayLike | None,
+    where: ArrayLike | None,
+    *,
+    class_axis: int,
+    teacher_class_axis: int,
+    num_classes: int | None,
+    reverse: bool,
+    axis_name: str | None,
+    reduction: str,
+    memory_budget: int | None,
+    forward_mode: bool,
+) -> Array:
+    x = two_heads(
+        student,
+        teacher,
+        teacher_logits,
+        where,
+        sample_weight,
+        class_axis=class_axis,
+        teacher_class_axis=teacher_class_axis,
+        num_classes=num_classes,
+        axis_name=axis_name,
+        memory_budget=memory_budget,
+    )
+    loss = _loss(x.options, x.student, x.teacher, temperature, reverse, forward_mode)
+    return _reduction.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)
