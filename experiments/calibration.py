@@ -122,7 +122,7 @@ def picture(logits: dict[tuple[str, int], np.ndarray], labels: np.ndarray) -> Fi
     grid = figure.subplots(2, len(LOSSES), sharex=True, sharey="row", height_ratios=[2.2, 1])
     looks = (
         ("", "#b2182b", "o", "as trained"),
-        (SCALED, "#2166ac", "s", "scaled by the temperature"),
+        (SCALED, "#2166ac", "s", "scaled"),
     )
     for name, (upper, lower) in zip(LOSSES, grid.T, strict=True):
         upper.plot([0, 1], [0, 1], "--", color="#777777", linewidth=1, label="calibrated")
