@@ -6,6 +6,10 @@ Labels are drawn anew, before training and once for each seed, by a transition m
 where every other digit is equally likely, or asymmetric, where each digit turns into the one it
 resembles most. The forward correction is told this matrix, which in practice has to be estimated;
 the other losses know nothing. The test labels are right.
+
+Expect, with 60 % symmetric noise on MNIST, 70 % test accuracy of plain cross-entropy, 88 % of the
+generalized one and 85 % with the correction; label smoothing does not help. With 60 % asymmetric
+noise only the correction is above a third, at some 77 %.
 """
 
 from collections.abc import Sequence
