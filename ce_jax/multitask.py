@@ -1,23 +1,22 @@
 """Several losses in one, with weights that are learnt."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
 from . import _checks
 from ._numerics import scalar
 from ._tile import wide
 
-# A pytree of scalars, one for each task. (jaxtyping's own name for it takes 10 ms to import.)
-_Tasks = Any
 # Below this log-variance exp(-s) goes on as its tangent. A weight of e^30 is far beyond use.
 _LOWEST = -30.0
 
 
-def init_log_variances(losses: _Tasks, *, value: Shaped[ArrayLike, ""] = 0.0) -> _Tasks:
+def init_log_variances(
+    losses: PyTree[Shaped[ArrayLike, ""]], *, value: Shaped[ArrayLike, ""] = 0.0
+) -> PyTree[Float[Array, ""]]:
     r"""The parameters of `uncertainty_weighted_loss`: :math:`s_i = \log \sigma_i^2` of each task.
 
     Args:
@@ -45,7 +44,9 @@ def init_log_variances(losses: _Tasks, *, value: Shaped[ArrayLike, ""] = 0.0) ->
     return jax.tree.map(lambda loss: start.astype(_task_loss(loss).dtype), losses)
 
 
-def uncertainty_weighted_loss(log_variances: _Tasks, losses: _Tasks) -> Float[Array, ""]:
+def uncertainty_weighted_loss(
+    log_variances: PyTree[Shaped[ArrayLike, ""]], losses: PyTree[Shaped[ArrayLike, ""]]
+) -> Float[Array, ""]:
     r"""Sum of the losses of several tasks, weighted by how noisy each task turns out to be.
 
     .. math:: \sum_i \left( e^{-s_i} \ell_i + \tfrac{1}{2} s_i \right), \qquad s_i = \log \sigma_i^2
