@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -112,11 +110,3 @@ def result(console: Console, title: str, evaluation: Evaluation) -> None:
         f"loss {summary['test_loss']:.4f}, "
         f"expected calibration error {summary['calibration_error']:.4f}"
     )
-
-
-def fail(message: str, status: int = 1) -> NoReturn:
-    """Ends the program with one line on standard error."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"[bold red]error:[/bold red] {escape(message)}"
-    )
-    raise typer.Exit(status)

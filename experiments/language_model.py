@@ -31,8 +31,7 @@ from rich.console import Console
 import ce_jax
 from experiments import console as show
 from experiments import processes, runs
-from experiments.console import fail
-from experiments.errors import ExperimentError, RunError
+from experiments.errors import ExperimentError, RunError, fail
 from experiments.transformer import VOCABULARY, WIDTH, LanguageModel
 
 README = Path(__file__).parents[1] / "README.md"

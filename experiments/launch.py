@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from experiments import supervise
-from experiments.console import fail
+from experiments.errors import fail
 
 AUTO = "auto"
 

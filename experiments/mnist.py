@@ -20,8 +20,7 @@ from rich.console import Console
 
 from experiments import console as show
 from experiments import data, plots, processes, runs
-from experiments.console import fail
-from experiments.errors import ExperimentError, RunError
+from experiments.errors import ExperimentError, RunError, fail
 from experiments.objectives import LossName, make_objective
 from experiments.training import Settings, Trainer, fit
 

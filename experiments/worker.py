@@ -29,6 +29,10 @@ def main(joining: str, experiment: str, *arguments: str) -> None:
     threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
     try:
         jax.distributed.initialize(**json.loads(joining))
+    except (ValueError, RuntimeError) as error:
+        print(f"error: cannot join the other processes: {error}", file=sys.stderr)
+        _end(1)
+    try:
         launcher.sendall(b"joined")
         sys.argv[1:] = arguments
         runpy.run_module(f"experiments.{experiment}", run_name="__main__", alter_sys=True)
