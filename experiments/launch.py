@@ -67,8 +67,8 @@ def main(
         typer.Option(
             min=1,
             help="Give each process so many CPU devices.",
-            show_default="what the machine has, where it has to be shared one accelerator each; "
-            "one CPU device where there is nothing else",
+            show_default="a GPU each on this machine, all that there is on a cluster's; one CPU "
+            "device where there is nothing else",
         ),
     ] = None,
     start_timeout: Annotated[
