@@ -166,7 +166,7 @@ def _fold(
 
 def _read(u: Float[Array, "*rows block"], v: Float[Array, "*rows block"]) -> _Sums:
     p, q = (_tile.partial_statistics(z, Target()) for z in (u, v))
-    u, v = u - _base(p.max)[..., None], v - _base(q.max)[..., None]
+    u, v = u - _tile.origin(p.max)[..., None], v - _tile.origin(q.max)[..., None]
     exp = jnp.exp(u)
     return _Sums(p, q, jnp.sum(exp * _where_likely(exp, u, v), -1))
 
@@ -181,15 +181,13 @@ def _rebased(
     sums: _Sums, p_max: Float[Array, "*rows"], q_max: Float[Array, "*rows"]
 ) -> Float[Array, "*rows"]:
     """The gap relative to other maxima."""
-    by_p, by_q = _base(sums.p.max) - _base(p_max), _base(sums.q.max) - _base(q_max)
+    by_p, by_q = (
+        _tile.origin(sums.p.max) - _tile.origin(p_max),
+        _tile.origin(sums.q.max) - _tile.origin(q_max),
+    )
     scale = jnp.where(sums.p.max == -jnp.inf, 0, jnp.exp(by_p))
     gap = scale * (sums.gap + sums.p.sum_exp * (by_p - by_q))
     return jnp.where(scale == 0, 0, gap)
-
-
-def _base(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """What a row is measured from: its maximum, unless that would give -inf - -inf."""
-    return jnp.where(row_max == -jnp.inf, 0, row_max)
 
 
 def _across(axis_name: str | None, sums: _Sums) -> _Sums:
@@ -213,7 +211,7 @@ def _pull(
     size: int,
 ) -> Inputs:
     (u, v), pull = _tiles(options, inputs, first, size)
-    u, v = u - _base(sums.p.max)[..., None], v - _base(sums.q.max)[..., None]
+    u, v = u - _tile.origin(sums.p.max)[..., None], v - _tile.origin(sums.q.max)[..., None]
     exp = jnp.exp(u)
     p = exp / sums.p.sum_exp[..., None]
     q = jnp.exp(v) / sums.q.sum_exp[..., None]

@@ -64,9 +64,8 @@ def compared(
             )
     weights = _reduction.weights("sample_weight", sample_weight, label.shape, dtype)
     kept = counts
-    if (
-        weights is not None
-    ):  # a weight of 0 silences NaN; where there is none, its derivative is the loss
+    if weights is not None:
+        # A weight of 0 silences NaN; where there is none, its derivative is the loss.
         heard = (weights != 0) | (label < jnp.inf) & jnp.all(negatives < jnp.inf, -1)
         kept = heard if counts is None else counts & heard
     if kept is not None:

@@ -131,7 +131,7 @@ def partial_statistics(
 
 def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
     """The same sums relative to another maximum; `max` and `argmax` stay what they were."""
-    move = _base(part.max) - _base(row_max)
+    move = origin(part.max) - origin(row_max)
     scale = jnp.where(part.max == -jnp.inf, 0, jnp.exp(move))  # nothing seen: exp may overflow
     out = part._replace(sum_exp=part.sum_exp * scale)
     if part.target_dot is not None:
@@ -155,7 +155,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 def finish(part: Partial) -> RowStatistics:
     """Turns the sums over all classes of a row into its statistics."""
     log_sum = jnp.log(part.sum_exp)
-    base = _base(part.max)
+    base = origin(part.max)
     out = RowStatistics(lse=base + log_sum, argmax=part.argmax)
     if part.label_logit is not None:
         cross = log_sum - (part.label_logit - base)
@@ -201,7 +201,7 @@ def pullback(
     and then keeps or recomputes the exponential as suits the platform: a CPU keeps it (an
     exponential costs more than memory traffic), a GPU recomputes it and holds nothing of this size.
     """
-    base = _base(part.max)
+    base = origin(part.max)
     shifted = z.astype(base.dtype) - base[..., None]
     exp = jnp.exp(shifted)
     log_sum = jnp.log(part.sum_exp)
@@ -268,10 +268,10 @@ def _shift(z: Float[Array, "*rows classes"]) -> tuple[Array, Array]:
     # The statistics do not depend on the maximum, so its derivative is left out of forward mode
     # and of second derivatives too.
     row_max = jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
-    return z.astype(row_max.dtype) - _base(row_max)[..., None], row_max
+    return z.astype(row_max.dtype) - origin(row_max)[..., None], row_max
 
 
-def _base(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """What is subtracted from a row: its maximum, unless that would give -inf - -inf."""
     return jnp.where(row_max == -jnp.inf, 0, row_max)
 

@@ -35,7 +35,7 @@ from experiments.benchmarking import (
 )
 from experiments.benchmarking.measure import OURS, Row, measure
 from experiments.benchmarking.timing import Effort
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, fail
 
 
 class Operation(StrEnum):
@@ -99,10 +99,7 @@ def main(
     try:
         run(only or list(Operation), effort, folder, quick=quick)
     except ExperimentError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"[bold red]error:[/bold red] {escape(str(error))}"
-        )
-        raise typer.Exit(1) from error
+        fail(str(error))
 
 
 def run(operations: Sequence[str], effort: Effort, folder: Path, *, quick: bool) -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 from experiments import console as show
 from experiments import data
 from experiments.benchmarking.report import machine
-from experiments.errors import ExperimentError, RunError
+from experiments.errors import ExperimentError, RunError, fail
 from experiments.studies import pictures, report
 from experiments.studies.training import HIDDEN, Loss, Runs, Trained, train
 from experiments.training import Settings
@@ -192,11 +192,11 @@ def make_app(
             study = Study(found, images, settings, range(seeds or (1 if quick else 3)), Console())
             _conduct(name, body, study, folder, quick)
         except ExperimentError as error:
-            show.fail(str(error))
+            fail(str(error))
         except OSError as error:
-            show.fail(f"{error.filename or folder}: {error.strerror or error}")
+            fail(f"{error.filename or folder}: {error.strerror or error}")
         except KeyboardInterrupt:
-            show.fail("interrupted; a study writes its results at its end, there are none", 130)
+            fail("interrupted; a study writes its results at its end, there are none", 130)
 
     return app
 
