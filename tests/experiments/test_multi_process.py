@@ -50,6 +50,9 @@ def compiled_alike():
 def start():
     """Starts Python programs, and kills those that are left at the end."""
     with contextlib.ExitStack() as stack:
+        # A shell has jobs in the background ignore it, and they pass that on to what they start.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        stack.callback(signal.signal, signal.SIGINT, before)
 
         def start(*arguments, **variables):
             process = subprocess.Popen(
