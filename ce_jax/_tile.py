@@ -31,6 +31,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
+# Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
 _FEW_CLASSES = 128
 
 

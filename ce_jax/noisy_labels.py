@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _target
-from ._tile import wide
+from ._tile import origin, wide
 from .softmax import softmax_cross_entropy
 
 _Axis = int | tuple[int, ...] | None
@@ -118,8 +118,7 @@ def _forward(
 
 def _base(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows 1"]:
     """The maximum of each row, or 0 where that is -inf; a constant, as it cancels."""
-    top = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
-    return jnp.where(jnp.isneginf(top), 0, top)
+    return origin(jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)))
 
 
 def backward_corrected_cross_entropy(
