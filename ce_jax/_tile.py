@@ -23,6 +23,7 @@ All sums are kept relative to the row's maximum: `lse - z` computed from two lar
 lose the digits that `log p` is made of.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
 # Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
-_FEW_CLASSES = 128
+_FEW_CLASSES = 16
 
 
 class Target(NamedTuple):
@@ -102,32 +103,119 @@ def partial_statistics(
 
     `masked` says whether some `z` may be -inf; without that a CPU needs fewer passes.
     """
-    shifted, row_max = _shift(z)
-    exp = jnp.exp(shifted)
-    out = Partial(max=row_max, sum_exp=_sum(exp))
+    # The statistics do not depend on the maximum, so its derivative is left out of forward mode
+    # and of second derivatives too.
+    row_max = jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
+    out = Partial(max=row_max, sum_exp=_sum(jnp.exp(_shift(z, row_max))))
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class)
-        out = out._replace(label_logit=logit.astype(shifted.dtype))
-    if target.probs is not None:
-        # 0 * -inf = 0; written with a single select, as each costs a CPU a pass over the tile.
-        bounded = jnp.maximum(shifted, jnp.finfo(shifted.dtype).min)
-        reached = jnp.where(target.probs == 0, bounded, shifted)
-        out = out._replace(target_dot=_sum(target.probs * reached), target_sum=_sum(target.probs))
-    if target.classes is not None:
-        classes, allowed = _spread(target.classes, z, masked)
-        finite = _finite_part(shifted) if masked else shifted
-        count = _sum(allowed.astype(shifted.dtype))
-        out = out._replace(
-            classes_dot=_sum(classes * finite),
-            # With one coefficient for all classes there is one sum over the row less to compute.
-            classes_sum=_sum(classes) if target.classes.ndim else target.classes * count,
-            classes_count=count,
-        )
-    if entropy:
-        out = out._replace(exp_dot=_sum(exp * _finite_part(shifted)))
+        out = out._replace(label_logit=logit.astype(row_max.dtype))
     if argmax:
         out = out._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + first_class)
+    target = target._replace(labels=ABSENT)
+    if target == Target() and not entropy:
+        return out
+    if not masked:
+        return out._replace(**_unmasked_sums(entropy, z, row_max, target))
+    sums = jax.lax.platform_dependent(
+        *(z, row_max, target),
+        cpu=functools.partial(_masked_sums_if_masked, entropy),
+        default=functools.partial(_masked_sums, entropy),
+    )
+    return out._replace(**sums)
+
+
+_Sums = dict[str, Array]
+
+
+def _masked_sums(
+    entropy: bool,
+    z: Float[Array, "*rows classes"],
+    row_max: Float[Array, "*rows"],
+    target: Target,
+) -> _Sums:
+    """The fields of `Partial` in which 0 meets -inf, and counts for nothing."""
+    out, shifted = {}, _shift(z, row_max)
+    if target.probs is not None:
+        bounded = jnp.maximum(shifted, jnp.finfo(shifted.dtype).min)
+        reached = jnp.where(target.probs == 0, bounded, shifted)
+        out = {"target_dot": _sum(target.probs * reached), "target_sum": _sum(target.probs)}
+    if target.classes is not None:
+        classes, allowed = _spread(target.classes, z, masked=True)
+        product = jnp.broadcast_to(target.classes, z.shape) * _finite_part(shifted)
+        out["classes_dot"] = _sum(jnp.where(allowed, product, 0))  # a weight may be NaN there
+        out["classes_count"] = _sum(allowed.astype(shifted.dtype))
+        if target.classes.ndim:
+            out["classes_sum"] = _sum(classes)
+        else:  # one coefficient for all classes: a sum over the row less
+            out["classes_sum"] = target.classes * out["classes_count"]
+    if entropy:
+        out["exp_dot"] = _sum(jnp.exp(shifted) * _finite_part(shifted))
     return out
+
+
+def _unmasked_sums(
+    entropy: bool,
+    z: Float[Array, "*rows classes"],
+    row_max: Float[Array, "*rows"],
+    target: Target,
+) -> _Sums:
+    """The same without a select: infinite or NaN if any `z` is -inf."""
+
+    # What XLA finds in several places it computes once and stores, but for a barrier in between. A
+    # CPU is faster if each sum reads the tile and computes what it needs.
+    def own(x: Array) -> Array:
+        barred: Array = jax.lax.optimization_barrier(x)
+        return barred
+
+    def shifted() -> Array:
+        return _shift(own(z), own(row_max))
+
+    out = {}
+    if target.probs is not None:
+        out["target_dot"] = _sum(own(target.probs) * shifted())
+        out["target_sum"] = _sum(own(target.probs))
+    if target.classes is not None:
+        out["classes_count"] = count = jnp.full_like(row_max, z.shape[-1])
+        if target.classes.ndim:
+            classes = jnp.broadcast_to(own(target.classes), z.shape)
+            out["classes_dot"] = _sum(classes * shifted())
+            out["classes_sum"] = jnp.broadcast_to(jnp.sum(target.classes), count.shape)
+        else:
+            out["classes_dot"] = target.classes * _sum(shifted())
+            out["classes_sum"] = target.classes * count
+    if entropy:
+        out["exp_dot"] = _sum(jnp.exp(_shift(z, row_max)) * shifted())
+    return out
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _masked_sums_if_masked(
+    entropy: bool,
+    z: Float[Array, "*rows classes"],
+    row_max: Float[Array, "*rows"],
+    target: Target,
+) -> _Sums:
+    """`_masked_sums`, each select of which costs a CPU an array of the size of the tile.
+
+    So those without come first, and stand where they are finite.
+    """
+    sums = _unmasked_sums(entropy, z, row_max, target)
+    dots = sum(sums[name] for name in ("target_dot", "classes_dot", "exp_dot") if name in sums)
+    hold = jnp.all(jnp.isfinite(dots))
+
+    def one(name: str) -> Array:
+        found: Array = jax.lax.cond(
+            hold, lambda: sums[name], lambda: _masked_sums(entropy, z, row_max, target)[name]
+        )
+        return found
+
+    return {name: one(name) for name in sums}  # in turns, so that no two arrays are held at once
+
+
+@_masked_sums_if_masked.defjvp
+def _masked_sums_jvp(entropy: bool, primals: Any, tangents: Any) -> tuple[_Sums, _Sums]:
+    return jax.jvp(functools.partial(_masked_sums, entropy), primals, tangents)
 
 
 def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
@@ -202,8 +290,7 @@ def pullback(
     and then keeps or recomputes the exponential as suits the platform: a CPU keeps it (an
     exponential costs more than memory traffic), a GPU recomputes it and holds nothing of this size.
     """
-    base = origin(part.max)
-    shifted = z.astype(base.dtype) - base[..., None]
+    shifted = _shift(z, part.max)
     exp = jnp.exp(shifted)
     log_sum = jnp.log(part.sum_exp)
     onto_p = g.lse
@@ -265,11 +352,10 @@ def is_label(
     return columns == (labels - first_class)[..., None]
 
 
-def _shift(z: Float[Array, "*rows classes"]) -> tuple[Array, Array]:
-    # The statistics do not depend on the maximum, so its derivative is left out of forward mode
-    # and of second derivatives too.
-    row_max = jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
-    return z.astype(row_max.dtype) - origin(row_max)[..., None], row_max
+def _shift(
+    z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"]
+) -> Float[Array, "*rows classes"]:
+    return z.astype(row_max.dtype) - origin(row_max)[..., None]
 
 
 def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
