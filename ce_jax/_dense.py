@@ -49,10 +49,19 @@ def _partial(
 ) -> _tile.Partial:
     entropy, argmax, axis_name = options
     first_class = _sharded.first_class(logits.shape[-1], axis_name)
+    # Sums relative to the maximum of all devices add up what the gradient needs anyway.
+    join_max = None
+    if axis_name is not None:
+        join_max = functools.partial(_sharded.max_over, axis_name=axis_name)
     part = _tile.partial_statistics(
-        logits, target, entropy=entropy, argmax=argmax, first_class=first_class
+        logits,
+        target,
+        entropy=entropy,
+        argmax=argmax,
+        first_class=first_class,
+        join_max=join_max,
     )
-    return _sharded.merge_across(part, axis_name)
+    return _sharded.sum_across(part, axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

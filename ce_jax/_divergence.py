@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from . import _class_blocks, _sharded, _tile
 from ._head import First, Head, take
 from ._recomputed import WHOLE, Form, over_columns
+from ._sums import origin
 from ._tile import ABSENT, Target
 
 
@@ -166,7 +167,7 @@ def _fold(
 
 def _read(u: Float[Array, "*rows block"], v: Float[Array, "*rows block"]) -> _Sums:
     p, q = (_tile.partial_statistics(z, Target()) for z in (u, v))
-    u, v = u - _tile.origin(p.max)[..., None], v - _tile.origin(q.max)[..., None]
+    u, v = u - origin(p.max)[..., None], v - origin(q.max)[..., None]
     exp = jnp.exp(u)
     return _Sums(p, q, jnp.sum(exp * _where_likely(exp, u, v), -1))
 
@@ -182,8 +183,8 @@ def _rebased(
 ) -> Float[Array, "*rows"]:
     """The gap relative to other maxima."""
     by_p, by_q = (
-        _tile.origin(sums.p.max) - _tile.origin(p_max),
-        _tile.origin(sums.q.max) - _tile.origin(q_max),
+        origin(sums.p.max) - origin(p_max),
+        origin(sums.q.max) - origin(q_max),
     )
     scale = jnp.where(sums.p.max == -jnp.inf, 0, jnp.exp(by_p))
     gap = scale * (sums.gap + sums.p.sum_exp * (by_p - by_q))
@@ -211,7 +212,7 @@ def _pull(
     size: int,
 ) -> Inputs:
     (u, v), pull = _tiles(options, inputs, first, size)
-    u, v = u - _tile.origin(sums.p.max)[..., None], v - _tile.origin(sums.q.max)[..., None]
+    u, v = u - origin(sums.p.max)[..., None], v - origin(sums.q.max)[..., None]
     exp = jnp.exp(u)
     p = exp / sums.p.sum_exp[..., None]
     q = jnp.exp(v) / sums.q.sum_exp[..., None]

@@ -81,12 +81,21 @@ def merge_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
     row_max = jax.lax.pmax(part.max, axis_name)
     argmax = part.argmax
     if argmax is not None:
+        argmax = jnp.where(part.max == row_max, argmax, _tile.NOWHERE)
+    return sum_across(_tile.rebase(part, row_max)._replace(max=row_max, argmax=argmax), axis_name)
+
+
+def sum_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
+    """Adds up the sums of all devices, which are relative to the maximum of all."""
+    if axis_name is None:
+        return part
+    argmax = part.argmax
+    if argmax is not None:
         # The lowest class among those that reach the maximum, as `jnp.argmax` has it.
-        candidate = jnp.where(part.max == row_max, argmax, jnp.iinfo(argmax.dtype).max)
-        argmax = jax.lax.pmin(candidate, axis_name)
-    sums = _tile.rebase(part, row_max)._replace(max=_tile.ABSENT, argmax=_tile.ABSENT)
+        argmax = jax.lax.pmin(argmax, axis_name)
+    sums = part._replace(max=_tile.ABSENT, argmax=_tile.ABSENT)
     total: _tile.Partial = jax.lax.psum(sums, axis_name)
-    return total._replace(max=row_max, argmax=argmax)
+    return total._replace(max=part.max, argmax=argmax)
 
 
 def take_class(

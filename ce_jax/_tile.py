@@ -23,17 +23,19 @@ All sums are kept relative to the row's maximum: `lse - z` computed from two lar
 lose the digits that `log p` is made of.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
+
+from ._sums import finite_part, origin, row_sum, shift, spread, sums
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
-# Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
-_FEW_CLASSES = 16
+# An `argmax` above every class: the tile does not hold the maximum of the row.
+NOWHERE = jnp.iinfo(jnp.int32).max
 
 
 class Target(NamedTuple):
@@ -98,124 +100,33 @@ def partial_statistics(
     argmax: bool = False,
     masked: bool = True,
     first_class: int | Integer[Array, ""] = 0,
+    join_max: Callable[[Array], Array] | None = None,
 ) -> Partial:
     """Reads one tile, whose first column is class `first_class` of the row.
 
-    `masked` says whether some `z` may be -inf; without that a CPU needs fewer passes.
+    `masked` says whether some `z` may be -inf; without that a CPU needs fewer passes. `join_max`
+    turns the maxima of a tile into those of whole rows, which the sums then are relative to.
     """
     # The statistics do not depend on the maximum, so its derivative is left out of forward mode
     # and of second derivatives too.
-    row_max = jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
-    out = Partial(max=row_max, sum_exp=_sum(jnp.exp(_shift(z, row_max))))
+    local_max = jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
+    row_max = local_max if join_max is None else join_max(local_max)
+    out = Partial(max=row_max, sum_exp=row_sum(jnp.exp(shift(z, row_max))))
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class)
         out = out._replace(label_logit=logit.astype(row_max.dtype))
     if argmax:
-        out = out._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + first_class)
-    target = target._replace(labels=ABSENT)
-    if target == Target() and not entropy:
+        largest = jnp.argmax(z, -1).astype(jnp.int32) + first_class
+        if join_max is not None:
+            largest = jnp.where(local_max == row_max, largest, NOWHERE)
+        out = out._replace(argmax=largest)
+    if target.probs is None and target.classes is None and not entropy:
         return out
-    if not masked:
-        return out._replace(**_unmasked_sums(entropy, z, row_max, target))
-    sums = jax.lax.platform_dependent(
-        *(z, row_max, target),
-        cpu=functools.partial(_masked_sums_if_masked, entropy),
-        default=functools.partial(_masked_sums, entropy),
-    )
-    return out._replace(**sums)
-
-
-_Sums = dict[str, Array]
-
-
-def _masked_sums(
-    entropy: bool,
-    z: Float[Array, "*rows classes"],
-    row_max: Float[Array, "*rows"],
-    target: Target,
-) -> _Sums:
-    """The fields of `Partial` in which 0 meets -inf, and counts for nothing."""
-    out, shifted = {}, _shift(z, row_max)
-    if target.probs is not None:
-        bounded = jnp.maximum(shifted, jnp.finfo(shifted.dtype).min)
-        reached = jnp.where(target.probs == 0, bounded, shifted)
-        out = {"target_dot": _sum(target.probs * reached), "target_sum": _sum(target.probs)}
-    if target.classes is not None:
-        classes, allowed = _spread(target.classes, z, masked=True)
-        product = jnp.broadcast_to(target.classes, z.shape) * _finite_part(shifted)
-        out["classes_dot"] = _sum(jnp.where(allowed, product, 0))  # a weight may be NaN there
-        out["classes_count"] = _sum(allowed.astype(shifted.dtype))
-        if target.classes.ndim:
-            out["classes_sum"] = _sum(classes)
-        else:  # one coefficient for all classes: a sum over the row less
-            out["classes_sum"] = target.classes * out["classes_count"]
-    if entropy:
-        out["exp_dot"] = _sum(jnp.exp(shifted) * _finite_part(shifted))
+    columns = target._replace(labels=ABSENT)
+    out = out._replace(**sums(z, row_max, columns, entropy=entropy, masked=masked))
+    if target.classes is not None and target.classes.ndim == 0:
+        out = out._replace(classes_sum=target.classes * out.classes_count)
     return out
-
-
-def _unmasked_sums(
-    entropy: bool,
-    z: Float[Array, "*rows classes"],
-    row_max: Float[Array, "*rows"],
-    target: Target,
-) -> _Sums:
-    """The same without a select: infinite or NaN if any `z` is -inf."""
-
-    # What XLA finds in several places it computes once and stores, but for a barrier in between. A
-    # CPU is faster if each sum reads the tile and computes what it needs.
-    def own(x: Array) -> Array:
-        barred: Array = jax.lax.optimization_barrier(x)
-        return barred
-
-    def shifted() -> Array:
-        return _shift(own(z), own(row_max))
-
-    out = {}
-    if target.probs is not None:
-        out["target_dot"] = _sum(own(target.probs) * shifted())
-        out["target_sum"] = _sum(own(target.probs))
-    if target.classes is not None:
-        out["classes_count"] = count = jnp.full_like(row_max, z.shape[-1])
-        if target.classes.ndim:
-            classes = jnp.broadcast_to(own(target.classes), z.shape)
-            out["classes_dot"] = _sum(classes * shifted())
-            out["classes_sum"] = jnp.broadcast_to(jnp.sum(target.classes), count.shape)
-        else:
-            out["classes_dot"] = target.classes * _sum(shifted())
-            out["classes_sum"] = target.classes * count
-    if entropy:
-        out["exp_dot"] = _sum(jnp.exp(_shift(z, row_max)) * shifted())
-    return out
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _masked_sums_if_masked(
-    entropy: bool,
-    z: Float[Array, "*rows classes"],
-    row_max: Float[Array, "*rows"],
-    target: Target,
-) -> _Sums:
-    """`_masked_sums`, each select of which costs a CPU an array of the size of the tile.
-
-    So those without come first, and stand where they are finite.
-    """
-    sums = _unmasked_sums(entropy, z, row_max, target)
-    dots = sum(sums[name] for name in ("target_dot", "classes_dot", "exp_dot") if name in sums)
-    hold = jnp.all(jnp.isfinite(dots))
-
-    def one(name: str) -> Array:
-        found: Array = jax.lax.cond(
-            hold, lambda: sums[name], lambda: _masked_sums(entropy, z, row_max, target)[name]
-        )
-        return found
-
-    return {name: one(name) for name in sums}  # in turns, so that no two arrays are held at once
-
-
-@_masked_sums_if_masked.defjvp
-def _masked_sums_jvp(entropy: bool, primals: Any, tangents: Any) -> tuple[_Sums, _Sums]:
-    return jax.jvp(functools.partial(_masked_sums, entropy), primals, tangents)
 
 
 def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
@@ -290,7 +201,7 @@ def pullback(
     and then keeps or recomputes the exponential as suits the platform: a CPU keeps it (an
     exponential costs more than memory traffic), a GPU recomputes it and holds nothing of this size.
     """
-    shifted = _shift(z, part.max)
+    shifted = shift(z, part.max)
     exp = jnp.exp(shifted)
     log_sum = jnp.log(part.sum_exp)
     onto_p = g.lse
@@ -311,7 +222,7 @@ def pullback(
         absent = (target.probs == 0) & (shifted == -jnp.inf)
         d_target = d_target._replace(probs=jnp.where(absent, 0, d_probs))
     if target.classes is not None:
-        classes, allowed = _spread(target.classes, z, masked)
+        classes, allowed = spread(target.classes, z, masked)
         dz = dz - g.uniform[..., None] * classes
         surprise = jnp.where(allowed, log_sum[..., None] - shifted, 0)
         d_classes = g.uniform[..., None] * surprise
@@ -321,7 +232,7 @@ def pullback(
         # log p + H is (z - max) - exp_dot / sum_exp: the logarithm of the sum cancels.
         mean = part.exp_dot / part.sum_exp
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
-        dz = dz - exp * onto_log_p * (_finite_part(shifted) - mean[..., None])
+        dz = dz - exp * onto_log_p * (finite_part(shifted) - mean[..., None])
     return dz, d_target
 
 
@@ -350,42 +261,3 @@ def is_label(
     """True in the column of each row's label, by comparison: a scatter is slow off the CPU."""
     columns = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
     return columns == (labels - first_class)[..., None]
-
-
-def _shift(
-    z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"]
-) -> Float[Array, "*rows classes"]:
-    return z.astype(row_max.dtype) - origin(row_max)[..., None]
-
-
-def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """What is subtracted from a row: its maximum, unless that would give -inf - -inf."""
-    return jnp.where(row_max == -jnp.inf, 0, row_max)
-
-
-def _sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
-    """The sum over the classes; a CPU sums a few of them twice as fast by a matrix product."""
-    sharding = jax.typeof(x).sharding.spec
-    sharded = sharding and sharding[-1] is not None  # no product of a sharded axis without advice
-    if x.shape[-1] > _FEW_CLASSES or x.dtype != jnp.float32 or sharded:
-        return jnp.sum(x, -1)
-
-    def product(x: Array) -> Array:
-        return jnp.matmul(x, jnp.ones(x.shape[-1:], x.dtype), precision="highest")
-
-    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, -1))
-
-
-def _finite_part(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.where(x == -jnp.inf, 0, x)
-
-
-def _spread(
-    classes: Float[ArrayLike, "..."], z: Float[Array, "*rows classes"], masked: bool
-) -> tuple[Float[Array, "*rows classes"], Bool[Array, "*rows classes"]]:
-    """The class coefficients in each row, 0 where a class is not allowed, and which are."""
-    classes = jnp.broadcast_to(classes, z.shape)
-    if not masked:
-        return classes, jnp.ones(z.shape, bool)
-    allowed = z > -jnp.inf
-    return jnp.where(allowed, classes, 0), allowed

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _target
-from ._tile import origin, wide
+from ._sums import origin
+from ._tile import wide
 from .softmax import softmax_cross_entropy
 
 _Axis = int | tuple[int, ...] | None

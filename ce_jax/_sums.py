@@ -1,0 +1,179 @@
+"""Sums over the classes of a tile in which 0 may meet -inf, and counts for nothing.
+
+A select keeps the two apart, and to a CPU it is dear: XLA computes a sum there together with the
+arithmetic that feeds it, but not with a select, and stores an array of the size of the tile first.
+So a CPU first finds the sums without selects, and those with them only where the first came out
+infinite or NaN. Other platforms fuse selects like anything else, and begin with them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+# Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
+_FEW_CLASSES = 16
+
+# Fields of `_tile.Partial`, and how to compute each.
+_Sums = dict[str, Callable[[], Array]]
+
+
+class _Target(Protocol):
+    """What is read of a `_tile.Target`; each part may be None."""
+
+    @property
+    def probs(self) -> Any: ...
+    @property
+    def classes(self) -> Any: ...
+
+
+def sums(
+    z: Float[Array, "*rows classes"],
+    row_max: Float[Array, "*rows"],
+    target: _Target,
+    *,
+    entropy: bool,
+    masked: bool,
+) -> dict[str, Array]:
+    """The fields of `_tile.Partial` that `target` and `entropy` ask for, relative to `row_max`.
+
+    `masked` says whether some `z` may be -inf.
+    """
+    arguments = (z, row_max, target)
+    if not masked:
+        return _all(_without_select(entropy, *arguments))
+    return jax.lax.platform_dependent(
+        *arguments,
+        cpu=functools.partial(_select_where_masked, entropy),
+        default=lambda *arguments: _all(_with_select(entropy, *arguments)),
+    )
+
+
+def _all(of: _Sums) -> dict[str, Array]:
+    return {name: find() for name, find in of.items()}
+
+
+def _with_select(
+    entropy: bool, z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"], target: _Target
+) -> _Sums:
+    def target_dot() -> Array:
+        shifted = shift(z, row_max)
+        bounded = jnp.maximum(shifted, jnp.finfo(shifted.dtype).min)
+        return row_sum(target.probs * jnp.where(target.probs == 0, bounded, shifted))
+
+    def classes_dot() -> Array:
+        product = jnp.broadcast_to(target.classes, z.shape) * finite_part(shift(z, row_max))
+        return row_sum(jnp.where(z > -jnp.inf, product, 0))  # a weight may be NaN there
+
+    def exp_dot() -> Array:
+        shifted = shift(z, row_max)
+        return row_sum(jnp.exp(shifted) * finite_part(shifted))
+
+    out: _Sums = {}
+    if target.probs is not None:
+        out |= {"target_dot": target_dot, "target_sum": lambda: row_sum(target.probs)}
+    if target.classes is not None:
+        out["classes_dot"] = classes_dot
+        out["classes_count"] = lambda: row_sum((z > -jnp.inf).astype(row_max.dtype))
+        if target.classes.ndim:
+            out["classes_sum"] = lambda: row_sum(spread(target.classes, z, masked=True)[0])
+    if entropy:
+        out["exp_dot"] = exp_dot
+    return out
+
+
+def _without_select(
+    entropy: bool, z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"], target: _Target
+) -> _Sums:
+    # What XLA finds in several places it computes once and stores, but for a barrier in between. A
+    # CPU is faster if each sum reads the tile and computes what it needs.
+    def own(x: Array) -> Array:
+        barred: Array = jax.lax.optimization_barrier(x)
+        return barred
+
+    def shifted() -> Array:
+        return shift(own(z), own(row_max))
+
+    def classes_dot() -> Array:
+        if target.classes.ndim == 0:
+            return target.classes * row_sum(shifted())
+        return row_sum(jnp.broadcast_to(own(target.classes), z.shape) * shifted())
+
+    out: _Sums = {}
+    if target.probs is not None:
+        out["target_dot"] = lambda: row_sum(own(target.probs) * shifted())
+        out["target_sum"] = lambda: row_sum(own(target.probs))
+    if target.classes is not None:
+        out["classes_dot"] = classes_dot
+        out["classes_count"] = lambda: jnp.full_like(row_max, z.shape[-1])
+        if target.classes.ndim:
+            out["classes_sum"] = lambda: jnp.full_like(row_max, jnp.sum(target.classes))
+    if entropy:
+        out["exp_dot"] = lambda: row_sum(jnp.exp(shift(z, row_max)) * shifted())
+    return out
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _select_where_masked(
+    entropy: bool, z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"], target: _Target
+) -> dict[str, Array]:
+    with_select = _with_select(entropy, z, row_max, target)
+    found = _all(_without_select(entropy, z, row_max, target))
+    dots = sum(found[name] for name in ("target_dot", "classes_dot", "exp_dot") if name in found)
+    hold = jnp.all(jnp.isfinite(dots))
+    for name, plain in found.items():  # in turns, so that no two arrays are held at once
+        if name != "target_sum":  # has no logits in it
+            found[name] = jax.lax.cond(hold, lambda plain=plain: plain, with_select[name])
+    return found
+
+
+# The derivative of sums that are not taken, times 0, would be NaN.
+@_select_where_masked.defjvp
+def _select_where_masked_jvp(
+    entropy: bool, primals: Any, tangents: Any
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    return jax.jvp(lambda *primals: _all(_with_select(entropy, *primals)), primals, tangents)
+
+
+def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """What is subtracted from a row: its maximum, unless that would give -inf - -inf."""
+    return jnp.where(row_max == -jnp.inf, 0, row_max)
+
+
+def shift(
+    z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"]
+) -> Float[Array, "*rows classes"]:
+    """The tile relative to the maximum of its rows, in the dtype of that."""
+    return z.astype(row_max.dtype) - origin(row_max)[..., None]
+
+
+def row_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
+    """The sum over the classes; a CPU sums a few of them twice as fast by a matrix product."""
+    sharding = jax.typeof(x).sharding.spec
+    sharded = sharding and sharding[-1] is not None  # no product of a sharded axis without advice
+    if x.shape[-1] > _FEW_CLASSES or x.dtype != jnp.float32 or sharded:
+        return jnp.sum(x, -1)
+
+    def product(x: Array) -> Array:
+        return jnp.matmul(x, jnp.ones(x.shape[-1:], x.dtype), precision="highest")
+
+    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, -1))
+
+
+def finite_part(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, with 0 for -inf."""
+    return jnp.where(x == -jnp.inf, 0, x)
+
+
+def spread(
+    classes: Float[ArrayLike, "..."], z: Float[Array, "*rows classes"], masked: bool
+) -> tuple[Float[Array, "*rows classes"], Bool[Array, "*rows classes"]]:
+    """The class coefficients in each row, 0 where a class is not allowed, and which are."""
+    classes = jnp.broadcast_to(classes, z.shape)
+    if not masked:
+        return classes, jnp.ones(z.shape, bool)
+    allowed = z > -jnp.inf
+    return jnp.where(allowed, classes, 0), allowed
