@@ -8,7 +8,7 @@ infinite or NaN. Other platforms fuse selects like anything else, and begin with
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ _FEW_CLASSES = 16
 _Sums = dict[str, Callable[[], Array]]
 
 
+@runtime_checkable
 class _Target(Protocol):
     """What is read of a `_tile.Target`; each part may be None."""
 
@@ -102,15 +103,19 @@ def _without_select(
             return target.classes * row_sum(shifted())
         return row_sum(jnp.broadcast_to(own(target.classes), z.shape) * shifted())
 
+    def in_all_rows(x: ArrayLike) -> Array:
+        # The maximum of a tile varies over the mesh axes that the tile varies over, as a sum must.
+        return jnp.full_like(jnp.max(z, -1), x, dtype=row_max.dtype)
+
     out: _Sums = {}
     if target.probs is not None:
         out["target_dot"] = lambda: row_sum(own(target.probs) * shifted())
         out["target_sum"] = lambda: row_sum(own(target.probs))
     if target.classes is not None:
         out["classes_dot"] = classes_dot
-        out["classes_count"] = lambda: jnp.full_like(row_max, z.shape[-1])
+        out["classes_count"] = lambda: in_all_rows(z.shape[-1])
         if target.classes.ndim:
-            out["classes_sum"] = lambda: jnp.full_like(row_max, jnp.sum(target.classes))
+            out["classes_sum"] = lambda: in_all_rows(jnp.sum(target.classes))
     if entropy:
         out["exp_dot"] = lambda: row_sum(jnp.exp(shift(z, row_max)) * shifted())
     return out

@@ -34,6 +34,7 @@ from experiments.benchmarking import (
     torch_peers,
 )
 from experiments.benchmarking.measure import OURS, Row, measure
+from experiments.benchmarking.programs import Peer
 from experiments.benchmarking.timing import Effort
 from experiments.errors import ExperimentError, fail
 
@@ -78,6 +79,10 @@ def main(
             show_default="3; with --quick 0.15",
         ),
     ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave this peer out, such as torch.compile; may be repeated."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -97,12 +102,19 @@ def main(
     default = Effort(0.15, 3, 15) if quick else Effort(3.0)
     effort = default if seconds is None else default._replace(seconds=seconds)
     try:
-        run(only or list(Operation), effort, folder, quick=quick)
+        run(only or list(Operation), effort, folder, quick=quick, without=without or ())
     except ExperimentError as error:
         fail(str(error))
 
 
-def run(operations: Sequence[str], effort: Effort, folder: Path, *, quick: bool) -> None:
+def run(
+    operations: Sequence[str],
+    effort: Effort,
+    folder: Path,
+    *,
+    quick: bool,
+    without: Sequence[str] = (),
+) -> None:
     """Measures, and leaves figures and pictures in a folder after every part of the work.
 
     Args:
@@ -110,10 +122,20 @@ def run(operations: Sequence[str], effort: Effort, folder: Path, *, quick: bool)
       effort: how long to sample each problem.
       folder: where results go; new or empty.
       quick: whether small shapes do.
+      without: names of peers to leave out.
+
+    Raises:
+      ExperimentError: there is no such peer, or the folder cannot be used.
     """
+    peers = _peers(without, quick=quick)
     console = Console()
     console.width = max(console.width, 100)  # where it is not a terminal, a table needs as much
-    options = {"operations": list(operations), "quick": quick, **effort._asdict()}
+    options = {
+        "operations": list(operations),
+        "quick": quick,
+        "without": list(without),
+        **effort._asdict(),
+    }
     about: dict[str, Any] = {"options": options, **report.machine()}
     runs.create(folder, {"experiment": "benchmark", **about})
     show.setting(
@@ -132,7 +154,7 @@ def run(operations: Sequence[str], effort: Effort, folder: Path, *, quick: bool)
             "trusted.",
         )
     rows: list[Row] = []
-    for name, part in parts(operations, effort, quick=quick):
+    for name, part in parts(operations, effort, peers, quick=quick):
         console.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
         found = part()
         print_rows(console, found)
@@ -149,7 +171,23 @@ def run(operations: Sequence[str], effort: Effort, folder: Path, *, quick: bool)
     console.print(f"results, tables and pictures: {folder.absolute()}", soft_wrap=True)
 
 
-def parts(operations: Sequence[str], effort: Effort, *, quick: bool) -> Iterator[Part]:
+def _peers(without: Sequence[str], *, quick: bool) -> list[Peer]:
+    peers = jax_peers.peers() + torch_peers.peers(compiled=not quick)
+    names = [peer.name for peer in peers]
+    for name in without:
+        if name not in names or name == OURS:
+            raise ExperimentError(f"no peer to leave out is called {name!r}: {', '.join(names)}")
+    return [
+        peer._replace(missing=peer.missing or "left out by --without")
+        if peer.name in without
+        else peer
+        for peer in peers
+    ]
+
+
+def parts(
+    operations: Sequence[str], effort: Effort, peers: Sequence[Peer], *, quick: bool
+) -> Iterator[Part]:
     """The parts of the work, in the order in which they are done."""
     if Operation.IMPORT in operations:
         yield "import", lambda: startup.import_rows(3 if quick else 11)
@@ -157,7 +195,6 @@ def parts(operations: Sequence[str], effort: Effort, *, quick: bool) -> Iterator
         losses = [o for o in operations if o in problems.ARGUMENTS] or list(problems.ARGUMENTS)
         names = losses[:1] if quick else losses
         yield "compile", lambda: startup.compile_rows(names, 3 if quick else 7)
-    peers = jax_peers.peers() + torch_peers.peers(compiled=not quick)
     for problem in problems.table(operations, quick):
         yield (
             f"{problem.operation} {problem.shape} {problem.dtype}",

@@ -140,6 +140,7 @@ def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(problems, "scaling", lambda *_: curve)
     out = tmp_path / "run"
     options = ["--quick", "--seconds", "0.01", "--only", "integer", "--out", str(out)]
+    options += ["--without", "jax.nn"]
     result = CliRunner().invoke(benchmark.app, options)
     assert result.exit_code == 0, result.output
 
@@ -162,6 +163,7 @@ def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
             assert row["to_optax"] == 1.0
     summary = (out / report.SUMMARY_FILE).read_text()
     assert "| integer | 6x5 | float32 |" in summary
+    assert "jax.nn: left out by --without" in summary
     assert "torch.compile: " in summary  # left out, or not installed: never dropped silently
     assert sorted(path.name for path in out.glob("*.png")) == ["ratios.png", "scaling_classes.png"]
 
@@ -173,6 +175,16 @@ def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
 def test_an_unknown_operation_is_a_wrong_option():
     result = CliRunner().invoke(benchmark.app, ["--only", "cosine"])
     assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("peer", ["numpy", "ce_jax"])
+def test_who_cannot_be_left_out(peer, tmp_path):
+    out = tmp_path / "run"
+    result = CliRunner().invoke(benchmark.app, ["--without", peer, "--out", str(out)])
+    assert result.exit_code == 1
+    assert repr(peer) in result.stderr
+    assert "torch.compile" in result.stderr
+    assert not out.exists()
 
 
 def test_pictures_need_no_figures_of_everybody(tmp_path):
