@@ -113,6 +113,7 @@ def _keras() -> dict[str, Loss]:
 
 def _tokamax() -> dict[str, Loss]:
     function: Any = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
+    importlib.import_module("absl.flags").FLAGS([""])  # or it would read our command line as its
     return {"linear": lambda h, k, y: function(h, y, k, reduction="mean")}
 
 
