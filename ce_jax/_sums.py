@@ -117,7 +117,9 @@ def _without_select(
         if target.classes.ndim:
             out["classes_sum"] = lambda: in_all_rows(jnp.sum(target.classes))
     if entropy:
-        out["exp_dot"] = lambda: row_sum(jnp.exp(shift(z, row_max)) * shifted())
+        # 0 times a bounded number: right for -inf too, which unmasked logits overflow to.
+        least = float(jnp.finfo(row_max.dtype).min)
+        out["exp_dot"] = lambda: row_sum(jnp.exp(shift(z, row_max)) * jnp.maximum(shifted(), least))
     return out
 
 

@@ -120,3 +120,10 @@ def test_a_weight_that_is_nan_where_its_class_is_masked():
         label_smoothing=0.2,
     )
     close(losses, truth, 1e-13)
+
+
+def test_the_entropy_of_linear_logits_that_overflow():
+    """Without a bias no logit counts as masked; one that overflows has no part in the entropy."""
+    hidden, kernel = jnp.ones((1, 1), jnp.float32), jnp.array([[2e38, 2e38, -2e38]], jnp.float32)
+    found = ce_jax.linear_softmax_statistics(hidden, kernel, jnp.array([0]))
+    close(found.entropy, [np.log(2.0)], 1e-6)
