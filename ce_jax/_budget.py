@@ -1,5 +1,7 @@
 """How the linear form divides its work: by tokens or by classes, and into blocks of what size."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

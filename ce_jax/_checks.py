@@ -5,6 +5,8 @@ Shapes and dtypes are known while tracing, so all checks cost nothing when the c
 runs. Ranges of options are checked where the value is known: a traced one passes unseen.
 """
 
+from __future__ import annotations
+
 import math
 import numbers
 from collections.abc import Callable, Sequence

@@ -4,6 +4,8 @@ Never more than one block of logits and of its gradient exist. Four matmuls of t
 product in all (`8 N D V` operations for value and gradient); any cotangent is served.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 

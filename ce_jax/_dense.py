@@ -1,5 +1,7 @@
 """Row statistics of logits that are held in memory, with the fused derivative."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

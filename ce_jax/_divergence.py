@@ -11,6 +11,8 @@ digits. With the cotangent `g` the derivative is
     du = g p (log p - log q - KL)        dv = g (q - p)
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """The last layer of a model, hidden states to logits, one block at a time."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 

@@ -1,5 +1,7 @@
 """The linear form's arguments: checked, by rows, with a plan of the blocks to compute them in."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Options that may be traced, and functions whose plain formula fails near a limit."""
 
+from __future__ import annotations
+
 import math
 
 import jax

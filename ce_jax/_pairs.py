@@ -4,6 +4,8 @@ Three ways of reading a block: as a softmax over the columns and one over the ro
 binary decisions, and as a softmax over the columns whose target are several of them.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """Where the arguments of a loss lie on a mesh: a PartitionSpec for each, by its name and shape."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

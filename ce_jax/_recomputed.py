@@ -5,6 +5,8 @@ way (both directions of a matrix, two matrices at once) brings a `Form`. The loo
 derivative and the care for dtypes and devices.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """From per-example losses to the result: masks, sample weights, and the three reductions."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float

@@ -1,5 +1,7 @@
 """The loss of a row from its statistics. Plain functions: JAX differentiates them."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float

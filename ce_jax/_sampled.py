@@ -3,6 +3,8 @@
 Of the layer's kernel only the rows of these classes are read.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

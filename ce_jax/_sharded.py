@@ -6,6 +6,8 @@ the same axes, so `align` casts what does not. JAX's derivative of that cast is 
 that, say, the gradient of a replicated `hidden` needs.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any, TypeVar
 

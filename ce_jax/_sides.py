@@ -1,5 +1,7 @@
 """The two sides of a batch of pairs: checked, masked, scaled, gathered; and its losses reduced."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

@@ -6,6 +6,8 @@ So a CPU first finds the sums without selects, and those with them only where th
 infinite or NaN. Other platforms fuse selects like anything else, and begin with them.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -43,18 +45,22 @@ def sums(
 
     `masked` says whether some `z` may be -inf.
     """
-    arguments = (z, row_max, target)
-    if not masked:
-        return _all(_without_select(entropy, *arguments))
-    return jax.lax.platform_dependent(
-        *arguments,
-        cpu=functools.partial(_select_where_masked, entropy),
-        default=lambda *arguments: _all(_with_select(entropy, *arguments)),
+    if masked:
+        cpu: Callable[..., dict[str, Array]] = functools.partial(_select_where_masked, entropy)
+        default = _all(functools.partial(_with_select, entropy))
+    else:
+        cpu = _all(functools.partial(_without_select, entropy, _apart))
+        default = _all(functools.partial(_without_select, entropy, lambda x: x))
+    found: dict[str, Array] = jax.lax.platform_dependent(
+        *(z, row_max, target), cpu=cpu, default=default
     )
+    if target.classes is not None and target.classes.ndim == 0:
+        found["classes_sum"] = target.classes * found["classes_count"]
+    return found
 
 
-def _all(of: _Sums) -> dict[str, Array]:
-    return {name: find() for name, find in of.items()}
+def _all(sums_of: Callable[..., _Sums]) -> Callable[..., dict[str, Array]]:
+    return lambda *arguments: {name: find() for name, find in sums_of(*arguments).items()}
 
 
 def _with_select(
@@ -86,15 +92,24 @@ def _with_select(
     return out
 
 
-def _without_select(
-    entropy: bool, z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"], target: _Target
-) -> _Sums:
-    # What XLA finds in several places it computes once and stores, but for a barrier in between. A
-    # CPU is faster if each sum reads the tile and computes what it needs.
-    def own(x: Array) -> Array:
-        barred: Array = jax.lax.optimization_barrier(x)
-        return barred
+def _apart(x: Array) -> Array:
+    """The same numbers, of which XLA does not know so.
 
+    What XLA finds in several places it computes once and stores. A CPU is faster if each sum reads
+    the tile and computes what it needs.
+    """
+    barred: Array = jax.lax.optimization_barrier(x)
+    return barred
+
+
+def _without_select(
+    entropy: bool,
+    own: Callable[[Array], Array],
+    z: Float[Array, "*rows classes"],
+    row_max: Float[Array, "*rows"],
+    target: _Target,
+) -> _Sums:
+    # `own(x)` stands for `x` in one of the sums.
     def shifted() -> Array:
         return shift(own(z), own(row_max))
 
@@ -128,7 +143,7 @@ def _select_where_masked(
     entropy: bool, z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"], target: _Target
 ) -> dict[str, Array]:
     with_select = _with_select(entropy, z, row_max, target)
-    found = _all(_without_select(entropy, z, row_max, target))
+    found = _all(_without_select)(entropy, _apart, z, row_max, target)
     dots = sum(found[name] for name in ("target_dot", "classes_dot", "exp_dot") if name in found)
     hold = jnp.all(jnp.isfinite(dots))
     for name, plain in found.items():  # in turns, so that no two arrays are held at once
@@ -142,7 +157,7 @@ def _select_where_masked(
 def _select_where_masked_jvp(
     entropy: bool, primals: Any, tangents: Any
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    return jax.jvp(lambda *primals: _all(_with_select(entropy, *primals)), primals, tangents)
+    return jax.jvp(_all(functools.partial(_with_select, entropy)), primals, tangents)
 
 
 def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:

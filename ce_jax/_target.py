@@ -1,5 +1,7 @@
 """Labels, masks and weights of the rows: what each row is compared with, and whether it counts."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple
 

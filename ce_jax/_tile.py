@@ -23,6 +23,8 @@ All sums are kept relative to the row's maximum: `lse - z` computed from two lar
 lose the digits that `log p` is made of.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,10 +125,7 @@ def partial_statistics(
     if target.probs is None and target.classes is None and not entropy:
         return out
     columns = target._replace(labels=ABSENT)
-    out = out._replace(**sums(z, row_max, columns, entropy=entropy, masked=masked))
-    if target.classes is not None and target.classes.ndim == 0:
-        out = out._replace(classes_sum=target.classes * out.classes_count)
-    return out
+    return out._replace(**sums(z, row_max, columns, entropy=entropy, masked=masked))
 
 
 def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:

@@ -6,6 +6,8 @@ matmuls (`6 N D V` operations) where recomputing the logits takes four. The pric
 logits over all classes, and a gradient of the kernel that every block adds to.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

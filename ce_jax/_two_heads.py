@@ -1,5 +1,7 @@
 """The arguments of distillation between linear layers: checked, by rows, with a plan of blocks."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """Whether a model's probabilities are right, and one number to mend them with."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple

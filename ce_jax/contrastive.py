@@ -7,6 +7,8 @@ passing the columns on from device to device costs `[N, D]` of memory, little be
 logits, for one collective that the derivative turns into one too.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import cast
 

@@ -1,5 +1,7 @@
 """What `reduction="mean"` divides by, for sums that are put together from parts."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -1,5 +1,7 @@
 """What a cross-entropy is made of: label uncertainty, model error, and the pull on each logit."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,5 +1,7 @@
 r"""Learning from a teacher: the divergence between its softmax and the student's, row by row."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 

@@ -4,6 +4,8 @@ These take probabilities, where the losses take logits. A model's loss is better
 logits: a probability has already lost what rounding and underflow took.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 import operator

@@ -4,6 +4,8 @@ The stages are those of `softmax.py`. Row statistics come from blocks of classes
 or, for a loss that is summed, from blocks of tokens (`_token_blocks`); `_budget` chooses.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

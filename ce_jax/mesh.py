@@ -1,5 +1,7 @@
 """Losses of global arrays that are spread over a mesh of devices."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable

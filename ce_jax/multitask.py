@@ -1,5 +1,7 @@
 """Several losses in one, with weights that are learnt."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -1,5 +1,7 @@
 """Negatives for losses over a sample of the classes: what is drawn, and how often to expect it."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

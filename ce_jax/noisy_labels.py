@@ -1,5 +1,7 @@
 """Cross-entropy corrected for labels that are wrong at known rates."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Sequence

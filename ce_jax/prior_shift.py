@@ -1,5 +1,7 @@
 """The class shares of unlabelled data, from a model's predictions on it."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """Cross-entropy of models that already give probabilities or log-probabilities."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Losses that rank a label above a sample of the other classes."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -6,6 +6,8 @@ or a mean is up to the caller. A row that does not count has `log_prob` 0, and t
 these losses is 0. They are plain functions: JAX differentiates them, in any mode and order.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -1,5 +1,7 @@
 """Focal loss of binary logits and poly loss of target distributions, named as in optax."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 

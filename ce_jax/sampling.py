@@ -1,5 +1,7 @@
 """Losses over the label and a sample of the other classes, where there are too many to see all."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

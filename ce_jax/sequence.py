@@ -1,5 +1,7 @@
 """Next-token training and its metrics: shifted labels, masks, perplexity, bits per byte."""
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import NamedTuple

@@ -1,5 +1,7 @@
 """Sigmoid (binary) cross-entropy of logits, with the fused derivative."""
 
+from __future__ import annotations
+
 import functools
 import math
 

@@ -4,6 +4,8 @@ Each function runs the same four stages: target (`_target`), row statistics (`_d
 the derivative), row loss (`_row_loss`) and reduction (`_reduction`).
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 

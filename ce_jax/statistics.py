@@ -1,5 +1,7 @@
 """What one pass over the logits tells about each row, for losses and metrics of any kind."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,5 +1,7 @@
 """The contrastive loss of embeddings with class labels."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

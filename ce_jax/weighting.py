@@ -4,6 +4,8 @@ The weights `[C]` go into the `weight` of a loss. A class of which there is no e
 frequency to correct for: its weight is 0, and it does not count among the classes.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

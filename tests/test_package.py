@@ -176,7 +176,7 @@ class TestFunction:
 
     def test_signature(self, name):
         """Every array is annotated, and an option has one default and place everywhere."""
-        signature = inspect.signature(getattr(ce_jax, name))
+        signature = inspect.signature(getattr(ce_jax, name), eval_str=True)
         for array in results(signature.return_annotation):
             assert "jaxtyping" in array.__module__ or array.__name__ in NAMES, array
         for parameter in signature.parameters.values():
