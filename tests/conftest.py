@@ -1,5 +1,6 @@
 """Settings of the whole suite: strict promotion, eight CPU devices, repeatable property tests."""
 
+import gc
 import os
 
 # Read when the backend starts, which is after every import. Most tests use one of the eight.
@@ -18,6 +19,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_finish():
+    # What is imported stays, and each full collection would look through all of it again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Those of one module are of no use to the next, and slow down what looks for garbage."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

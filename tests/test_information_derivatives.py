@@ -11,6 +11,8 @@ import ce_jax
 from tests import helpers
 from tests.test_information import ALL, ELEMENTWISE, TWO, P, arguments
 
+pytestmark = pytest.mark.sweep
+
 
 def difference(function, arrays, index, direction, step=1e-6):
     """Central difference of function(*arrays) along `direction` in one argument."""

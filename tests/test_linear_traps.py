@@ -10,7 +10,7 @@ from ce_jax import _budget
 from tests import linear
 from tests.helpers import GARBAGE
 
-pytestmark = pytest.mark.usefixtures("few_tokens")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("few_tokens")]
 
 INF, NAN = jnp.inf, jnp.nan
 

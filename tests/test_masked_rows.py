@@ -9,7 +9,7 @@ import ce_jax
 from tests import reference
 from tests.helpers import close
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("x64")]
 
 ROWS, CLASSES = 4, 20
 draw = np.random.default_rng(21)

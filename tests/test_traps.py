@@ -8,6 +8,8 @@ import pytest
 import ce_jax
 from tests import reference
 
+pytestmark = pytest.mark.sweep
+
 integer_loss = ce_jax.softmax_cross_entropy_with_integer_labels
 soft_loss = ce_jax.softmax_cross_entropy
 INF, NAN = jnp.inf, jnp.nan

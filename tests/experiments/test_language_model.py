@@ -63,6 +63,7 @@ def run(*options):
     return CliRunner().invoke(app, list(map(str, options)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 def test_the_loss_falls_and_a_broken_run_goes_on(tmp_path):
     options = ("--steps", 60, "--length", LENGTH, "--batch-size", 16, "--parts", 2)
