@@ -181,7 +181,7 @@ def linear_sampled_softmax_cross_entropy(
         label_log_expected_count,
         sample_weight,
         where,
-        class_axis=class_axis,
+        class_axis=_checks.integer_option("class_axis", class_axis),
         ignore_index=_checks.integer_option("ignore_index", ignore_index),
         reduction=reduction,
         forward_mode=forward_mode,

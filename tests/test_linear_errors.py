@@ -1,5 +1,6 @@
 """Wrong arguments of the linear form raise while tracing, and name what was found and wanted."""
 
+import functools
 import inspect
 
 import jax
@@ -82,12 +83,31 @@ def test_what_log_prob_loss_must_return(value):
         ce_jax.linear_softmax_cross_entropy(**RIGHT, log_prob_loss=value)
 
 
-def test_a_static_option_is_not_traced():
-    for key in ("ignore_index", "num_classes", "memory_budget", "class_axis"):
-        with pytest.raises((TypeError, ValueError), match=key):
-            jax.jit(lambda x, key=key: ce_jax.linear_softmax_cross_entropy(**RIGHT, **{key: x}))(
-                jnp.int32(1)
-            )
+@pytest.mark.parametrize("key", ["ignore_index", "num_classes", "memory_budget", "class_axis"])
+@pytest.mark.parametrize("name", [LOSS, STATISTICS])
+def test_a_static_option_is_not_traced(name, key):
+    function = getattr(ce_jax, name)
+    with pytest.raises((TypeError, ValueError), match=key):
+        jax.jit(lambda x: function(**RIGHT, **{key: x}))(jnp.int32(1))
+
+
+def test_the_axes_of_other_kernels_are_not_traced():
+    layer = {"hidden": RIGHT["hidden"], "kernel": RIGHT["kernel"]}
+    distilled = functools.partial(
+        ce_jax.linear_distillation_loss, **layer, teacher_logits=np.zeros((5, 4), F32)
+    )
+    sampled = functools.partial(
+        ce_jax.linear_sampled_softmax_cross_entropy,
+        **RIGHT,
+        negatives=ce_jax.uniform_negatives(jax.random.key(0), 3, 4),
+    )
+    for function, key in (
+        (distilled, "class_axis"),
+        (distilled, "teacher_class_axis"),
+        (sampled, "class_axis"),
+    ):
+        with pytest.raises(TypeError, match=rf"\b{key}\b"):
+            jax.jit(lambda x, function=function, key=key: function(**{key: x}))(1)
 
 
 def test_a_kernel_that_is_not_sharded():
