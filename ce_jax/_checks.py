@@ -162,7 +162,7 @@ def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> in
             f"{prefix}kernel must have the dtype of {prefix}hidden, {hidden.dtype}, "
             f"got {kernel.dtype}; cast the one that is to be rounded or widened"
         )
-    if integer_option(f"{prefix}class_axis", axis) not in (-2, -1, 0, 1):
+    if axis not in (-2, -1, 0, 1):
         raise ValueError(
             f"{prefix}class_axis must be an axis of {prefix}kernel, 0 or 1 (or -1), got {axis}"
         )

@@ -52,7 +52,7 @@ def sums(
         cpu = _all(functools.partial(_without_select, entropy, _apart))
         default = _all(functools.partial(_without_select, entropy, lambda x: x))
     found: dict[str, Array] = jax.lax.platform_dependent(
-        *(z, row_max, target), cpu=cpu, default=default
+        z, row_max, target, cpu=cpu, default=default
     )
     if target.classes is not None and target.classes.ndim == 0:
         found["classes_sum"] = target.classes * found["classes_count"]
