@@ -35,10 +35,11 @@ def row_statistics(
     logits, target = _sharded.align((logits, target))
     options = (entropy, argmax, axis_name)
     if forward_mode:
-        logits = logits.astype(_tile.wide(logits.dtype))  # so that cotangents add up in that dtype
+        dtype = _tile.wide(logits.dtype)  # so that cotangents add up in it
+        logits = logits.astype(dtype)
         if target.probs is not None:  # what is neither allowed nor wanted has derivative 0
             absent = (target.probs == 0) & (logits == -jnp.inf)
-            target = target._replace(probs=jnp.where(absent, 0, target.probs))
+            target = target._replace(probs=jnp.where(absent, 0, target.probs.astype(dtype)))
         return _tile.finish(_partial(options, logits, target))
     return _fused(options, logits, target)
 
@@ -47,7 +48,11 @@ _Options = tuple[bool, bool, str | None]
 
 
 def _partial(
-    options: _Options, logits: Float[Array, "*rows classes"], target: _tile.Target
+    options: _Options,
+    logits: Float[Array, "*rows classes"],
+    target: _tile.Target,
+    *,
+    alone: bool = False,
 ) -> _tile.Partial:
     entropy, argmax, axis_name = options
     first_class = _sharded.first_class(logits.shape[-1], axis_name)
@@ -62,6 +67,7 @@ def _partial(
         argmax=argmax,
         first_class=first_class,
         join_max=join_max,
+        alone=alone,
     )
     return _sharded.sum_across(part, axis_name)
 
@@ -70,7 +76,7 @@ def _partial(
 def _fused(
     options: _Options, logits: Float[Array, "*rows classes"], target: _tile.Target
 ) -> _tile.RowStatistics:
-    return _tile.finish(_partial(options, logits, target))
+    return _tile.finish(_partial(options, logits, target, alone=True))
 
 
 _Residuals = tuple[ArrayLike, _tile.Target, _tile.Partial]

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ._parts import coefficient_parts, in_parts
+
 # Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
 _FEW_CLASSES = 16
 
@@ -40,11 +42,36 @@ def sums(
     *,
     entropy: bool,
     masked: bool,
+    shape: tuple[int, ...] | None,
 ) -> dict[str, Array]:
-    """The fields of `_tile.Partial` that `target` and `entropy` ask for, relative to `row_max`.
+    """The sums of `_tile.Partial` that `target` and `entropy` ask for, relative to `row_max`.
 
-    `masked` says whether some `z` may be -inf.
+    `masked` says whether some `z` may be -inf, `shape` is that of `_parts.best_shape`.
     """
+    dots = functools.partial(_dots, entropy, masked)
+    if target.probs is None and target.classes is None and not entropy:
+        return in_parts(_sum_exp, shape, z, row_max, target)
+    if target.classes is not None and target.classes.ndim:  # not the same in each part of a row
+        return in_parts(_sum_exp, shape, z, row_max, None) | dots(z, row_max, target)
+    found = in_parts(lambda *tile: _sum_exp(*tile) | dots(*tile), shape, z, row_max, target)
+    if target.classes is not None:
+        found["classes_sum"] = target.classes * found["classes_count"]
+    return found
+
+
+def _sum_exp(
+    z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"], _: Any
+) -> dict[str, Array]:
+    return {"sum_exp": row_sum(jnp.exp(shift(z, row_max)))}
+
+
+def _dots(
+    entropy: bool,
+    masked: bool,
+    z: Float[Array, "*rows classes"],
+    row_max: Float[Array, "*rows"],
+    target: _Target,
+) -> dict[str, Array]:
     if masked:
         cpu: Callable[..., dict[str, Array]] = functools.partial(_select_where_masked, entropy)
         default = _all(functools.partial(_with_select, entropy))
@@ -54,8 +81,6 @@ def sums(
     found: dict[str, Array] = jax.lax.platform_dependent(
         z, row_max, target, cpu=cpu, default=default
     )
-    if target.classes is not None and target.classes.ndim == 0:
-        found["classes_sum"] = target.classes * found["classes_count"]
     return found
 
 
@@ -69,7 +94,8 @@ def _with_select(
     def target_dot() -> Array:
         shifted = shift(z, row_max)
         bounded = jnp.maximum(shifted, jnp.finfo(shifted.dtype).min)
-        return row_sum(target.probs * jnp.where(target.probs == 0, bounded, shifted))
+        probs = target.probs.astype(shifted.dtype)
+        return row_sum(probs * jnp.where(probs == 0, bounded, shifted))
 
     def classes_dot() -> Array:
         product = jnp.broadcast_to(target.classes, z.shape) * finite_part(shift(z, row_max))
@@ -81,7 +107,8 @@ def _with_select(
 
     out: _Sums = {}
     if target.probs is not None:
-        out |= {"target_dot": target_dot, "target_sum": lambda: row_sum(target.probs)}
+        out["target_dot"] = target_dot
+        out["target_sum"] = lambda: row_sum(target.probs.astype(row_max.dtype))
     if target.classes is not None:
         out["classes_dot"] = classes_dot
         out["classes_count"] = lambda: row_sum((z > -jnp.inf).astype(row_max.dtype))
@@ -116,7 +143,14 @@ def _without_select(
     def classes_dot() -> Array:
         if target.classes.ndim == 0:
             return target.classes * row_sum(shifted())
-        return row_sum(jnp.broadcast_to(own(target.classes), z.shape) * shifted())
+        count = coefficient_parts(z)
+        if count == 1:
+            return row_sum(jnp.broadcast_to(own(target.classes), z.shape) * shifted())
+        parts = own(z).reshape(*z.shape[:-1], count, z.shape[-1] // count)
+        maxima = jnp.broadcast_to(own(row_max)[..., None], parts.shape[:-1])
+        classes = own(target.classes).reshape(parts.shape[-2:])
+        product = jnp.broadcast_to(classes, parts.shape) * shift(parts, maxima)
+        return jnp.sum(product, (-2, -1))
 
     def in_all_rows(x: ArrayLike) -> Array:
         # The maximum of a tile varies over the mesh axes that the tile varies over, as a sum must.
@@ -124,8 +158,8 @@ def _without_select(
 
     out: _Sums = {}
     if target.probs is not None:
-        out["target_dot"] = lambda: row_sum(own(target.probs) * shifted())
-        out["target_sum"] = lambda: row_sum(own(target.probs))
+        out["target_dot"] = lambda: row_sum(own(target.probs).astype(row_max.dtype) * shifted())
+        out["target_sum"] = lambda: row_sum(target.probs.astype(row_max.dtype))
     if target.classes is not None:
         out["classes_dot"] = classes_dot
         out["classes_count"] = lambda: in_all_rows(z.shape[-1])
@@ -176,7 +210,8 @@ def row_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
     """The sum over the classes; a CPU sums a few of them twice as fast by a matrix product."""
     sharding = jax.typeof(x).sharding.spec
     sharded = sharding and sharding[-1] is not None  # no product of a sharded axis without advice
-    if x.shape[-1] > _FEW_CLASSES or x.dtype != jnp.float32 or sharded:
+    few = isinstance(x.shape[-1], int) and x.shape[-1] <= _FEW_CLASSES  # may be symbolic
+    if not few or x.dtype != jnp.float32 or sharded:
         return jnp.sum(x, -1)
 
     def product(x: Array) -> Array:

@@ -32,7 +32,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._sums import finite_part, origin, row_sum, shift, spread, sums
+from ._parts import best_shape, row_argmax, row_maxima
+from ._sums import finite_part, origin, shift, spread, sums
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -103,29 +104,31 @@ def partial_statistics(
     masked: bool = True,
     first_class: int | Integer[Array, ""] = 0,
     join_max: Callable[[Array], Array] | None = None,
+    alone: bool = False,
 ) -> Partial:
     """Reads one tile, whose first column is class `first_class` of the row.
 
     `masked` says whether some `z` may be -inf; without that a CPU needs fewer passes. `join_max`
     turns the maxima of a tile into those of whole rows, which the sums then are relative to.
+    `alone` says that no derivative will be taken.
     """
+    shape = best_shape(z, alone=alone, entropy=entropy)
     # The statistics do not depend on the maximum, so its derivative is left out of forward mode
     # and of second derivatives too.
-    local_max = jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
+    local_max = jax.lax.stop_gradient(row_maxima(z, shape)).astype(wide(z.dtype))
     row_max = local_max if join_max is None else join_max(local_max)
-    out = Partial(max=row_max, sum_exp=row_sum(jnp.exp(shift(z, row_max))))
+    columns = target._replace(labels=ABSENT)
+    found = sums(z, row_max, columns, entropy=entropy, masked=masked, shape=shape)
+    out = Partial(max=row_max, **found)
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class)
         out = out._replace(label_logit=logit.astype(row_max.dtype))
     if argmax:
-        largest = jnp.argmax(z, -1).astype(jnp.int32) + first_class
+        largest = row_argmax(z) + first_class
         if join_max is not None:
             largest = jnp.where(local_max == row_max, largest, NOWHERE)
         out = out._replace(argmax=largest)
-    if target.probs is None and target.classes is None and not entropy:
-        return out
-    columns = target._replace(labels=ABSENT)
-    return out._replace(**sums(z, row_max, columns, entropy=entropy, masked=masked))
+    return out
 
 
 def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
@@ -216,10 +219,10 @@ def pullback(
         onto_label = g.cross - g.label_logit
         dz = dz - jnp.where(is_label(target.labels, z, first_class), onto_label[..., None], 0)
     if target.probs is not None:
-        dz = dz - g.cross[..., None] * target.probs
+        dz = dz - g.cross[..., None] * target.probs.astype(dz.dtype)
         d_probs = g.cross[..., None] * (log_sum[..., None] - shifted)
         absent = (target.probs == 0) & (shifted == -jnp.inf)
-        d_target = d_target._replace(probs=jnp.where(absent, 0, d_probs))
+        d_target = d_target._replace(probs=jnp.where(absent, 0, d_probs).astype(target.probs.dtype))
     if target.classes is not None:
         classes, allowed = spread(target.classes, z, masked)
         dz = dz - g.uniform[..., None] * classes

@@ -262,7 +262,12 @@ def _distribution_loss(
     sample_weight = _reduction.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
     z = _target.without_excluded(z, rows.counts, sample_weight, axis_name)
 
-    probs = _target.distributions(labels, jnp.shape(logits), axis, dtype)
+    # A tile widens narrow labels as it does narrow logits, and nobody holds a wide copy. Not those
+    # that are broadcast: their cotangents add up over the rows.
+    narrow = jnp.result_type(labels) in (jnp.bfloat16, jnp.float16)
+    as_given = label_smoothing is None and weight is None and jnp.shape(labels) == jnp.shape(logits)
+    held = jnp.result_type(labels) if narrow and as_given else dtype
+    probs = _target.distributions(labels, jnp.shape(logits), axis, held)
     if label_smoothing is not None:
         probs = _target.smooth(probs, label_smoothing, z > -jnp.inf, axis_name)
     if weight is not None:

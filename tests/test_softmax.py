@@ -11,6 +11,7 @@ import ce_jax
 from tests import reference
 from tests.helpers import (
     LAYOUTS,
+    accuracy,
     check,
     close,
     covering,
@@ -75,6 +76,26 @@ def test_narrow_dtypes_round_once(dtype, soft, reduction):
         reduction=reduction,
     )
     check(SOFT if soft else INTEGER, arguments, dtype=jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize("shape", [(999, 5), (5,), (999, 1)], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_labels_for_many_rows_or_classes(dtype, shape):
+    """Gradients add up over what labels are broadcast to, and are rounded once."""
+    draw = np.random.default_rng(17)
+    logits = jnp.asarray(draw.normal(size=(999, 5)), dtype)
+    labels = jnp.asarray(draw.uniform(0.1, 1.0, size=shape), dtype)
+    cotangent = jnp.asarray(draw.uniform(size=999), jnp.float32)
+    losses, pull = jax.vjp(lambda t: ce_jax.softmax_cross_entropy(logits, t), labels)
+    slopes = pull(cotangent)[0]
+
+    z = np.asarray(logits, np.float64)
+    surprise = np.log(np.exp(z).sum(-1, keepdims=True)) - z
+    close(losses, (np.asarray(labels, np.float64) * surprise).sum(-1), accuracy(losses.dtype))
+    each = np.asarray(cotangent, np.float64)[:, None] * surprise
+    whole = {(999, 5): each, (5,): each.sum(0), (999, 1): each.sum(1, keepdims=True)}
+    assert slopes.dtype == dtype
+    close(slopes, whole[shape], accuracy(dtype))
 
 
 @pytest.mark.parametrize("axis", [None, (0, 1), (1, 0)])

@@ -1,0 +1,213 @@
+"""Rows too long, and too many, for a CPU to add up as they are: the same numbers in parts."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ce_jax
+from ce_jax import _parts
+from tests import reference
+from tests.helpers import LAYOUTS, accuracy, check, close, covering, named, softmax_arguments
+
+IDS = "softmax_cross_entropy_with_integer_labels"
+
+
+@pytest.fixture
+def all_long(monkeypatch):
+    """Limits so small that every row is cut and rows are stacked."""
+    monkeypatch.setattr(_parts, "_LONGEST", 2)
+    monkeypatch.setattr(_parts, "_SHORTEST", 1)
+    jax.clear_caches()  # the limits are read when a loss is traced
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.sweep
+@pytest.mark.usefixtures("all_long")
+@pytest.mark.parametrize(
+    "case",
+    covering(
+        seed=3,
+        layout=[layout for layout in LAYOUTS if layout != "vector"],
+        soft=[False, True],
+        where=[None, "rows", "classes"],
+        masked=[False, True],
+        weight=[False, True],
+        label_smoothing=[0.0, 0.3],
+        dtype=["float32", "float64", "bfloat16"],
+    ),
+    ids=named,
+)
+def test_losses_in_parts(case):
+    dtype = jnp.dtype(case.pop("dtype"))
+    arguments = softmax_arguments(**case)
+    name = "softmax_cross_entropy" if case["soft"] else IDS
+    check(name, arguments, dtype=dtype)
+    # And where no derivative is taken.
+    smooth = {k for k, v in arguments.items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"}
+    with jax.enable_x64(dtype == jnp.float64):
+        rounded = {k: jnp.asarray(v, dtype) for k, v in arguments.items() if k in smooth}
+        value = getattr(ce_jax, name)(**arguments | rounded)
+    exact = {k: np.asarray(v, np.float64) for k, v in rounded.items()}
+    close(value, getattr(reference, name)(**arguments | exact), accuracy(value.dtype))
+
+
+@pytest.mark.usefixtures("all_long")
+def test_a_single_row_in_parts():
+    check(IDS, softmax_arguments(layout="vector"))
+
+
+@pytest.mark.usefixtures("all_long", "x64")
+def test_entropy_second_derivatives_and_batches_in_parts():
+    draw = np.random.default_rng(5)
+    logits = draw.normal(size=(2, 6))
+    labels = np.array([1, 5])
+
+    def entropy(logits, labels, library=ce_jax):
+        return library.softmax_statistics(logits, labels).entropy
+
+    arguments = {"logits": logits, "labels": labels}
+    truth = reference.hessian(
+        lambda **a: entropy(**a, library=reference), arguments, "logits", np.ones(2)
+    )
+    found = jax.hessian(lambda z: entropy(z, labels).sum())(jnp.asarray(logits))
+    np.testing.assert_allclose(found, truth, rtol=0, atol=1e-8)
+
+    batch = draw.normal(size=(3, 2, 6))
+    found = jax.jit(jax.vmap(entropy, (0, None)))(jnp.asarray(batch), jnp.asarray(labels))
+    for one, z in zip(found, batch, strict=True):
+        close(one, entropy(z, labels, reference), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((3, 40000), "float32"),  # two parts
+        ((700, 50257), "float32"),  # 29 parts
+        ((5, 32771), "float32"),  # a prime number of classes
+        ((33000, 512), "float32"),  # many rows
+        ((2, 3, 16384), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_real_sizes(shape, dtype):
+    draw = np.random.default_rng(8)
+    logits = jnp.asarray(draw.normal(size=shape), dtype)
+    labels = draw.integers(shape[-1], size=shape[:-1])
+    z = np.asarray(logits, np.float64)
+    total = np.exp(z).sum(-1)
+    expected = np.log(total) - np.take_along_axis(z, labels[..., None], -1)[..., 0]
+    loss = jax.jit(ce_jax.softmax_cross_entropy_with_integer_labels)
+    close(loss(logits, labels), expected, 2e-6)
+
+    cotangent = draw.normal(size=shape[:-1])
+    value, pull = jax.vjp(lambda z: loss(z, labels), logits)
+    close(value, expected, 2e-6)
+    slope = np.exp(z) / total[..., None]
+    slope[(*np.indices(labels.shape), labels)] -= 1
+    close(
+        pull(jnp.asarray(cotangent, value.dtype))[0], cotangent[..., None] * slope, accuracy(dtype)
+    )
+
+
+def test_which_tiles_are_cut():
+    def shape(*shape, dtype=jnp.float32, alone=False, entropy=False):
+        z = jnp.zeros(shape, dtype)
+        found = _parts.best_shape(z, alone=alone, entropy=entropy)
+        assert found is None or np.prod(found, dtype=int) == z.size
+        return found
+
+    assert shape(8, 32768) is None
+    assert shape(8, 65536) == (16, 32768)
+    assert shape(2, 4, 50257) == (8 * 29, 1733)
+    assert shape(65536) == (2, 32768)
+    assert shape(0, 65536) == (0, 32768)
+    assert shape(8, 32771) is None  # a prime number
+    assert shape(32769 // 3, 3, 512) is None
+    # Where nothing is shared with a derivative, rows of which there are too many.
+    assert shape(40000, 512) is None
+    assert shape(40000, 512, alone=True) == (2, 20000, 512)
+    assert shape(200, 200, 512, alone=True) is None
+    # So that narrow logits are not widened in memory.
+    assert shape(8, 8192, dtype=jnp.bfloat16) == (16, 4096)
+    assert shape(8, 8192, dtype=jnp.bfloat16, entropy=True) is None
+    assert shape(8, 4096, dtype=jnp.bfloat16) is None
+
+
+@pytest.mark.parametrize("shape", [(0, 1000), (2, 0, 65536)], ids=str)
+def test_no_rows(shape):
+    logits, labels = jnp.zeros(shape), jnp.zeros(shape[:-1], int)
+    for field in ce_jax.softmax_statistics(logits, labels):
+        assert field.shape == shape[:-1]
+
+    def loss(z):
+        weight = jnp.ones(shape[-1])
+        return ce_jax.softmax_cross_entropy_with_integer_labels(
+            z, labels, label_smoothing=0.1, weight=weight
+        ).sum()
+
+    value, slopes = jax.value_and_grad(loss)(logits)
+    assert value == 0.0
+    assert slopes.shape == shape
+
+
+@pytest.mark.sweep  # a symbolic size is no int, as annotations would have it
+@pytest.mark.parametrize("spec", ["b, 1000", "b, t, 65536", "8, c"])
+def test_axes_of_any_length_can_be_exported(spec):
+    shape = jax.export.symbolic_shape(spec)
+    sizes = {"b": 3, "t": 2, "c": 70}
+    draw = np.random.default_rng(13)
+
+    def both(z, y):
+        return ce_jax.softmax_statistics(z, y), jax.grad(
+            lambda z: ce_jax.softmax_cross_entropy_with_integer_labels(
+                z, y, label_smoothing=0.1, weight=jnp.ones(z.shape[-1]), reduction="mean"
+            )
+        )(z)
+
+    exported = jax.export.export(jax.jit(both))(
+        jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:-1], jnp.int32)
+    )
+    given = [sizes.get(name) or int(name) for name in spec.split(", ")]
+    logits = jnp.asarray(draw.normal(size=given), jnp.float32)
+    labels = jnp.asarray(draw.integers(given[-1], size=given[:-1]), jnp.int32)
+    for found, wanted in zip(
+        jax.tree.leaves(exported.call(logits, labels)),
+        jax.tree.leaves(both(logits, labels)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("classes", [64, 100, 127, 1000, 50257])
+def test_the_first_of_the_largest_logits(classes):
+    draw = np.random.default_rng(11)
+    logits = draw.integers(-3, 3, size=(2, 5, classes)).astype(np.float32)  # many are equal
+    logits[0, 1] = -np.inf
+    logits[0, 2, 7:9] = np.nan
+    logits[0, 3, -1] = 9.0
+    logits[0, 4] = np.inf
+    labels = np.zeros((2, 5), np.int32)
+    with np.errstate(invalid="ignore"):
+        expected = np.argmax(logits, -1)
+    for of in (jax.jit(ce_jax.softmax_statistics), jax.vmap(ce_jax.softmax_statistics)):
+        found = of(logits, labels).argmax
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_narrow_logits_are_not_widened_in_memory():
+    rows, classes = 256, 8192
+
+    def loss(z, y):
+        return ce_jax.softmax_cross_entropy_with_integer_labels(z, y, reduction="mean")
+
+    arguments = (
+        jax.ShapeDtypeStruct((rows, classes), jnp.bfloat16),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+    for function in (loss, jax.value_and_grad(loss)):
+        compiled = jax.jit(function).lower(*arguments).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < rows * classes / 16
