@@ -107,6 +107,7 @@ def test_gradient(division, transform):
     np.testing.assert_allclose(found, gradient(division), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("transform", ["hessian", "reverse over reverse"])
 @every_division
 def test_hessian(division, transform):
@@ -133,6 +134,7 @@ def test_forward_mode(division, transform):
     np.testing.assert_allclose(found, gradient(division) @ v, rtol=1e-11)
 
 
+@pytest.mark.sweep
 def test_second_order_of_forward_mode():
     f = function("classes", forward_mode=True)
     found = jax.jit(jax.jacrev(jax.jacfwd(f)))(X)
@@ -260,6 +262,7 @@ def test_statistics_run_one_cached_program():
         assert len(seen) == 1
 
 
+@pytest.mark.sweep
 @every_division
 def test_no_tracer_leaks(division):
     with jax.checking_leaks():

@@ -90,6 +90,7 @@ def test_gradient(problem):
         np.testing.assert_allclose(found, problem.gradient(), rtol=1e-11, atol=1e-13, err_msg=name)
 
 
+@pytest.mark.sweep
 @every_problem
 def test_hessian(problem):
     for name, found in every_result(HESSIANS, problem.scalar, problem.x):
@@ -129,6 +130,7 @@ TWICE = {
 }
 
 
+@pytest.mark.sweep
 @every_problem
 def test_second_order_of_forward_mode(problem):
     loss = functools.partial(problem.scalar, forward_mode=True)
