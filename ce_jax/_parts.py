@@ -84,20 +84,22 @@ def row_argmax(z: Float[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
     A CPU compares numbers one by one to find where the largest is, and many at once to find what it
     is. So it first looks for the part of the row that holds it: 4 to 20 times as fast.
     """
+
+    def of_rows(z: Array) -> Array:
+        return jnp.argmax(z, -1).astype(jnp.int32)
+
     count = 1 if _stays_whole(z) else _divisor_nearest_root(z.shape[-1])
     if count == 1 or z.shape[-1] < _LONG_TO_SEARCH:
-        return jnp.argmax(z, -1).astype(jnp.int32)
+        return of_rows(z)
 
     def of_parts(z: Array) -> Array:
         parts = z.reshape(*z.shape[:-1], count, z.shape[-1] // count)
-        part = jnp.argmax(jnp.max(parts, -1), -1).astype(jnp.int32)
+        part = of_rows(jnp.max(parts, -1))
         best = jnp.take_along_axis(parts, part[..., None, None], -2)[..., 0, :]
-        return part * best.shape[-1] + jnp.argmax(best, -1).astype(jnp.int32)
+        return part * best.shape[-1] + of_rows(best)
 
     largest: Array = jax.lax.platform_dependent(
-        jax.lax.stop_gradient(z),
-        cpu=of_parts,
-        default=lambda z: jnp.argmax(z, -1).astype(jnp.int32),
+        jax.lax.stop_gradient(z), cpu=of_parts, default=of_rows
     )
     return largest
 

@@ -252,4 +252,6 @@ def test_help_names_every_option(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL_MNIST, reason=f"{data.DATA_DIR_VARIABLE} names no folder of MNIST")
 def test_the_real_mnist_is_learned():
-    assert train(data.read_mnist(Path(REAL_MNIST)), "softmax", 1).accuracy >= 0.984
+    dataset = data.read_mnist(Path(REAL_MNIST))
+    accuracies = [train(dataset, "softmax", seed).accuracy for seed in range(3)]
+    assert sum(accuracies) / 3 >= 0.984
