@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from . import _sharded, _tile
+from ._parts import is_tall
 from ._tile import ABSENT
 
 
@@ -40,20 +41,24 @@ def row_statistics(
         if target.probs is not None:  # what is neither allowed nor wanted has derivative 0
             absent = (target.probs == 0) & (logits == -jnp.inf)
             target = target._replace(probs=jnp.where(absent, 0, target.probs.astype(dtype)))
-        return _tile.finish(_partial(options, logits, target))
-    return _fused(options, logits, target)
+        return _statistics(options, False, logits, target)[0]
+    # The mesh as it is, but named: a custom_vjp names it in its rules alone, and what is traced
+    # with another context is traced again.
+    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+        return _fused(options, logits, target)
 
 
 _Options = tuple[bool, bool, str | None]
 
 
-def _partial(
+# Compiled as part of its caller; traced once for a function and its derivative.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _statistics(
     options: _Options,
+    alone: bool,
     logits: Float[Array, "*rows classes"],
     target: _tile.Target,
-    *,
-    alone: bool = False,
-) -> _tile.Partial:
+) -> tuple[_tile.RowStatistics, _tile.Partial]:
     entropy, argmax, axis_name = options
     first_class = _sharded.first_class(logits.shape[-1], axis_name)
     # Sums relative to the maximum of all devices add up what the gradient needs anyway.
@@ -69,14 +74,15 @@ def _partial(
         join_max=join_max,
         alone=alone,
     )
-    return _sharded.sum_across(part, axis_name)
+    part = _sharded.sum_across(part, axis_name)
+    return _tile.finish(part), part
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
     options: _Options, logits: Float[Array, "*rows classes"], target: _tile.Target
 ) -> _tile.RowStatistics:
-    return _tile.finish(_partial(options, logits, target, alone=True))
+    return _statistics(options, is_tall(logits), logits, target)[0]
 
 
 _Residuals = tuple[ArrayLike, _tile.Target, _tile.Partial]
@@ -85,8 +91,8 @@ _Residuals = tuple[ArrayLike, _tile.Target, _tile.Partial]
 def _fused_fwd(
     options: _Options, logits: Array, target: _tile.Target
 ) -> tuple[_tile.RowStatistics, _Residuals]:
-    part = _partial(options, logits, target)
-    return _tile.finish(part), (logits, target, part)
+    statistics, part = _statistics(options, False, logits, target)
+    return statistics, (logits, target, part)
 
 
 def _fused_bwd(

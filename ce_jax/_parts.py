@@ -46,12 +46,18 @@ def best_shape(
     count = _divisor(classes, -(-classes // _LONGEST))
     if count == 1 and z.dtype.itemsize < 4 and classes >= _LONG_IF_NARROW and not entropy:
         count = _divisor(classes, 2)
-    if count == 1 and not (alone and max(rows, default=1) > _LONGEST and classes >= _SHORTEST):
+    if count == 1 and not (alone and is_tall(z)):
         return None
     parts = math.prod(rows) * count
     stacks = _divisor(parts, -(-parts // _LONGEST))
     stacked = (parts,) if stacks <= 1 else (stacks, parts // stacks)
     return (*stacked, classes // count)
+
+
+def is_tall(z: Float[Array, "*rows classes"]) -> bool:
+    """Whether `best_shape` depends on `alone`, unless the rows are cut: there are many of them."""
+    *rows, classes = z.shape
+    return not _stays_whole(z) and max(rows, default=1) > _LONGEST and classes >= _SHORTEST
 
 
 def coefficient_parts(z: Float[Array, "*rows classes"]) -> int:
@@ -108,26 +114,26 @@ def in_parts(
     sums_of: Callable[..., dict[str, Array]],
     shape: tuple[int, ...] | None,
     z: Float[Array, "*rows classes"],
-    row_max: Float[Array, "*rows"],
+    base: Float[Array, "*rows"],
     target: Any,
 ) -> dict[str, Array]:
-    """`sums_of(z, row_max, target)`, which adds up over the classes, found in `best_shape`.
+    """`sums_of(z, base, target)`, which adds up over the classes, found in `best_shape`.
 
     The arrays in `target` have the shape of `z` or none.
     """
     if shape is None:
-        return sums_of(z, row_max, target)
+        return sums_of(z, base, target)
 
-    def of_parts(z: Array, row_max: Array, target: Any) -> dict[str, Array]:
+    def of_parts(z: Array, base: Array, target: Any) -> dict[str, Array]:
         count = z.shape[-1] // shape[-1]
-        repeated = jnp.repeat(row_max.reshape(-1), count).reshape(shape[:-1])
+        repeated = jnp.repeat(base.reshape(-1), count).reshape(shape[:-1])
         target = jax.tree.map(lambda x: _cut(x, shape) if x.ndim else x, target)
         found = sums_of(_cut(z, shape), repeated, target)
-        rows = (*row_max.shape, count)
+        rows = (*base.shape, count)
         return {name: jnp.sum(x.reshape(rows), -1) for name, x in found.items()}
 
     found: dict[str, Array] = jax.lax.platform_dependent(
-        z, row_max, target, cpu=of_parts, default=sums_of
+        z, base, target, cpu=of_parts, default=sums_of
     )
     return found
 

@@ -37,39 +37,40 @@ class _Target(Protocol):
 
 def sums(
     z: Float[Array, "*rows classes"],
-    row_max: Float[Array, "*rows"],
+    base: Float[Array, "*rows"],
     target: _Target,
     *,
     entropy: bool,
     masked: bool,
     shape: tuple[int, ...] | None,
 ) -> dict[str, Array]:
-    """The sums of `_tile.Partial` that `target` and `entropy` ask for, relative to `row_max`.
+    """The sums of `_tile.Partial` that `target` and `entropy` ask for.
 
-    `masked` says whether some `z` may be -inf, `shape` is that of `_parts.best_shape`.
+    They are relative to `base`, the `origin` of each row. `masked` says whether some `z` may be
+    -inf, `shape` is that of `_parts.best_shape`.
     """
     dots = functools.partial(_dots, entropy, masked)
     if target.probs is None and target.classes is None and not entropy:
-        return in_parts(_sum_exp, shape, z, row_max, target)
+        return in_parts(_sum_exp, shape, z, base, target)
     if target.classes is not None and target.classes.ndim:  # not the same in each part of a row
-        return in_parts(_sum_exp, shape, z, row_max, None) | dots(z, row_max, target)
-    found = in_parts(lambda *tile: _sum_exp(*tile) | dots(*tile), shape, z, row_max, target)
+        return in_parts(_sum_exp, shape, z, base, None) | dots(z, base, target)
+    found = in_parts(lambda *tile: _sum_exp(*tile) | dots(*tile), shape, z, base, target)
     if target.classes is not None:
         found["classes_sum"] = target.classes * found["classes_count"]
     return found
 
 
 def _sum_exp(
-    z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"], _: Any
+    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], _: Any
 ) -> dict[str, Array]:
-    return {"sum_exp": row_sum(jnp.exp(shift(z, row_max)))}
+    return {"sum_exp": row_sum(jnp.exp(shift(z, base)))}
 
 
 def _dots(
     entropy: bool,
     masked: bool,
     z: Float[Array, "*rows classes"],
-    row_max: Float[Array, "*rows"],
+    base: Float[Array, "*rows"],
     target: _Target,
 ) -> dict[str, Array]:
     if masked:
@@ -78,9 +79,7 @@ def _dots(
     else:
         cpu = _all(functools.partial(_without_select, entropy, _apart))
         default = _all(functools.partial(_without_select, entropy, lambda x: x))
-    found: dict[str, Array] = jax.lax.platform_dependent(
-        z, row_max, target, cpu=cpu, default=default
-    )
+    found: dict[str, Array] = jax.lax.platform_dependent(z, base, target, cpu=cpu, default=default)
     return found
 
 
@@ -89,29 +88,29 @@ def _all(sums_of: Callable[..., _Sums]) -> Callable[..., dict[str, Array]]:
 
 
 def _with_select(
-    entropy: bool, z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"], target: _Target
+    entropy: bool, z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], target: _Target
 ) -> _Sums:
     def target_dot() -> Array:
-        shifted = shift(z, row_max)
+        shifted = shift(z, base)
         bounded = jnp.maximum(shifted, jnp.finfo(shifted.dtype).min)
         probs = target.probs.astype(shifted.dtype)
         return row_sum(probs * jnp.where(probs == 0, bounded, shifted))
 
     def classes_dot() -> Array:
-        product = jnp.broadcast_to(target.classes, z.shape) * finite_part(shift(z, row_max))
+        product = jnp.broadcast_to(target.classes, z.shape) * finite_part(shift(z, base))
         return row_sum(jnp.where(z > -jnp.inf, product, 0))  # a weight may be NaN there
 
     def exp_dot() -> Array:
-        shifted = shift(z, row_max)
+        shifted = shift(z, base)
         return row_sum(jnp.exp(shifted) * finite_part(shifted))
 
     out: _Sums = {}
     if target.probs is not None:
         out["target_dot"] = target_dot
-        out["target_sum"] = lambda: row_sum(target.probs.astype(row_max.dtype))
+        out["target_sum"] = lambda: row_sum(target.probs.astype(base.dtype))
     if target.classes is not None:
         out["classes_dot"] = classes_dot
-        out["classes_count"] = lambda: row_sum((z > -jnp.inf).astype(row_max.dtype))
+        out["classes_count"] = lambda: row_sum((z > -jnp.inf).astype(base.dtype))
         if target.classes.ndim:
             out["classes_sum"] = lambda: row_sum(spread(target.classes, z, masked=True)[0])
     if entropy:
@@ -133,12 +132,12 @@ def _without_select(
     entropy: bool,
     own: Callable[[Array], Array],
     z: Float[Array, "*rows classes"],
-    row_max: Float[Array, "*rows"],
+    base: Float[Array, "*rows"],
     target: _Target,
 ) -> _Sums:
     # `own(x)` stands for `x` in one of the sums.
     def shifted() -> Array:
-        return shift(own(z), own(row_max))
+        return shift(own(z), own(base))
 
     def classes_dot() -> Array:
         if target.classes.ndim == 0:
@@ -147,19 +146,19 @@ def _without_select(
         if count == 1:
             return row_sum(jnp.broadcast_to(own(target.classes), z.shape) * shifted())
         parts = own(z).reshape(*z.shape[:-1], count, z.shape[-1] // count)
-        maxima = jnp.broadcast_to(own(row_max)[..., None], parts.shape[:-1])
+        maxima = jnp.broadcast_to(own(base)[..., None], parts.shape[:-1])
         classes = own(target.classes).reshape(parts.shape[-2:])
         product = jnp.broadcast_to(classes, parts.shape) * shift(parts, maxima)
         return jnp.sum(product, (-2, -1))
 
     def in_all_rows(x: ArrayLike) -> Array:
         # The maximum of a tile varies over the mesh axes that the tile varies over, as a sum must.
-        return jnp.full_like(jnp.max(z, -1), x, dtype=row_max.dtype)
+        return jnp.full_like(jnp.max(z, -1), x, dtype=base.dtype)
 
     out: _Sums = {}
     if target.probs is not None:
-        out["target_dot"] = lambda: row_sum(own(target.probs).astype(row_max.dtype) * shifted())
-        out["target_sum"] = lambda: row_sum(target.probs.astype(row_max.dtype))
+        out["target_dot"] = lambda: row_sum(own(target.probs).astype(base.dtype) * shifted())
+        out["target_sum"] = lambda: row_sum(target.probs.astype(base.dtype))
     if target.classes is not None:
         out["classes_dot"] = classes_dot
         out["classes_count"] = lambda: in_all_rows(z.shape[-1])
@@ -167,19 +166,23 @@ def _without_select(
             out["classes_sum"] = lambda: in_all_rows(jnp.sum(target.classes))
     if entropy:
         # 0 times a bounded number: right for -inf too, which unmasked logits overflow to.
-        least = float(jnp.finfo(row_max.dtype).min)
-        out["exp_dot"] = lambda: row_sum(jnp.exp(shift(z, row_max)) * jnp.maximum(shifted(), least))
+        least = float(jnp.finfo(base.dtype).min)
+        out["exp_dot"] = lambda: row_sum(jnp.exp(shift(z, base)) * jnp.maximum(shifted(), least))
     return out
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _select_where_masked(
-    entropy: bool, z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"], target: _Target
+    entropy: bool, z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], target: _Target
 ) -> dict[str, Array]:
-    with_select = _with_select(entropy, z, row_max, target)
-    found = _all(_without_select)(entropy, _apart, z, row_max, target)
-    dots = sum(found[name] for name in ("target_dot", "classes_dot", "exp_dot") if name in found)
-    hold = jnp.all(jnp.isfinite(dots))
+    with_select = _with_select(entropy, z, base, target)
+    found = _all(_without_select)(entropy, _apart, z, base, target)
+    dots: Any = sum(
+        found[name] for name in ("target_dot", "classes_dot", "exp_dot") if name in found
+    )
+    # One kernel less than `all`; finite numbers that add up to infinity cost time alone. Apart, or
+    # XLA would add up the whole tile a second time.
+    hold = jnp.isfinite(jnp.sum(_apart(dots)))
     for name, plain in found.items():  # in turns, so that no two arrays are held at once
         if name != "target_sum":  # has no logits in it
             found[name] = jax.lax.cond(hold, lambda plain=plain: plain, with_select[name])
@@ -200,10 +203,10 @@ def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 
 
 def shift(
-    z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"]
+    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"]
 ) -> Float[Array, "*rows classes"]:
-    """The tile relative to the maximum of its rows, in the dtype of that."""
-    return z.astype(row_max.dtype) - origin(row_max)[..., None]
+    """The tile relative to the `origin` of its rows, in the dtype of that."""
+    return z.astype(base.dtype) - base[..., None]
 
 
 def row_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:

@@ -118,7 +118,7 @@ def partial_statistics(
     local_max = jax.lax.stop_gradient(row_maxima(z, shape)).astype(wide(z.dtype))
     row_max = local_max if join_max is None else join_max(local_max)
     columns = target._replace(labels=ABSENT)
-    found = sums(z, row_max, columns, entropy=entropy, masked=masked, shape=shape)
+    found = sums(z, origin(row_max), columns, entropy=entropy, masked=masked, shape=shape)
     out = Partial(max=row_max, **found)
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class)
@@ -203,7 +203,7 @@ def pullback(
     and then keeps or recomputes the exponential as suits the platform: a CPU keeps it (an
     exponential costs more than memory traffic), a GPU recomputes it and holds nothing of this size.
     """
-    shifted = shift(z, part.max)
+    shifted = shift(z, origin(part.max))
     exp = jnp.exp(shifted)
     log_sum = jnp.log(part.sum_exp)
     onto_p = g.lse
