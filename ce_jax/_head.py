@@ -94,6 +94,9 @@ def over_blocks(
 ) -> _Carry:
     """Runs `step(carry, first, size)` over `total` entries in blocks, the last as ragged as it is.
 
+    That one comes first: behind the loop, XLA might compute it ahead and hold it all the while. On
+    a TPU it does not, and would copy what blocks are written to between the first and the loop.
+
     Each step is checkpointed: whoever differentiates the loop (forward mode, second derivatives)
     recomputes a block instead of storing all of them.
     """
@@ -103,11 +106,14 @@ def over_blocks(
         return run(carry, first)
 
     full, rest = divmod(total, max(size, 1))
+    ragged_first = jax.default_backend() != "tpu"
+    if rest and ragged_first:
+        carry = one(carry, full * size, rest)
     if full == 1:
         carry = one(carry, 0, size)
     elif full > 1:
         firsts = jnp.arange(full, dtype=jnp.int32) * size
         carry, _ = jax.lax.scan(lambda c, first: (one(c, first, size), None), carry, firsts)
-    if rest:
+    if rest and not ragged_first:
         carry = one(carry, full * size, rest)
     return carry

@@ -1,9 +1,11 @@
-"""Rows in parts, where a CPU reads those faster.
+"""Rows in parts, where XLA reads those faster or in less memory.
 
-XLA's reductions on a CPU take up to eight times as long for each element where an axis has more
-than 2^15 of them (`exp` summed in float32, jax 0.10.2: 0.55 ns up to 32768 classes, 4.5 ns for
-50257). The same numbers in shorter axes take what short axes take. Other platforms cut long rows
-themselves, and here too get the form that is not cut.
+On a CPU its reductions take up to eight times as long for each element where an axis has more than
+2^15 of them (`exp` summed in float32, jax 0.10.2: 0.55 ns up to 32768 classes, 4.5 ns for 50257).
+The same numbers in shorter axes take what short axes take. On an NVIDIA GPU it cuts rows longer
+than 2^14 itself, about as many times as each part then has elements, and stores a number for each:
+8.4 MB a sum for 8192 rows of 256000 (256 parts of 1000), where 16 parts would do. Elsewhere rows
+stay whole, and so they do where their axes may be spread over devices.
 
 A sum over parts has another shape than the tile has in the pull-back, so XLA shares nothing between
 the two: what both need is computed twice, and nothing of the size of the tile is kept.
@@ -11,6 +13,7 @@ the two: what both need is computed twice, and nothing of the size of the tile i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,20 +23,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 _LONGEST = 1 << 15
-# Rows from which on a narrow tile is faster without the float32 copy that would be kept.
+_LONGEST_ON_GPU = 1 << 14
+# Rows from which on a narrow tile is faster on a CPU without the float32 copy that would be kept.
 _LONG_IF_NARROW = 1 << 13
 # Parts shorter than this are no faster.
 _SHORTEST = 1 << 8
 # Rows from which on it pays to look for the part that holds the maximum.
 _LONG_TO_SEARCH = 1 << 6
 
+# In which shape a platform reads the rows of a tile; those not named read them as they are.
+Shapes = dict[str, tuple[int, ...]]
 
-def best_shape(
-    z: Float[Array, "*rows classes"], *, alone: bool, entropy: bool
-) -> tuple[int, ...] | None:
-    """The shape in which a CPU best sums up the rows of a tile; None for the shape it has.
 
-    Its last axis is a row or an equal part of one; a length without a suitable divisor stays whole.
+def best_shapes(z: Float[Array, "*rows classes"], *, alone: bool, entropy: bool) -> Shapes:
+    """In which shapes the rows of a tile are best added up.
+
+    The last axis is a row or an equal part of one; a length without a suitable divisor stays whole.
 
     Args:
       z: the tile.
@@ -41,21 +46,35 @@ def best_shape(
       entropy: whether that is asked for, which a narrow tile is widened for in any case.
     """
     if _stays_whole(z):
-        return None
+        return {}
+    found = {}
+    cpu = _best_on_cpu(z, alone and is_tall(z), entropy)
+    if cpu is not None:
+        found["cpu"] = cpu
+    *rows, classes = z.shape
+    count = _divisor(classes, -(-classes // _LONGEST_ON_GPU))
+    if count > 1:
+        found["cuda"] = (*rows, count, classes // count)
+    return found
+
+
+def _best_on_cpu(
+    z: Float[Array, "*rows classes"], stacked: bool, entropy: bool
+) -> tuple[int, ...] | None:
     *rows, classes = z.shape
     count = _divisor(classes, -(-classes // _LONGEST))
     if count == 1 and z.dtype.itemsize < 4 and classes >= _LONG_IF_NARROW and not entropy:
         count = _divisor(classes, 2)
-    if count == 1 and not (alone and is_tall(z)):
+    if count == 1 and not stacked:
         return None
     parts = math.prod(rows) * count
     stacks = _divisor(parts, -(-parts // _LONGEST))
-    stacked = (parts,) if stacks <= 1 else (stacks, parts // stacks)
-    return (*stacked, classes // count)
+    stacked_parts = (parts,) if stacks <= 1 else (stacks, parts // stacks)
+    return (*stacked_parts, classes // count)
 
 
 def is_tall(z: Float[Array, "*rows classes"]) -> bool:
-    """Whether `best_shape` depends on `alone`, unless the rows are cut: there are many of them."""
+    """Whether there are so many rows that `alone` may make a difference to `best_shapes`."""
     *rows, classes = z.shape
     return not _stays_whole(z) and max(rows, default=1) > _LONGEST and classes >= _SHORTEST
 
@@ -69,18 +88,14 @@ def coefficient_parts(z: Float[Array, "*rows classes"]) -> int:
     return 1 if z.dtype.itemsize < 4 or _stays_whole(z) else _divisor(z.shape[-1], 2)
 
 
-def row_maxima(
-    z: Float[Array, "*rows classes"], shape: tuple[int, ...] | None
-) -> Float[Array, "*rows"]:
-    """The largest logit of each row, found in `best_shape`."""
-    if shape is None:
-        return jnp.max(z, -1)
+def row_maxima(z: Float[Array, "*rows classes"], shapes: Shapes) -> Float[Array, "*rows"]:
+    """The largest logit of each row, found in `best_shapes`."""
 
-    def of_parts(z: Array) -> Array:
-        maxima = jnp.max(_cut(z, shape), -1)
+    def of_parts(shape: tuple[int, ...], z: Array) -> Array:
+        maxima = _apart(jnp.max(_cut(z, shape), -1))
         return jnp.max(maxima.reshape(*z.shape[:-1], z.shape[-1] // shape[-1]), -1)
 
-    maxima: Array = jax.lax.platform_dependent(z, cpu=of_parts, default=lambda z: jnp.max(z, -1))
+    maxima: Array = _by_platform(shapes, of_parts, lambda z: jnp.max(z, -1), z)
     return maxima
 
 
@@ -112,42 +127,62 @@ def row_argmax(z: Float[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
 
 def in_parts(
     sums_of: Callable[..., dict[str, Array]],
-    shape: tuple[int, ...] | None,
+    shapes: Shapes,
     z: Float[Array, "*rows classes"],
     base: Float[Array, "*rows"],
     target: Any,
 ) -> dict[str, Array]:
-    """`sums_of(z, base, target)`, which adds up over the classes, found in `best_shape`.
+    """`sums_of(z, base, target)`, which adds up over the classes, found in `best_shapes`.
 
     The arrays in `target` have the shape of `z` or none.
     """
-    if shape is None:
-        return sums_of(z, base, target)
 
-    def of_parts(z: Array, base: Array, target: Any) -> dict[str, Array]:
+    def of_parts(shape: tuple[int, ...], z: Array, base: Array, target: Any) -> dict[str, Array]:
         count = z.shape[-1] // shape[-1]
         repeated = jnp.repeat(base.reshape(-1), count).reshape(shape[:-1])
         target = jax.tree.map(lambda x: _cut(x, shape) if x.ndim else x, target)
-        found = sums_of(_cut(z, shape), repeated, target)
+        found = _apart(sums_of(_cut(z, shape), repeated, target))
         rows = (*base.shape, count)
         return {name: jnp.sum(x.reshape(rows), -1) for name, x in found.items()}
 
-    found: dict[str, Array] = jax.lax.platform_dependent(
-        z, base, target, cpu=of_parts, default=sums_of
-    )
+    found: dict[str, Array] = _by_platform(shapes, of_parts, sums_of, z, base, target)
     return found
+
+
+def _by_platform(
+    shapes: Shapes, of_parts: Callable[..., Any], of_rows: Callable[..., Any], *arguments: Any
+) -> Any:
+    if not shapes:
+        return of_rows(*arguments)
+    cut = {platform: functools.partial(of_parts, shape) for platform, shape in shapes.items()}
+    return jax.lax.platform_dependent(*arguments, default=of_rows, **cut)
 
 
 def _cut(x: Float[Array, "*rows classes"], shape: tuple[int, ...]) -> Float[Array, "*parts width"]:
     # XLA would move what is done to the parts, such as a conversion, ahead of the cut.
-    cut: Array = jax.lax.optimization_barrier(x.reshape(shape))
+    cut: Array = _apart(x.reshape(shape))
     return cut
 
 
+def _apart(x: Any) -> Any:
+    # Two reductions in turn would become one, of whole rows.
+    return jax.lax.optimization_barrier(x)
+
+
 def _stays_whole(z: Array) -> bool:
-    # To cut an axis that JAX knows to be sharded moves data, and a symbolic one has no divisors.
+    # To cut an axis that is sharded moves data, and a symbolic one has no divisors.
     sharded = any(axis is not None for axis in jax.typeof(z).sharding.spec)
-    return sharded or not all(isinstance(size, int) for size in z.shape)
+    return sharded or _may_be_sharded() or not all(isinstance(size, int) for size in z.shape)
+
+
+def _may_be_sharded() -> bool:
+    """Whether there are devices over which arrays may be sharded without JAX telling us.
+
+    Where all mesh axes are manual, as in `jax.shard_map`, they are a device's own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = bool(mesh.axis_names) and set(mesh.axis_names) == set(mesh.manual_axes)
+    return jax.device_count() > 1 and not manual
 
 
 def _divisor(n: int, least: int) -> int:

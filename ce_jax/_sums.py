@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._parts import coefficient_parts, in_parts
+from ._parts import Shapes, coefficient_parts, in_parts
 
 # Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
 _FEW_CLASSES = 16
@@ -42,19 +42,19 @@ def sums(
     *,
     entropy: bool,
     masked: bool,
-    shape: tuple[int, ...] | None,
+    shapes: Shapes,
 ) -> dict[str, Array]:
     """The sums of `_tile.Partial` that `target` and `entropy` ask for.
 
     They are relative to `base`, the `origin` of each row. `masked` says whether some `z` may be
-    -inf, `shape` is that of `_parts.best_shape`.
+    -inf, `shapes` are those of `_parts.best_shapes`.
     """
     dots = functools.partial(_dots, entropy, masked)
     if target.probs is None and target.classes is None and not entropy:
-        return in_parts(_sum_exp, shape, z, base, target)
+        return in_parts(_sum_exp, shapes, z, base, target)
     if target.classes is not None and target.classes.ndim:  # not the same in each part of a row
-        return in_parts(_sum_exp, shape, z, base, None) | dots(z, base, target)
-    found = in_parts(lambda *tile: _sum_exp(*tile) | dots(*tile), shape, z, base, target)
+        return in_parts(_sum_exp, shapes, z, base, None) | dots(z, base, target)
+    found = in_parts(lambda *tile: _sum_exp(*tile) | dots(*tile), shapes, z, base, target)
     if target.classes is not None:
         found["classes_sum"] = target.classes * found["classes_count"]
     return found

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._parts import best_shape, row_argmax, row_maxima
+from ._parts import best_shapes, row_argmax, row_maxima
 from ._sums import finite_part, origin, shift, spread, sums
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
@@ -112,13 +112,13 @@ def partial_statistics(
     turns the maxima of a tile into those of whole rows, which the sums then are relative to.
     `alone` says that no derivative will be taken.
     """
-    shape = best_shape(z, alone=alone, entropy=entropy)
+    shapes = best_shapes(z, alone=alone, entropy=entropy)
     # The statistics do not depend on the maximum, so its derivative is left out of forward mode
     # and of second derivatives too.
-    local_max = jax.lax.stop_gradient(row_maxima(z, shape)).astype(wide(z.dtype))
+    local_max = jax.lax.stop_gradient(row_maxima(z, shapes)).astype(wide(z.dtype))
     row_max = local_max if join_max is None else join_max(local_max)
     columns = target._replace(labels=ABSENT)
-    found = sums(z, origin(row_max), columns, entropy=entropy, masked=masked, shape=shape)
+    found = sums(z, origin(row_max), columns, entropy=entropy, masked=masked, shapes=shapes)
     out = Partial(max=row_max, **found)
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class)
@@ -146,9 +146,12 @@ def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """Joins the statistics of two disjoint sets of classes, `a` holding the lower class ids."""
+    """Joins the statistics of two disjoint sets of classes."""
     row_max = jnp.maximum(a.max, b.max)
-    argmax = ABSENT if a.argmax is None else jnp.where(b.max > a.max, b.argmax, a.argmax)
+    argmax = ABSENT
+    if a.argmax is not None:
+        first = jnp.minimum(a.argmax, jnp.where(a.max == b.max, b.argmax, NOWHERE))
+        argmax = jnp.where(b.max > a.max, b.argmax, first)
     sums = (rebase(x, row_max)._replace(argmax=ABSENT) for x in (a, b))
     total: Partial = jax.tree.map(jnp.add, *sums)
     return total._replace(max=row_max, argmax=argmax)

@@ -9,6 +9,7 @@ beside its inputs and results; reads and writes are those of arrays of the size 
 """
 
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -132,7 +133,7 @@ def programs(
     linear = Problem("linear", rows, classes, "bfloat16", features)
     # Said here, since the defaults would be those of this process's CPU: what an accelerator gets,
     # and room for the logits of 1024 tokens in float32, bfloat16 and a copy.
-    accelerator = min(max(features * classes * 2 // 2, 256 * 10**6), 10**9)
+    accelerator = min(max(features * classes * 2 // 3, 256 * 10**6), 10**9)
     tokens = 1024 * classes * 10
 
     def dense(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
@@ -183,13 +184,17 @@ def compiled(problem: Problem, loss: Callable[..., Any], sharding: NamedSharding
 
 
 def passes(hlo: str, rows: int, classes: int) -> tuple[int, int]:
-    """How often the entry of a program reads and writes arrays of `[rows, classes]`.
+    """How often the entry of a program reads and writes as many numbers as `[rows, classes]` has.
 
     What the program is given for nothing (parameters, tuples, other views of the same bytes) does
     not count, nor what happens inside loops.
     """
     entry = hlo[hlo.index("\nENTRY") :].splitlines()[1:]
-    sized = re.compile(rf"\[(?:{rows},{classes}|{rows * classes})\]")
+
+    def whole(types: str) -> int:
+        shapes = re.findall(r"\[([\d,]+)\]", types)
+        return sum(math.prod(map(int, shape.split(","))) == rows * classes for shape in shapes)
+
     types: dict[str, str] = {}
     reads = writes = 0
     for line in entry:
@@ -201,8 +206,8 @@ def passes(hlo: str, rows: int, classes: int) -> tuple[int, int]:
         if operation in ("parameter", "bitcast", "tuple", "get-tuple-element"):
             continue
         operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
-        reads += sum(bool(sized.search(types.get(operand, ""))) for operand in operands)
-        writes += len(sized.findall(type_))
+        reads += sum(whole(types.get(operand, "")) for operand in operands)
+        writes += whole(type_)
     return reads, writes
 
 

@@ -1,4 +1,6 @@
-"""Rows too long, and too many, for a CPU to add up as they are: the same numbers in parts."""
+"""Rows too long, or too many, to be added up as they are: the same numbers in parts."""
+
+import re
 
 import jax
 import jax.export
@@ -12,6 +14,13 @@ from tests import reference
 from tests.helpers import LAYOUTS, accuracy, check, close, covering, named, softmax_arguments
 
 IDS = "softmax_cross_entropy_with_integer_labels"
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """The tests have eight, over which arrays might be sharded, so that rows would stay whole."""
+    monkeypatch.setattr(_parts, "_may_be_sharded", lambda: False)
+    jax.clear_caches()  # it is asked when a loss is traced
 
 
 @pytest.fixture
@@ -57,6 +66,15 @@ def test_losses_in_parts(case):
 @pytest.mark.usefixtures("all_long")
 def test_a_single_row_in_parts():
     check(IDS, softmax_arguments(layout="vector"))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_parts_as_on_a_gpu(soft, monkeypatch):
+    """In an axis of their own, here read by a CPU."""
+    monkeypatch.setattr(_parts, "_best_on_cpu", lambda z, *_: (*z.shape[:-1], 2, 2))
+    name = "softmax_cross_entropy" if soft else IDS
+    arguments = softmax_arguments(layout="middle", soft=soft, masked=True, label_smoothing=0.3)
+    check(name, arguments)
 
 
 @pytest.mark.usefixtures("all_long", "x64")
@@ -113,9 +131,9 @@ def test_real_sizes(shape, dtype):
 
 
 def test_which_tiles_are_cut():
-    def shape(*shape, dtype=jnp.float32, alone=False, entropy=False):
+    def shape(*shape, dtype=jnp.float32, alone=False, entropy=False, platform="cpu"):
         z = jnp.zeros(shape, dtype)
-        found = _parts.best_shape(z, alone=alone, entropy=entropy)
+        found = _parts.best_shapes(z, alone=alone, entropy=entropy).get(platform)
         assert found is None or np.prod(found, dtype=int) == z.size
         return found
 
@@ -134,6 +152,18 @@ def test_which_tiles_are_cut():
     assert shape(8, 8192, dtype=jnp.bfloat16) == (16, 4096)
     assert shape(8, 8192, dtype=jnp.bfloat16, entropy=True) is None
     assert shape(8, 4096, dtype=jnp.bfloat16) is None
+    # A GPU has a limit of its own, and reads each row's parts in an axis of their own.
+    assert shape(8, 16384, platform="cuda") is None
+    assert shape(2, 4, 256000, dtype=jnp.bfloat16, platform="cuda") == (2, 4, 16, 16000)
+
+
+def test_a_program_has_the_shapes_of_its_platform():
+    loss = jax.jit(ce_jax.softmax_cross_entropy_with_integer_labels)
+    logits, labels = jnp.zeros((8, 65536)), jnp.zeros(8, jnp.int32)
+    for platform, shape in {"cpu": "16x32768", "cuda": "8x4x16384", "tpu": None}.items():
+        text = loss.trace(logits, labels).lower(lowering_platforms=(platform,)).as_text()
+        shapes = set(re.findall(r"tensor<([0-9x]*\d{5})xf32>", text))
+        assert shapes == {"8x65536", shape} - {None}
 
 
 @pytest.mark.parametrize("shape", [(0, 1000), (2, 0, 65536)], ids=str)

@@ -255,3 +255,22 @@ def test_global_logits_under_plain_jit(problem, axis_type, spec, soft):
     assert max(c.largest for c in found) == (
         1 if spec[1] is None else ROWS // (2 if spec[0] else 1)
     )
+
+
+@pytest.mark.parametrize("spec", [P("data", None), P("data", "model"), P(None, "model")])
+@pytest.mark.parametrize("classes", [65536, 96000])
+def test_long_rows_are_not_gathered_under_plain_jit(spec, classes):
+    """On one device a CPU reads them in parts; where they may be sharded, parts would be moved."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def loss(logits, labels):
+        found = ce_jax.softmax_statistics(logits, labels)
+        return -found.log_prob.sum(), found.argmax
+
+    arguments = (
+        jax.ShapeDtypeStruct((8, classes), jnp.float32, sharding=NamedSharding(mesh, spec)),
+        jax.ShapeDtypeStruct((8,), jnp.int32, sharding=NamedSharding(mesh, P(spec[0]))),
+    )
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    found = hlo.collectives(run.lower(*arguments).compile())
+    assert max(c.largest for c in found) <= 8 * 4
