@@ -57,7 +57,7 @@ def _block(entries: int, across: int, total: int) -> int:
     """The size of blocks of at most `entries / across`, rounded for the hardware.
 
     One that leaves no ragged block, if that takes no more than a quarter off: a ragged one is
-    compiled beside the loop. Otherwise one for which that block is nearly as large as the rest.
+    compiled beside the loop. Otherwise that of nearly equal blocks, before it is rounded.
     """
     most = max(entries // across, 1)
     if most >= total:

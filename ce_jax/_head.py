@@ -94,8 +94,9 @@ def over_blocks(
 ) -> _Carry:
     """Runs `step(carry, first, size)` over `total` entries in blocks, the last as ragged as it is.
 
-    That one comes first: behind the loop, XLA might compute it ahead and hold it all the while. On
-    a TPU it does not, and would copy what blocks are written to between the first and the loop.
+    The ragged block is run before the others: behind their loop, XLA might compute it ahead and
+    hold it all the while. For a TPU it does not, and would copy what blocks are written to between
+    a block before the loop and the loop.
 
     Each step is checkpointed: whoever differentiates the loop (forward mode, second derivatives)
     recomputes a block instead of storing all of them.

@@ -76,7 +76,8 @@ def layer(
     # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
     steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
-    blocks = _budget.blocks(hidden.shape[0], local, logit_bytes, memory_budget, summed=summed)
+    visited = local if axis_name is not None else classes
+    blocks = _budget.blocks(hidden.shape[0], visited, logit_bytes, memory_budget, summed=summed)
     options = _class_blocks.Options(
         blocks.classes, class_axis, classes, axis_name, entropy=statistics, argmax=statistics
     )

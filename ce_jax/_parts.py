@@ -3,9 +3,9 @@
 On a CPU its reductions take up to eight times as long for each element where an axis has more than
 2^15 of them (`exp` summed in float32, jax 0.10.2: 0.55 ns up to 32768 classes, 4.5 ns for 50257).
 The same numbers in shorter axes take what short axes take. On an NVIDIA GPU it cuts rows longer
-than 2^14 itself, about as many times as each part then has elements, and stores a number for each:
-8.4 MB a sum for 8192 rows of 256000 (256 parts of 1000), where 16 parts would do. Elsewhere rows
-stay whole, and so they do where their axes may be spread over devices.
+than 2^14 itself, into many parts, and stores a number for each: 8.4 MB a sum for 8192 rows of
+256000 (256 parts of 1000), where 16 parts would do. Elsewhere rows stay whole, and so they do where
+their axes may be spread over devices.
 
 A sum over parts has another shape than the tile has in the pull-back, so XLA shares nothing between
 the two: what both need is computed twice, and nothing of the size of the tile is kept.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ _LONG_TO_SEARCH = 1 << 6
 
 # In which shape a platform reads the rows of a tile; those not named read them as they are.
 Shapes = dict[str, tuple[int, ...]]
+_Cut = Callable[[Array], Array]
+_Tree = TypeVar("_Tree")
 
 
 def best_shapes(z: Float[Array, "*rows classes"], *, alone: bool, entropy: bool) -> Shapes:
@@ -91,9 +93,10 @@ def coefficient_parts(z: Float[Array, "*rows classes"]) -> int:
 def row_maxima(z: Float[Array, "*rows classes"], shapes: Shapes) -> Float[Array, "*rows"]:
     """The largest logit of each row, found in `best_shapes`."""
 
-    def of_parts(shape: tuple[int, ...], z: Array) -> Array:
-        maxima = _apart(jnp.max(_cut(z, shape), -1))
-        return jnp.max(maxima.reshape(*z.shape[:-1], z.shape[-1] // shape[-1]), -1)
+    def of_parts(cut: _Cut, z: Array) -> Array:
+        parts = cut(z)
+        maxima = apart(jnp.max(parts, -1))  # or two maxima would become one, of whole rows
+        return jnp.max(maxima.reshape(*z.shape[:-1], z.shape[-1] // parts.shape[-1]), -1)
 
     maxima: Array = _by_platform(shapes, of_parts, lambda z: jnp.max(z, -1), z)
     return maxima
@@ -137,11 +140,12 @@ def in_parts(
     The arrays in `target` have the shape of `z` or none.
     """
 
-    def of_parts(shape: tuple[int, ...], z: Array, base: Array, target: Any) -> dict[str, Array]:
-        count = z.shape[-1] // shape[-1]
-        repeated = jnp.repeat(base.reshape(-1), count).reshape(shape[:-1])
-        target = jax.tree.map(lambda x: _cut(x, shape) if x.ndim else x, target)
-        found = _apart(sums_of(_cut(z, shape), repeated, target))
+    def of_parts(cut: _Cut, z: Array, base: Array, target: Any) -> dict[str, Array]:
+        parts = cut(z)
+        count = z.shape[-1] // parts.shape[-1]
+        repeated = jnp.repeat(base.reshape(-1), count).reshape(parts.shape[:-1])
+        target = jax.tree.map(lambda x: cut(x) if x.ndim else x, target)
+        found = apart(sums_of(parts, repeated, target))  # or two sums would become one
         rows = (*base.shape, count)
         return {name: jnp.sum(x.reshape(rows), -1) for name, x in found.items()}
 
@@ -154,19 +158,26 @@ def _by_platform(
 ) -> Any:
     if not shapes:
         return of_rows(*arguments)
-    cut = {platform: functools.partial(of_parts, shape) for platform, shape in shapes.items()}
+    cut = {
+        platform: functools.partial(of_parts, functools.partial(_cut, platform, shape))
+        for platform, shape in shapes.items()
+    }
     return jax.lax.platform_dependent(*arguments, default=of_rows, **cut)
 
 
-def _cut(x: Float[Array, "*rows classes"], shape: tuple[int, ...]) -> Float[Array, "*parts width"]:
-    # XLA would move what is done to the parts, such as a conversion, ahead of the cut.
-    cut: Array = _apart(x.reshape(shape))
-    return cut
+def _cut(
+    platform: str, shape: tuple[int, ...], x: Float[Array, "*rows classes"]
+) -> Float[Array, "*parts width"]:
+    cut = x.reshape(shape)
+    # For a CPU XLA would move what is done to the parts, such as a conversion, ahead of the cut.
+    # For a GPU it would store what is apart, such as logits with rows that do not count set to 0.
+    return apart(cut) if platform == "cpu" else cut
 
 
-def _apart(x: Any) -> Any:
-    # Two reductions in turn would become one, of whole rows.
-    return jax.lax.optimization_barrier(x)
+def apart(x: _Tree) -> _Tree:
+    """The same numbers, of which XLA does not know so."""
+    barred: _Tree = jax.lax.optimization_barrier(x)
+    return barred
 
 
 def _stays_whole(z: Array) -> bool:
@@ -178,11 +189,12 @@ def _stays_whole(z: Array) -> bool:
 def _may_be_sharded() -> bool:
     """Whether there are devices over which arrays may be sharded without JAX telling us.
 
-    Where all mesh axes are manual, as in `jax.shard_map`, they are a device's own.
+    Over mesh axes that are explicit it tells, and where they are manual, as in `jax.shard_map`,
+    arrays are a device's own.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    manual = bool(mesh.axis_names) and set(mesh.axis_names) == set(mesh.manual_axes)
-    return jax.device_count() > 1 and not manual
+    several = max(jax.device_count(), mesh.size) > 1
+    return several and (mesh.empty or bool(mesh.auto_axes))
 
 
 def _divisor(n: int, least: int) -> int:

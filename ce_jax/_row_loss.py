@@ -20,7 +20,8 @@ def softmax_loss(
     """`(1 - eps) w_y cross + eps C / K uniform + z_loss lse**2`, `K` of `C` classes being allowed.
 
     With `cross = lse - z_y` and `uniform = sum_c (w_c / C) (lse - z_c)` this is the cross-entropy
-    of the weighted and smoothed target `t`, `T lse - <t, z>`, written without building `t`.
+    of the weighted and smoothed target `t`, `T lse - <t, z>`, written without building `t`. Of soft
+    labels `cross` is `sum_c w_c q_c (lse - z_c)`, and no `label_weight` is left to apply.
     """
     loss = statistics.cross
     dtype = loss.dtype

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._parts import Shapes, coefficient_parts, in_parts
+from ._parts import Shapes, apart, coefficient_parts, in_parts
 
 # Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
 _FEW_CLASSES = 16
@@ -77,7 +77,7 @@ def _dots(
         cpu: Callable[..., dict[str, Array]] = functools.partial(_select_where_masked, entropy)
         default = _all(functools.partial(_with_select, entropy))
     else:
-        cpu = _all(functools.partial(_without_select, entropy, _apart))
+        cpu = _all(functools.partial(_without_select, entropy, apart))
         default = _all(functools.partial(_without_select, entropy, lambda x: x))
     found: dict[str, Array] = jax.lax.platform_dependent(z, base, target, cpu=cpu, default=default)
     return found
@@ -118,16 +118,6 @@ def _with_select(
     return out
 
 
-def _apart(x: Array) -> Array:
-    """The same numbers, of which XLA does not know so.
-
-    What XLA finds in several places it computes once and stores. A CPU is faster if each sum reads
-    the tile and computes what it needs.
-    """
-    barred: Array = jax.lax.optimization_barrier(x)
-    return barred
-
-
 def _without_select(
     entropy: bool,
     own: Callable[[Array], Array],
@@ -135,7 +125,8 @@ def _without_select(
     base: Float[Array, "*rows"],
     target: _Target,
 ) -> _Sums:
-    # `own(x)` stands for `x` in one of the sums.
+    # `own(x)` stands for `x` in one of the sums. What XLA finds in several of them it computes once
+    # and stores, while a CPU is faster if each sum reads the tile and computes what it needs.
     def shifted() -> Array:
         return shift(own(z), own(base))
 
@@ -146,9 +137,9 @@ def _without_select(
         if count == 1:
             return row_sum(jnp.broadcast_to(own(target.classes), z.shape) * shifted())
         parts = own(z).reshape(*z.shape[:-1], count, z.shape[-1] // count)
-        maxima = jnp.broadcast_to(own(base)[..., None], parts.shape[:-1])
+        bases = jnp.broadcast_to(own(base)[..., None], parts.shape[:-1])
         classes = own(target.classes).reshape(parts.shape[-2:])
-        product = jnp.broadcast_to(classes, parts.shape) * shift(parts, maxima)
+        product = jnp.broadcast_to(classes, parts.shape) * shift(parts, bases)
         return jnp.sum(product, (-2, -1))
 
     def in_all_rows(x: ArrayLike) -> Array:
@@ -176,13 +167,13 @@ def _select_where_masked(
     entropy: bool, z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], target: _Target
 ) -> dict[str, Array]:
     with_select = _with_select(entropy, z, base, target)
-    found = _all(_without_select)(entropy, _apart, z, base, target)
+    found = _all(_without_select)(entropy, apart, z, base, target)
     dots: Any = sum(
         found[name] for name in ("target_dot", "classes_dot", "exp_dot") if name in found
     )
     # One kernel less than `all`; finite numbers that add up to infinity cost time alone. Apart, or
     # XLA would add up the whole tile a second time.
-    hold = jnp.isfinite(jnp.sum(_apart(dots)))
+    hold = jnp.isfinite(jnp.sum(apart(dots)))
     for name, plain in found.items():  # in turns, so that no two arrays are held at once
         if name != "target_sum":  # has no logits in it
             found[name] = jax.lax.cond(hold, lambda plain=plain: plain, with_select[name])

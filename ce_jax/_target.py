@@ -121,18 +121,6 @@ def distributions(
     return classes_last(labels, _checks.axes(axis, len(shape)))
 
 
-def smooth(
-    probs: Float[Array, "*rows classes"],
-    label_smoothing: ArrayLike,
-    allowed: Bool[Array, "*rows classes"],
-    axis_name: str | None,
-) -> Float[Array, "*rows classes"]:
-    """Mixes the labels with the uniform distribution over the allowed classes of each row."""
-    eps = jnp.asarray(label_smoothing, probs.dtype)
-    count = _sharded.sum_over(jnp.sum(allowed, -1, dtype=probs.dtype), axis_name)
-    return (1 - eps) * probs + jnp.where(allowed, (eps / count)[..., None], 0)
-
-
 def class_ids(
     labels: ArrayLike,
     rows: Sequence[int],

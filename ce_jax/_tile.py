@@ -150,8 +150,8 @@ def merge(a: Partial, b: Partial) -> Partial:
     row_max = jnp.maximum(a.max, b.max)
     argmax = ABSENT
     if a.argmax is not None:
-        first = jnp.minimum(a.argmax, jnp.where(a.max == b.max, b.argmax, NOWHERE))
-        argmax = jnp.where(b.max > a.max, b.argmax, first)
+        of_equals = jnp.where(a.max == b.max, jnp.minimum(a.argmax, b.argmax), a.argmax)
+        argmax = jnp.where(b.max > a.max, b.argmax, of_equals)
     sums = (rebase(x, row_max)._replace(argmax=ABSENT) for x in (a, b))
     total: Partial = jax.tree.map(jnp.add, *sums)
     return total._replace(max=row_max, argmax=argmax)

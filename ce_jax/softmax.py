@@ -258,6 +258,7 @@ def _distribution_loss(
 ) -> Array:
     rows = _target.rows_of("logits", logits, axis, where, axis_name)
     z, dtype = rows.values, wide(rows.values.dtype)
+    classes = _sharded.all_classes(z.shape[-1], axis_name)
     weight = _target.class_weight(weight, z.shape[-1], dtype)
     sample_weight = _reduction.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
     z = _target.without_excluded(z, rows.counts, sample_weight, axis_name)
@@ -265,19 +266,20 @@ def _distribution_loss(
     # A tile widens narrow labels as it does narrow logits, and nobody holds a wide copy. Not those
     # that are broadcast: their cotangents add up over the rows.
     narrow = jnp.result_type(labels) in (jnp.bfloat16, jnp.float16)
-    as_given = label_smoothing is None and weight is None and jnp.shape(labels) == jnp.shape(logits)
+    as_given = weight is None and jnp.shape(labels) == jnp.shape(logits)
     held = jnp.result_type(labels) if narrow and as_given else dtype
     probs = _target.distributions(labels, jnp.shape(logits), axis, held)
-    if label_smoothing is not None:
-        probs = _target.smooth(probs, label_smoothing, z > -jnp.inf, axis_name)
     if weight is not None:
         probs = probs * jnp.broadcast_to(weight, probs.shape)
+    spread = ABSENT
+    if label_smoothing is not None:
+        spread = smoothing_coefficients(weight, classes, dtype)
     statistics = row_statistics(
         z,
-        Target(probs=_target.without_excluded(probs, rows.counts)),
+        Target(probs=_target.without_excluded(probs, rows.counts), classes=spread),
         axis_name=axis_name,
         forward_mode=forward_mode,
     )
 
-    loss = softmax_loss(statistics, z_loss=z_loss, classes=z.shape[-1])
+    loss = softmax_loss(statistics, None, label_smoothing, z_loss, classes=classes)
     return _reduction.reduce(loss, rows.counts, sample_weight, reduction)

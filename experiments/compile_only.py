@@ -17,6 +17,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -174,8 +175,11 @@ def compiled(problem: Problem, loss: Callable[..., Any], sharding: NamedSharding
     struct = partial(jax.ShapeDtypeStruct, sharding=sharding)
     args = [struct(shapes[name], dtypes.get(name, jnp.bfloat16)) for name in names]
     function = jax.jit(jax.value_and_grad(loss, tuple(range(differentiated))))
+    # What the library asks when it is traced; this process itself runs on a CPU.
+    backend = sharding.mesh.devices.flat[0].platform
     try:
-        program: Any = function.lower(*args).compile()
+        with mock.patch.object(jax, "default_backend", return_value=backend):
+            program: Any = function.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:  # a dense form may not fit
         return f"{str(error).splitlines()[0][:160]} | - | -"
     size = program.memory_analysis().temp_size_in_bytes

@@ -12,6 +12,8 @@ import hypothesis
 import jax
 import pytest
 
+from ce_jax import _parts
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -31,6 +33,15 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """Those of one module are of no use to the next, and slow down what looks for garbage."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """As on one, where long rows are read in parts: over the eight here they might be sharded."""
+    monkeypatch.setattr(_parts, "_may_be_sharded", lambda: False)
+    jax.clear_caches()  # it is asked when a loss is traced
     yield
     jax.clear_caches()
 

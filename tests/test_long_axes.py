@@ -16,11 +16,7 @@ from tests.helpers import LAYOUTS, accuracy, check, close, covering, named, soft
 IDS = "softmax_cross_entropy_with_integer_labels"
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """The tests have eight, over which arrays might be sharded, so that rows would stay whole."""
-    monkeypatch.setattr(_parts, "_may_be_sharded", lambda: False)
-    jax.clear_caches()  # it is asked when a loss is traced
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
@@ -28,9 +24,6 @@ def all_long(monkeypatch):
     """Limits so small that every row is cut and rows are stacked."""
     monkeypatch.setattr(_parts, "_LONGEST", 2)
     monkeypatch.setattr(_parts, "_SHORTEST", 1)
-    jax.clear_caches()  # the limits are read when a loss is traced
-    yield
-    jax.clear_caches()
 
 
 @pytest.mark.sweep

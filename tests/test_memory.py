@@ -7,6 +7,8 @@ import pytest
 
 import ce_jax
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROWS, CLASSES = 256, 4096
 ALL = ROWS * CLASSES * 4
 

@@ -218,6 +218,7 @@ def test_a_nan_logit_that_counts_is_seen():
         assert np.isfinite(slopes[1]).all()
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("soft", [False, True])
 def test_float16_with_131072_classes(soft):
     classes = 131072
