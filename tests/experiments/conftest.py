@@ -4,20 +4,18 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-SETTINGS = {
-    "jax_compilation_cache_dir": None,
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
 
 @pytest.fixture(autouse=True, scope="module")
 def compile_once(tmp_path_factory):
     """In a folder of this worker alone, here and in the processes that tests start."""
-    folder = tmp_path_factory.getbasetemp() / "programs"
-    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (SETTINGS | {"jax_compilation_cache_dir": str(folder)}).items():
+        for name, value in settings.items():
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
         compilation_cache.reset_cache()
