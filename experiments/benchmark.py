@@ -163,9 +163,10 @@ def run(
     title = f"{about['processor']}, {about['cores']} cores, jax {jax.__version__}"
     pictures.save_all(folder, rows, title)
     for row in report.slower(rows):
+        problem = row.problem
         console.print(
-            f"slower than optax, beyond the spread: {row.problem.operation} {row.problem.shape} "
-            f"{row.problem.dtype}, devices {row.devices}: {row.to_optax:.2f}",
+            f"slower than optax in three of four rounds: {problem.operation} {problem.shape} "
+            f"{problem.dtype}, devices {row.devices}: {report.ratio(row.to_optax)}",
             soft_wrap=True,
         )
     console.print(f"results, tables and pictures: {folder.absolute()}", soft_wrap=True)

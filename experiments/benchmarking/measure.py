@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from experiments.benchmarking.problems import Problem
 from experiments.benchmarking.programs import Peer, Program, kind_of_device, limit
-from experiments.benchmarking.timing import Effort, Timing, interleave
+from experiments.benchmarking.timing import Effort, Samples, interleave
 
 OURS, BASELINE, LIMIT = "ce_jax", "optax", "limit"
 MEASURED = "measured"
@@ -21,11 +21,11 @@ class Row(NamedTuple):
       status: `MEASURED`, or why there are no figures.
       device: where.
       devices: on how many.
-      forward: the time of the loss.
-      gradient: the time of loss and gradient; of the whole, where there is nothing to derive.
+      forward: seconds for the loss.
+      gradient: seconds for loss and gradient; for the whole, where there is nothing to derive.
       temporaries: bytes held at once beside inputs and results, for loss and gradient.
-      to_optax: `gradient` over that of optax, in the same interleaved measurement.
-      to_limit: `gradient` over the limit of the device, in the same interleaved measurement.
+      to_optax: `gradient` over that of optax, by rounds of the same interleaved measurement.
+      to_limit: `gradient` over the limit of the device, likewise.
     """
 
     problem: Problem
@@ -33,11 +33,11 @@ class Row(NamedTuple):
     status: str = MEASURED
     device: str = ""
     devices: int = 1
-    forward: Timing | None = None
-    gradient: Timing | None = None
+    forward: Samples | None = None
+    gradient: Samples | None = None
     temporaries: int | None = None
-    to_optax: float | None = None
-    to_limit: float | None = None
+    to_optax: Samples | None = None
+    to_limit: Samples | None = None
 
     def record(self) -> dict[str, Any]:
         """The row as flat columns: seconds and bytes, None for what there is not."""
@@ -48,15 +48,11 @@ class Row(NamedTuple):
             "peer": self.peer,
             "status": self.status,
         }
-        for name, timing in (("forward", self.forward), ("gradient", self.gradient)):
-            for field in Timing._fields:
-                columns[f"{name}_{field}"] = None if timing is None else getattr(timing, field)
-        return {
-            **columns,
-            "temporaries": self.temporaries,
-            "to_optax": self.to_optax,
-            "to_limit": self.to_limit,
-        }
+        for name in ("forward", "gradient", "to_optax", "to_limit"):
+            samples: Samples | None = getattr(self, name)
+            for column in ("median", "lower", "upper", "samples"):
+                columns[f"{name}_{column}"] = None if samples is None else getattr(samples, column)
+        return {**columns, "temporaries": self.temporaries}
 
 
 def measure(problem: Problem, peers: Iterable[Peer], effort: Effort) -> list[Row]:
@@ -156,8 +152,8 @@ def absent(problem: Problem, names: Sequence[str], reason: str) -> list[Row]:
     return [Row(problem, name, reason) for name in names]
 
 
-def _ratio(time: Timing, other: Timing | None) -> float | None:
-    return None if other is None else time.median / other.median
+def _ratio(time: Samples, other: Samples | None) -> Samples | None:
+    return None if other is None else time.over(other)
 
 
 def _brief(error: Exception) -> str:

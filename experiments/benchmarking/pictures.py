@@ -65,7 +65,7 @@ def ratios(rows: Sequence[Row]) -> Figure:
         color, marker = _style(peer)
         found = [row for row in rows if row.peer == peer]
         axes.scatter(
-            [row.to_optax or 0 for row in found],
+            [row.to_optax.median for row in found if row.to_optax],
             [problems.index(row.problem) for row in found],
             color=color,
             marker=marker,

@@ -25,7 +25,7 @@ from experiments.benchmarking import jax_peers
 from experiments.benchmarking.measure import BASELINE, OURS, Row, absent, compare
 from experiments.benchmarking.problems import Problem
 from experiments.benchmarking.programs import Loss, Program, of_functions
-from experiments.benchmarking.timing import Effort, Timing
+from experiments.benchmarking.timing import Effort, Samples
 
 SIMULATED_DEVICES = 8
 PEERS = (OURS, BASELINE, "jax.nn")
@@ -100,8 +100,12 @@ def _ours(mesh: Mesh) -> Loss:
 
 def _row(values: list[Any]) -> Row:
     row = Row(*values)
-    forward, gradient = (None if t is None else Timing(*t) for t in (row.forward, row.gradient))
-    return row._replace(problem=Problem(*values[0]), forward=forward, gradient=gradient)
+    names = ("forward", "gradient", "to_optax", "to_limit")
+    lists = {name: getattr(row, name) for name in names}
+    figures: dict[str, Any] = {
+        name: None if x is None else Samples(tuple(x[0])) for name, x in lists.items()
+    }
+    return row._replace(problem=Problem(*values[0]), **figures)
 
 
 if __name__ == "__main__":

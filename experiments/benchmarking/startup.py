@@ -1,7 +1,6 @@
 """What a user waits for before the first step: import and compilation."""
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from experiments.benchmarking import jax_peers
 from experiments.benchmarking.measure import BASELINE, OURS, Row
 from experiments.benchmarking.problems import ARGUMENTS, Problem
-from experiments.benchmarking.timing import Timing, summary
+from experiments.benchmarking.timing import Samples
 
 _ROOT = Path(__file__).parents[2]
 _IMPORT = """
@@ -79,9 +78,9 @@ def compile_rows(operations: list[str], rounds: int) -> list[Row]:
 
 
 def _rows(problem: Problem, samples: dict[str, list[float]]) -> list[Row]:
-    baseline = statistics.median(samples[BASELINE])
-    timings: dict[str, Timing] = {name: summary(values) for name, values in samples.items()}
+    seconds = {name: Samples(tuple(values)) for name, values in samples.items()}
+    baseline = seconds[BASELINE]
     return [
-        Row(problem, name, device="CPU", gradient=timing, to_optax=timing.median / baseline)
-        for name, timing in timings.items()
+        Row(problem, name, device="CPU", gradient=times, to_optax=times.over(baseline))
+        for name, times in seconds.items()
     ]

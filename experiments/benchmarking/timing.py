@@ -16,17 +16,41 @@ _MOST_REPEATS = 2000
 _PAUSE_SECONDS = 2e-3
 
 
-class Timing(NamedTuple):
-    """Seconds per call: median and quartiles over the samples."""
+class Samples(NamedTuple):
+    """One figure for each round, in the order of the rounds: seconds per call, or their ratio."""
 
-    median: float
-    lower: float
-    upper: float
-    samples: int
+    values: tuple[float, ...]
 
-    def scaled(self, factor: float) -> "Timing":
+    @property
+    def median(self) -> float:
+        """As many rounds were above as below."""
+        return self._quantile(0.5)
+
+    @property
+    def lower(self) -> float:
+        """The lower quartile."""
+        return self._quantile(0.25)
+
+    @property
+    def upper(self) -> float:
+        """The upper quartile."""
+        return self._quantile(0.75)
+
+    @property
+    def samples(self) -> int:
+        """How many rounds there were."""
+        return len(self.values)
+
+    def scaled(self, factor: float) -> "Samples":
         """The same measurement in another unit."""
-        return Timing(self.median * factor, self.lower * factor, self.upper * factor, self.samples)
+        return Samples(tuple(value * factor for value in self.values))
+
+    def over(self, other: "Samples") -> "Samples":
+        """The ratio in each round: where a machine's speed changes, both sides of it meet that."""
+        return Samples(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+
+    def _quantile(self, share: float) -> float:
+        return float(np.quantile(self.values, share))
 
 
 class Effort(NamedTuple):
@@ -37,7 +61,7 @@ class Effort(NamedTuple):
     most_rounds: int = 51
 
 
-def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
+def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Samples]:
     """Times calls round by round, each round starting with another one of them.
 
     Before a sample there is a pause and one call that does not count, unless calls are so long
@@ -57,7 +81,7 @@ def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
         shift = round_ % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             samples[name].append(_sample(calls[name], repeats[name]))
-    return {name: summary(values) for name, values in samples.items()}
+    return {name: Samples(tuple(values)) for name, values in samples.items()}
 
 
 def _repeats(call: Call) -> int:
@@ -81,9 +105,3 @@ def _once(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def summary(values: list[float]) -> Timing:
-    """Median and quartiles of samples."""
-    lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75))
-    return Timing(float(median), float(lower), float(upper), len(values))
