@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Float
 
 from . import _checks
@@ -27,9 +31,15 @@ def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
     array = _checks.real(name, value)
     if not isinstance(array, jax.core.Tracer):
         known = np.asarray(array, np.float64)
-        if not np.all((known >= low) & (known <= high) & np.isfinite(known)):
+        least, most = (_as_stored(bound, array.dtype) for bound in (low, high))
+        if not np.all((known >= least) & (known <= most) & np.isfinite(known)):
             raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
     return array
+
+
+def _as_stored(bound: float, dtype: jnp.dtype) -> float:
+    """`bound` rounded as a value of this dtype was, so that one equal to it does not miss it."""
+    return float(np.asarray(bound, dtype)) if jnp.issubdtype(dtype, jnp.floating) else bound
 
 
 def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
@@ -54,6 +64,19 @@ def log_probability(name: str, x: ArrayLike) -> Float[Array, "..."]:
     x = x.astype(wide(x.dtype))
     x = x * jnp.where(x > _ROUNDING, jnp.nan, 1).astype(x.dtype)
     return jnp.where(x > 0, 0, x)
+
+
+def linear(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
+    """The sum of slope * tangent over the arguments that vary: an infinite slope times 0 is NaN.
+
+    For rules of `jax.custom_jvp` with `symbolic_zeros`.
+    """
+    terms = [
+        slope * jnp.asarray(tangent).astype(slope.dtype)
+        for slope, tangent in zip(slopes, tangents, strict=True)
+        if not isinstance(tangent, SymbolicZero)
+    ]
+    return functools.reduce(operator.add, terms)
 
 
 def expm1_ratio(x: Float[Array, "..."]) -> Float[Array, "..."]:

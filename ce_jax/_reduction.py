@@ -58,5 +58,9 @@ def reduce(
 
 
 def divide(total: Float[Array, ""], by: Float[Array, ""]) -> Float[Array, ""]:
-    """`total / by`, and 0 with gradient 0 where `by` is 0."""
-    return jnp.where(by == 0, 0, total / jnp.where(by == 0, 1, by))
+    """`total / by`, and 0 with gradient 0 where `by` is 0, unless `total` is NaN.
+
+    As it is where a label is no class, which nothing must hide.
+    """
+    empty = (by == 0) & ~jnp.isnan(total)
+    return jnp.where(empty, 0, total / jnp.where(by == 0, 1, by))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
 from ._tile import RowStatistics
+
+_Tree = TypeVar("_Tree")
 
 
 def softmax_loss(
@@ -38,8 +43,19 @@ def softmax_loss(
 
 def weighted(weight: Float[Array, "..."], loss: Float[Array, "..."]) -> Float[Array, "..."]:
     """`weight * loss`, where a weight of 0 also silences a loss of inf or NaN."""
-    silent = (weight == 0) & ~jnp.isfinite(loss)
-    return weight * jnp.where(silent, 0, loss)
+    return weight * silenced(weight, loss)
+
+
+def silenced(weight: Float[Array, "..."] | None, x: _Tree) -> _Tree:
+    """`x`, with 0 for what is not finite and weighs nothing.
+
+    What `x` is multiplied by on its way to the weight has a derivative that is a multiple of `x`,
+    and 0 times infinity is NaN.
+    """
+    if weight is None:
+        return x
+    mute: _Tree = jax.tree.map(lambda x: jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x), x)
+    return mute
 
 
 def smoothing_coefficients(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
 from . import _tile
@@ -48,7 +49,7 @@ def _varying(x: Array) -> frozenset[Any]:
 
 
 def with_sharding_of(d: Array, x: Array) -> Array:
-    """The cotangent `d` sharded as its primal `x` is, which explicit mesh axes ask for."""
+    """The cotangent, or other companion, `d` of `x` sharded as that is: for explicit mesh axes."""
     spec = jax.typeof(x).sharding.spec
     return d if jax.typeof(d).sharding.spec == spec else jax.reshard(d, spec)
 
@@ -100,12 +101,27 @@ def sum_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
     return total._replace(max=part.max, argmax=argmax)
 
 
+def whole(x: Array) -> Array:
+    """`x` on every device, where explicit mesh axes spread it."""
+    spread = any(axis is not None for axis in jax.typeof(x).sharding.spec)
+    return jax.reshard(x, P()) if spread else x
+
+
+def take_rows(table: Float[Array, "classes ..."], ids: Integer[Array, "..."]) -> Array:
+    """`table[ids]`, sharded as `ids` is; explicit mesh axes do not let JAX choose that."""
+    table, rows = whole(table), jax.typeof(ids).sharding
+    if not rows.mesh.explicit_axes:
+        return table[ids]
+    # Also where no axis is sharded: one that vmap has taken away may be.
+    return table.at[ids].get(out_sharding=P(*rows.spec, *(None,) * (table.ndim - 1)))
+
+
 def take_class(
     per_class: Float[Array, " classes"], ids: Integer[Array, "*rows"], axis_name: str | None
 ) -> Float[Array, "*rows"]:
     """`per_class[ids]`, with `per_class` sharded like the classes."""
     if axis_name is None:
-        return per_class[ids]
+        return take_rows(per_class, ids)
     local = ids - first_class(per_class.shape[0], axis_name)
     inside = (local >= 0) & (local < per_class.shape[0])
     return jax.lax.psum(jnp.where(inside, per_class[jnp.where(inside, local, 0)], 0), axis_name)

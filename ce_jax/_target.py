@@ -101,8 +101,9 @@ def without_excluded(
 ) -> Float[Array, "*rows classes"]:
     """Zeros the rows that do not count, so that no NaN or inf in them reaches any derivative.
 
-    So it does with rows of weight 0, where they hold a NaN or have no normaliser. Other rows of
-    weight 0 stay: the derivative with respect to their weight is their loss.
+    So it does with rows of weight 0, where logits hold a NaN or have no normaliser, or labels hold
+    a NaN or infinity. Other rows of weight 0 stay: the derivative with respect to their weight is
+    their loss.
     """
     if counts is not None:
         x = jnp.where(counts[..., None], x, 0)
@@ -196,6 +197,7 @@ def elements(
     weights = _reduction.weights("sample_weight", sample_weight, shape, labels.dtype)
     if weights is not None:
         x = jnp.where((weights == 0) & jnp.isnan(x), 0.5, x)
+        labels = jnp.where((weights == 0) & jnp.isnan(labels), 0, labels)
     if label_smoothing is not None:
         eps = jnp.asarray(label_smoothing, labels.dtype)
         labels = (1 - eps) * labels + eps / 2

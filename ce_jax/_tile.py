@@ -224,7 +224,8 @@ def pullback(
     if target.probs is not None:
         dz = dz - g.cross[..., None] * target.probs.astype(dz.dtype)
         d_probs = g.cross[..., None] * (log_sum[..., None] - shifted)
-        absent = (target.probs == 0) & (shifted == -jnp.inf)
+        # Of a class with -inf, unless a row that counts has a share of it.
+        absent = ((target.probs == 0) | (g.cross == 0)[..., None]) & (shifted == -jnp.inf)
         d_target = d_target._replace(probs=jnp.where(absent, 0, d_probs).astype(target.probs.dtype))
     if target.classes is not None:
         classes, allowed = spread(target.classes, z, masked)

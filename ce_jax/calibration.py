@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from . import _checks, _reduction, _target
+from ._bins import bin_of_rank, bin_sums
 from ._numerics import positive_int, scalar
 from ._tile import wide
 from .diagnostics import log_softmax
@@ -106,19 +107,23 @@ def _reliability_bins(
         rank = (
             jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
         )
-        index = rank * bins // jnp.maximum(jnp.sum(counts, dtype=jnp.int32), 1)
+        index = bin_of_rank(rank, jnp.sum(counts, dtype=jnp.int32), bins)
     else:
         edges = jnp.arange(1, bins, dtype=confidence.dtype) / bins
         index = jnp.searchsorted(edges, confidence, side="left")
-
-    def total(x: Array) -> Array:
-        kept = jnp.where(counts, x, jnp.zeros_like(x))
-        return jnp.zeros(bins, x.dtype).at[index].add(kept, mode="drop")
-
-    size = total(jnp.ones(counts.shape, jnp.int32))
+    size, right = (
+        jnp.zeros(bins, jnp.int32).at[index].add(x.astype(jnp.int32))
+        for x in (counts, counts & correct)
+    )
     divisor = jnp.where(size == 0, jnp.nan, size.astype(confidence.dtype))
-    right = total(correct.astype(confidence.dtype))
-    return ReliabilityBins(size, total(confidence) / divisor, right / divisor)
+
+    def mean(x: Array) -> Array:
+        return bin_sums(jnp.where(counts, x, 0), index, bins) / divisor
+
+    # The rounding of a mean is as large as the sum was; what is left of it after the first is not.
+    rough = jax.lax.stop_gradient(mean(confidence))
+    confidence = rough + mean(confidence - rough[index])
+    return ReliabilityBins(size, confidence, right.astype(confidence.dtype) / divisor)
 
 
 def expected_calibration_error(
@@ -283,7 +288,7 @@ def fit_temperature(
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a shape, an axis or a value that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit; `low` must not be above `high`.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -294,13 +299,17 @@ def fit_temperature(
     References:
       Guo et al., `On Calibration of Modern Neural Networks`, 2017.
     """
+    least, most = scalar("low", low, low=1e-6), scalar("high", high, low=1e-6)
+    known = not any(isinstance(x, jax.core.Tracer) for x in (least, most))
+    if known and float(least) > float(most):
+        raise ValueError(f"low must be at most high, got low={low} and high={high}")
     return _fit_temperature(
         logits,
         labels,
         where,
         sample_weight,
-        scalar("low", low, low=1e-6),
-        scalar("high", high, low=1e-6),
+        least,
+        most,
         axis=_checks.static_axis(axis),
         ignore_index=_checks.integer_option("ignore_index", ignore_index),
     )

@@ -40,7 +40,8 @@ def mean_denominator(
         classes. Rows that are sharded need nothing here: add up what each device's rows give.
 
     Returns:
-      The denominator, `[]`, in float32 (float64 if a weight or a floating `labels` is).
+      The denominator, `[]`, in float32 (float64 if a weight or a floating `labels` is). NaN if the
+      label of a row that counts is no class, where there are weights of classes.
 
     Raises:
       TypeError: for a dtype or type that does not fit, or an option that needs integer labels.
@@ -82,6 +83,7 @@ def _mean_denominator(
     given = [jnp.asarray(x).dtype for x in (labels, weight, sample_weight) if x is not None]
     dtype = jnp.float64 if jnp.float64 in given else jnp.float32
 
+    sample_weight = _reduction.weights("sample_weight", sample_weight, labels.shape, dtype)
     label_weight = None
     if weight is not None:
         weight = _checks.real("weight", weight)
@@ -89,8 +91,8 @@ def _mean_denominator(
         classes = _sharded.all_classes(weight.size, axis_name)
         ids = _target.class_ids(labels, labels.shape, classes, counts, ignore_index)
         label_weight = _sharded.take_class(weight.astype(dtype), ids.ids, axis_name)
+        label_weight = _target.nan_if(ids.unknown, label_weight, sample_weight)
         counts = ids.counts
     elif ignore_index is not None:
         counts = _target.counting(labels, counts, ignore_index)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, labels.shape, dtype)
     return _reduction.denominator(labels.shape, dtype, counts, sample_weight, label_weight)

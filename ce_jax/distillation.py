@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from . import _checks, _class_blocks, _reduction, _sharded, _target
 from ._divergence import Inputs, Options, Side, divergence
 from ._numerics import scalar
+from ._row_loss import silenced
 from ._tile import wide
 from ._two_heads import Layer, two_heads
 
@@ -51,7 +52,7 @@ def distillation_loss(
       teacher_logits: the teacher's, of the same shape; their dtype may be another.
       axis: the class axis, a tuple of them, or None for all.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      temperature: T, above 0. May be traced.
+      temperature: T, at least 1e-6. May be traced.
       reverse: take the teacher's divergence from the student's: it seeks a mode of the teacher
         rather than covers all.
       sample_weight: weight of each row, broadcastable to the loss.
@@ -127,7 +128,7 @@ def _distillation(
     classes = _sharded.all_classes(local, axis_name)
     options = _class_blocks.Options(local, -1, classes, axis_name)
     both = Options(options, options, local)
-    loss = _loss(both, of_student, of_teacher, temperature, reverse, forward_mode)
+    loss = _loss(both, of_student, of_teacher, temperature, weights, reverse, forward_mode)
     return _reduction.reduce(loss, student.counts, weights, reduction)
 
 
@@ -136,6 +137,7 @@ def _loss(
     student: Side,
     teacher: Side,
     temperature: Array | None,
+    sample_weight: Float[Array, "*rows"] | None,
     reverse: bool,
     forward_mode: bool,
 ) -> Float[Array, "*rows"]:
@@ -144,7 +146,9 @@ def _loss(
     if reverse:
         options = options._replace(p=options.q, q=options.p)
     loss = divergence(options, Inputs(p, q, temperature), forward_mode=forward_mode)
-    return loss if temperature is None else loss * jnp.square(temperature.astype(loss.dtype))
+    if temperature is None:
+        return loss
+    return silenced(sample_weight, loss) * jnp.square(temperature.astype(loss.dtype))
 
 
 def _temperature(value: ArrayLike) -> Array | None:
@@ -204,7 +208,7 @@ def linear_distillation_loss(
         which the student may have more or less than the teacher. By default there is none.
       logit_soft_cap: positive bound of the student's logits. May be traced.
       teacher_logit_soft_cap: positive bound of the teacher's logits. May be traced.
-      temperature: T, above 0. May be traced.
+      temperature: T, at least 1e-6. May be traced.
       reverse: take the teacher's divergence from the student's.
       sample_weight: weight of each row, broadcastable to the loss.
       where: bool, broadcastable to the loss: rows to include, such as `next_tokens` has it.
@@ -212,7 +216,7 @@ def linear_distillation_loss(
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
       memory_budget: bytes that the blocks of logits and their gradients may take, by default as
-        in `linear_softmax_cross_entropy`.
+        in `linear_softmax_cross_entropy`, of both kernels together.
       forward_mode: let JAX derive the derivative, so that forward mode works.
 
     Returns:
@@ -309,5 +313,6 @@ def _linear_distillation(
         axis_name=axis_name,
         memory_budget=memory_budget,
     )
-    loss = _loss(x.options, x.student, x.teacher, temperature, reverse, forward_mode)
+    weights = None if x.weights is None else x.weights.ravel()
+    loss = _loss(x.options, x.student, x.teacher, temperature, weights, reverse, forward_mode)
     return _reduction.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)

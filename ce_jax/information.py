@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from . import _checks
+from ._numerics import linear
 
 # 1/17, ..., 1/5, 1/3: the series of `_kl_terms`. With |s| <= 1/8 the first term left out is below
 # float64's rounding.
@@ -301,7 +300,7 @@ def _cross_entropy_terms(p: Array, q: Array) -> Array:
 @functools.partial(_cross_entropy_terms.defjvp, symbolic_zeros=True)
 def _cross_entropy_terms_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     p, q = map(_visible, primals)
-    tangent = _linear((-jnp.log(q), -_ratio(p, q)), tangents)
+    tangent = linear((-jnp.log(q), -_ratio(p, q)), tangents)
     return _cross_entropy_terms(p, q), tangent
 
 
@@ -318,7 +317,7 @@ def _kl_sum_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Arr
     # Where both are 0 the one-sided limit is +inf, not log 0 - log 0.
     log_p = jnp.log(jnp.where((p == 0) & (q == 0), 1.0, p))
     log_ratio = jnp.where(near, jnp.log1p(d / jnp.where(near, q, 1.0)), log_p - jnp.log(q))
-    tangent = _linear((log_ratio + 1, -_ratio(p, q)), tangents)
+    tangent = linear((log_ratio + 1, -_ratio(p, q)), tangents)
     return _kl_sum(p, q, axes), jnp.sum(tangent, axis=axes)
 
 
@@ -355,16 +354,6 @@ def _ratio(p: Array, q: Array) -> Array:
     """The quotient p / q, with 0 / 0 = 0."""
     both_zero = (p == 0) & (q == 0)
     return jnp.where(both_zero, 0.0, p / jnp.where(both_zero, 1.0, q))
-
-
-def _linear(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
-    """Sum of slope * tangent over the arguments that vary: an infinite slope times 0 is NaN."""
-    terms = [
-        slope * tangent
-        for slope, tangent in zip(slopes, tangents, strict=True)
-        if not isinstance(tangent, SymbolicZero)
-    ]
-    return functools.reduce(operator.add, terms)
 
 
 def _wide(*arrays: Array) -> tuple[Array, ...]:

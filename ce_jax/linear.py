@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _class_blocks, _reduction, _sharded, _target, _token_blocks
 from ._layer import Layer, layer
-from ._row_loss import smoothing_coefficients, softmax_loss
+from ._row_loss import silenced, smoothing_coefficients, softmax_loss
 from ._tile import RowStatistics, Target, wide
 from .statistics import SoftmaxStatistics, by_label
 
@@ -257,6 +257,7 @@ def _row_loss(
     label_weight, sample_weight = inputs.scales
     label_smoothing, z_loss, *constants = inputs.shared
     counts, unknown = inputs.flags
+    found = silenced(sample_weight, found)
     if log_prob_loss is not None:
         constant = (None,) * len(constants)
         of_rows = jax.vmap(log_prob_loss, in_axes=(0, *constant))

@@ -31,7 +31,7 @@ def init_log_variances(
 
     Raises:
       TypeError: for a leaf or value that is not real.
-      ValueError: for a leaf or value that is not a finite scalar.
+      ValueError: for a leaf that is not a scalar, or a value that is not a finite one.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -69,7 +69,7 @@ def uncertainty_weighted_loss(
 
     Raises:
       TypeError: for a leaf that is not real.
-      ValueError: for a leaf that is not a scalar, or structures that differ.
+      ValueError: for a leaf that is not a scalar, structures that differ, or no leaf at all.
 
     Example:
       >>> import jax, jax.numpy as jnp, ce_jax

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray, Shaped
 
-from . import _checks
+from . import _checks, _target
 from ._head import First
 from ._numerics import positive_int
 from ._tile import wide
@@ -159,7 +159,7 @@ def log_uniform_log_prob(ids: Shaped[ArrayLike, "..."], num_items: int) -> Float
 @functools.partial(jax.jit, static_argnums=(1,), inline=True)
 def _log_uniform_log_prob(ids: ArrayLike, items: int) -> Array:
     ids = _checks.integer("ids", ids)
-    valid = (ids >= 0) & (ids < items)
+    valid = ~_target.class_ids(ids, ids.shape, items, None, None).unknown
     k = jnp.where(valid, ids, 0).astype(jnp.result_type(float))
     log_prob = jnp.log(jnp.log1p(1 / (k + 1))) - jnp.log(jnp.log1p(items))
     return jnp.where(valid, log_prob, jnp.nan)

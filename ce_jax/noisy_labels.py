@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction, _target
+from . import _checks, _reduction, _sharded, _target
 from ._sums import origin
 from ._tile import wide
 from .softmax import softmax_cross_entropy
@@ -99,7 +99,7 @@ def _forward(
     label = _target.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     sample_weight = _reduction.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = _target.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
-    into_label = matrix.T[label.ids]
+    into_label = _sharded.take_rows(matrix.T, label.ids)
 
     log_into = jnp.where(
         into_label > 0, jnp.log(jnp.where(into_label > 0, into_label, 1)), -jnp.inf
@@ -215,9 +215,11 @@ def _backward(
     matrix = _transition(transition, shape[-1], dtype)
     label = _target.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     sample_weight = _reduction.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    z = _target.without_excluded(rows.values, label.counts, sample_weight)
+    targets = _sharded.take_rows(jnp.linalg.inv(matrix), label.ids)
     loss = softmax_cross_entropy(
-        _target.without_excluded(rows.values, label.counts, sample_weight),
-        jnp.linalg.inv(matrix)[label.ids],
+        z,
+        _sharded.with_sharding_of(targets, z),
         forward_mode=forward_mode,
     )
     loss = _target.nan_if(label.unknown, loss, sample_weight)
@@ -229,4 +231,4 @@ def _transition(
 ) -> Float[Array, "classes classes"]:
     matrix = _checks.floating("transition", transition)
     _checks.shape_is("transition", matrix, (classes, classes), "true class by label")
-    return matrix.astype(dtype)
+    return _sharded.whole(matrix.astype(dtype))

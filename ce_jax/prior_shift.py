@@ -111,7 +111,8 @@ def _estimate_prior(
 
     def step(state: PriorEstimate) -> PriorEstimate:
         posterior = jax.nn.softmax(z + jnp.log(state.prior)[None], -1)
-        shares = weights @ posterior
+        # Left to the accelerator, the shares would keep three digits.
+        shares = jnp.matmul(weights, posterior, precision="highest")
         total = jnp.sum(shares)
         prior = jnp.where(total == 0, train, shares / jnp.where(total == 0, 1, total))
         return PriorEstimate(prior, state.steps + 1, jnp.max(jnp.abs(prior - state.prior)))

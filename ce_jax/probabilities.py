@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction, _target
-from ._row_loss import smoothing_coefficients, softmax_loss, weighted
+from . import _checks, _reduction, _sharded, _target
+from ._row_loss import silenced, smoothing_coefficients, softmax_loss, weighted
 from ._tile import RowStatistics, wide
 
 
@@ -99,7 +99,7 @@ def _nll_loss(
     weight = _target.class_weight(weight, classes, dtype)
     sample_weight = _reduction.weights("sample_weight", sample_weight, label.ids.shape, dtype)
 
-    log_p = _target.without_excluded(rows.values, label.counts).astype(dtype)
+    log_p = _target.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
     cross = -jnp.take_along_axis(log_p, label.ids[..., None], axis=-1)[..., 0]
     statistics = RowStatistics(lse=jnp.zeros_like(cross), cross=cross)
     if label_smoothing is not None:
@@ -109,7 +109,8 @@ def _nll_loss(
         statistics = statistics._replace(
             uniform=-jnp.sum(terms, -1), uniform_count=jnp.sum(allowed, -1, dtype=dtype)
         )
-    label_weight = None if weight is None else weight[label.ids]
+    label_weight = None if weight is None else _sharded.take_rows(weight, label.ids)
+    statistics = silenced(sample_weight, statistics)
     loss = softmax_loss(statistics, label_weight, label_smoothing, classes=classes)
     loss = _target.nan_if(label.unknown, loss, sample_weight)
     return _reduction.reduce(loss, label.counts, sample_weight, reduction, label_weight)

@@ -89,11 +89,9 @@ def _sigmoid_focal_loss(
     *,
     reduction: str,
 ) -> Array:
-    z, y, counts = _target.elements("logits", logits, labels, where, None)
+    z, y, counts = _target.elements("logits", logits, labels, where, None, sample_weight)
     z = z.astype(y.dtype)
     sample_weight = _reduction.weights("sample_weight", sample_weight, y.shape, y.dtype)
-    if sample_weight is not None:
-        z = jnp.where((sample_weight == 0) & jnp.isnan(z), 0, z)
     gamma = _checks.broadcast("gamma", gamma.astype(y.dtype), y.shape, "the shape of the loss")
 
     infinite = jnp.isinf(z)
@@ -219,7 +217,7 @@ def _poly_loss_cross_entropy(
     )
     z = _target.without_excluded(rows.values, rows.counts, sample_weight).astype(dtype)
     probs = _target.distributions(labels, jnp.shape(logits), axis, dtype)
-    probs = _target.without_excluded(probs, rows.counts)
+    probs = _target.without_excluded(probs, rows.counts, sample_weight)
 
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
     top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))

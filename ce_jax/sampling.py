@@ -241,7 +241,10 @@ def _linear_sampled_softmax(
         forward_mode=forward_mode,
     )
     drawn = jax.tree.map(lambda x: jnp.broadcast_to(x, (*rows, x.shape[-1])), drawn)
-    sampled = _target.nan_if(drawn.unknown, sampled.reshape(drawn.ids.shape))
+    unknown, of_each = drawn.unknown, None if weights is None else weights[..., None]
+    if label.counts is not None:
+        unknown = unknown & label.counts[..., None]
+    sampled = _target.nan_if(unknown, sampled.reshape(drawn.ids.shape), of_each)
     own = _target.nan_if(label.unknown, own.reshape(rows), weights)
     included = drawn.exists & (drawn.ids != label.ids[..., None])
     return _loss(
@@ -278,9 +281,8 @@ def _drawn(negatives: Negatives, rows: tuple[int, ...], classes: int, dtype: DTy
         )
     _checks.shape_is("negatives.log_expected_count", log_count, ids.shape, "that of the ids")
     exists = log_count < jnp.inf
-    valid = (ids >= 0) & (ids < classes)
-    ids = jnp.where(exists & valid, ids, 0).astype(jnp.int32)
-    return _Drawn(ids, exists, exists & ~valid, log_count.astype(dtype))
+    found = _target.class_ids(ids, ids.shape, classes, exists, None)
+    return _Drawn(found.ids, exists, found.unknown, log_count.astype(dtype))
 
 
 def _loss(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _target
-from ._row_loss import weighted
+from ._numerics import linear
+from ._row_loss import silenced, weighted
 
 
 def sigmoid_binary_cross_entropy(
@@ -96,86 +98,111 @@ def _loss(
     forward_mode: bool,
 ) -> Array:
     z, y, counts = _target.elements("logits", logits, labels, where, label_smoothing, sample_weight)
-    positive, negative = y, None
     pos_weight = _reduction.weights("pos_weight", pos_weight, y.shape, y.dtype)
-    if pos_weight is not None:
-        positive, negative = y * pos_weight, 1 - y
-    loss = (logistic if forward_mode else _fused)(z, positive, negative)
+    loss = (logistic if forward_mode else _fused)(z, y, pos_weight)
     weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)
-    if weight is not None:
-        loss = weighted(weight, loss)
     sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
+    if weight is not None:
+        loss = weighted(weight, silenced(sample_weight, loss))
     return _reduction.reduce(loss, counts, sample_weight, reduction)
 
 
 def _loss_of(
     z: Float[Array, "*shape"],
-    positive: Float[Array, "*shape"],
-    negative: Float[Array, "*shape"] | None = None,
+    y: Float[Array, "*shape"],
+    pos_weight: Float[Array, "*shape"] | None = None,
 ) -> Float[Array, "*shape"]:
-    """`positive * log(1 + exp(-z)) + negative * log(1 + exp(z))`, for any z and coefficients.
+    """`pos_weight * y * log(1 + exp(-z)) + (1 - y) * log(1 + exp(z))`, for any z.
 
-    Both logarithms are `log(1 + exp(-|z|))`, one of them plus `|z|`. Without `negative`, that is
-    `1 - positive`.
+    Both logarithms are `log(1 + exp(-|z|))`, one of them plus `|z|`.
     """
-    z = z.astype(positive.dtype)
+    z = z.astype(y.dtype)
     near = jnp.log1p(jnp.exp(-jnp.abs(z)))
-    if negative is None:
-        negative = 1 - positive
-    else:
+    positive, negative = _coefficients(y, pos_weight)
+    if pos_weight is not None:
         near = (positive + negative) * near
     slope = jnp.where(z > 0, negative, -positive)
     return jnp.where(slope == 0, 0, slope * z) + near
 
 
-_Elements = tuple[ArrayLike, ArrayLike, ArrayLike | None]
+def _coefficients(y: Array, pos_weight: Array | None) -> tuple[Array, Array]:
+    return (y if pos_weight is None else y * pos_weight), 1 - y
 
 
-def _slopes(elements: _Elements) -> tuple[Array, Array, Array]:
-    """Derivatives of `_loss_of`: `p - y` for the coefficients `y` and `1 - y`, and so on.
+@jax.custom_jvp
+def _probabilities(z: Float[Array, "*shape"]) -> tuple[Array, Array]:
+    """The sigmoids `p` of z and `q` of -z.
 
-    With `p = 1 / (1 + e)` and `1 - p = e p` neither loses digits to a subtraction, and there is no
+    With `p = 1 / (1 + e)` and `q = e p` neither loses digits to a subtraction, and there is no
     select to keep a CPU from computing it in one pass. The exponent is bounded, as `inf * 0` would
     be NaN (and `p` has to stay a normal number); a factor of 0 removes what is left of `p` at -inf.
     """
-    z, positive = jnp.asarray(elements[0]), jnp.asarray(elements[1])  # scalars come as literals
-    negative = 1 - positive if elements[2] is None else jnp.asarray(elements[2])
-    z = z.astype(positive.dtype)
     most = float(jnp.finfo(z.dtype).max)
     e = jnp.exp(-jnp.maximum(z, -0.98 * math.log(most)))
     p = 1 / (1 + e)
     above = jnp.minimum(jnp.maximum(z + most, 0), 1)
-    return negative * (above * p) - positive * (e * p), jax.nn.softplus(-z), jax.nn.softplus(z)
+    return above * p, e * p
+
+
+# JAX's own derivative of the quotient divides by (1 + e)**2, which overflows long before e does.
+@_probabilities.defjvp
+def _probabilities_jvp(
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    (z,), (t_z,) = primals, tangents
+    p, q = _probabilities(z)
+    slope = p * q * t_z
+    return (p, q), (slope, -slope)
+
+
+# Forward mode needs the slopes by a rule too: JAX's own derivative of |z| is wrong at 0.
+logistic = jax.custom_jvp(_loss_of)
+
+_Elements = tuple[ArrayLike, ArrayLike, ArrayLike | None]
+
+
+def _arrays(elements: _Elements) -> tuple[Array, Array, Array | None]:
+    z, y, pos_weight = elements  # scalars come as literals
+    return jnp.asarray(z), jnp.asarray(y), None if pos_weight is None else jnp.asarray(pos_weight)
+
+
+def _slopes(z: Array, y: Array, pos_weight: Array | None) -> tuple[Array, ...]:
+    """Derivatives of `_loss_of` by each of its arguments: `p - y` by the logits, and so on.
+
+    What a factor of 0 multiplies is 0, also at an infinite logit.
+    """
+    z = z.astype(y.dtype)
+    p, q = _probabilities(z)
+    positive, negative = _coefficients(y, pos_weight)
+    dz = negative * p - positive * q
+    if pos_weight is None:
+        return dz, -z
+    # softplus(-z) and softplus(z), whose own slopes are p and q to all digits by the same rule.
+    of_positive, of_negative = (logistic(x, jnp.zeros_like(x)) for x in (-z, z))
+    return dz, weighted(pos_weight, of_positive) - of_negative, weighted(y, of_positive)
+
+
+@functools.partial(logistic.defjvp, symbolic_zeros=True)
+def _logistic_jvp(elements: _Elements, tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    arrays = _arrays(elements)
+    slopes = _slopes(*arrays)
+    return logistic(*arrays), linear(slopes, tangents[: len(slopes)])
 
 
 _fused = jax.custom_vjp(_loss_of)
 
 
-def _fused_fwd(z: Array, positive: Array, negative: Array | None = None) -> tuple[Array, _Elements]:
-    return _loss_of(z, positive, negative), (z, positive, negative)
+def _fused_fwd(z: Array, y: Array, pos_weight: Array | None = None) -> tuple[Array, _Elements]:
+    # Reverse over reverse differentiates this value, so it needs the rule of forward mode.
+    return logistic(z, y, pos_weight), (z, y, pos_weight)
 
 
-def _fused_bwd(elements: _Elements, g: Array) -> tuple[Array, Array, Array | None]:
-    dz, d_positive, d_negative = (g * d for d in _slopes(elements))
-    dz = dz.astype(jnp.result_type(elements[0]))
-    return (
-        (dz, d_positive - d_negative, None) if elements[2] is None else (dz, d_positive, d_negative)
-    )
+def _fused_bwd(elements: _Elements, g: Array) -> tuple[Array | None, ...]:
+    dz, *others = _slopes(*_arrays(elements))
+    dz = (g * dz).astype(jnp.result_type(elements[0]))
+    # An infinite slope by a label must not turn a loss that weighs nothing into NaN.
+    gradients = (dz, *(weighted(g, d) for d in others))
+    return (*gradients, None) if elements[2] is None else gradients
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
-
-# Forward mode needs the slopes by a rule too: JAX's own derivative of |z| is wrong at 0.
-logistic = jax.custom_jvp(_loss_of)
-
-
-@logistic.defjvp
-def _logistic_jvp(elements: _Elements, tangents: _Elements) -> tuple[Array, Array]:
-    dz, d_positive, d_negative = _slopes(elements)
-    t_z, t_positive, t_negative = tangents
-    z, positive, negative = (x if x is None else jnp.asarray(x) for x in elements)
-    loss = _loss_of(jnp.asarray(z), jnp.asarray(positive), negative)
-    t_z = jnp.asarray(t_z).astype(dz.dtype)
-    if t_negative is None:
-        return loss, dz * t_z + (d_positive - d_negative) * t_positive
-    return loss, dz * t_z + d_positive * t_positive + d_negative * t_negative

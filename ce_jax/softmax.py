@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _sharded, _target
 from ._dense import row_statistics
-from ._row_loss import smoothing_coefficients, softmax_loss
+from ._row_loss import silenced, smoothing_coefficients, softmax_loss
 from ._tile import ABSENT, Target, wide
 
 _STATIC = ("axis", "ignore_index", "axis_name", "reduction", "forward_mode")
@@ -149,6 +149,7 @@ def _integer_loss(
     label_weight = None
     if weight is not None:
         label_weight = _sharded.take_class(weight, label.ids, axis_name)
+    statistics = silenced(sample_weight, statistics)
     loss = softmax_loss(statistics, label_weight, label_smoothing, z_loss, classes=classes)
     loss = _target.nan_if(label.unknown, loss, sample_weight)
     return _reduction.reduce(loss, label.counts, sample_weight, reduction, label_weight)
@@ -269,6 +270,7 @@ def _distribution_loss(
     as_given = weight is None and jnp.shape(labels) == jnp.shape(logits)
     held = jnp.result_type(labels) if narrow and as_given else dtype
     probs = _target.distributions(labels, jnp.shape(logits), axis, held)
+    probs = _target.without_excluded(probs, rows.counts, sample_weight, axis_name)
     if weight is not None:
         probs = probs * jnp.broadcast_to(weight, probs.shape)
     spread = ABSENT
@@ -276,10 +278,11 @@ def _distribution_loss(
         spread = smoothing_coefficients(weight, classes, dtype)
     statistics = row_statistics(
         z,
-        Target(probs=_target.without_excluded(probs, rows.counts), classes=spread),
+        Target(probs=probs, classes=spread),
         axis_name=axis_name,
         forward_mode=forward_mode,
     )
 
+    statistics = silenced(sample_weight, statistics)
     loss = softmax_loss(statistics, None, label_smoothing, z_loss, classes=classes)
     return _reduction.reduce(loss, rows.counts, sample_weight, reduction)

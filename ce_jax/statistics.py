@@ -16,7 +16,15 @@ from ._tile import RowStatistics, Target
 
 
 class SoftmaxStatistics(NamedTuple):
-    """What one pass over the logits of each row tells about it; see `softmax_statistics`."""
+    """What one pass over the logits of each row tells about it; see `softmax_statistics`.
+
+    Attributes:
+      lse: log-normaliser, in nats like the next three.
+      label_logit: the logit of the label.
+      log_prob: the log-probability of the label.
+      entropy: that of the softmax.
+      argmax: the class with the largest logit, the first of several.
+    """
 
     lse: Float[Array, "*rows"]
     label_logit: Float[Array, "*rows"]

@@ -47,6 +47,13 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture
+def frozen_heap():
+    """JAX's search for leaks collects garbage again and again: let it see new objects alone."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
 def x64():
     with jax.enable_x64(True):
         yield

@@ -157,6 +157,52 @@ def test_edges_of_bins():
     np.testing.assert_array_equal(found.size, [2, 1, 1, 1])
 
 
+def test_many_predictions_in_many_bins_of_equal_size():
+    """Rank times number of bins exceeds 32 bits."""
+    size, bins = 300_000, 10_000
+    confidence = np.linspace(0, 1, size, dtype=np.float32)
+    correct = np.arange(size) % 7 < 3
+    found = ce_jax.reliability_bins(confidence, correct, bins=bins, adaptive=True)
+    np.testing.assert_array_equal(found.size, size // bins)
+    for mine, x in ((found.confidence, confidence), (found.accuracy, correct)):
+        np.testing.assert_allclose(mine, x.reshape(bins, -1).mean(-1, dtype=float), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bins", [1, 7, 1000, 999_983, 2**31 - 1])
+def test_bins_of_ranks(bins):
+    """For any numbers below 2^31; ranks that are not among `size` go last."""
+    for size in (1, 2, 1000, 3_000_017, 2**31 - 1):
+        rank = np.unique(np.linspace(0, size - 1, 50).astype(int))
+        expected = [int(r) * bins // size for r in rank]
+        found = _bins.bin_of_rank(jnp.asarray(rank, jnp.int32), jnp.asarray(size, jnp.int32), bins)
+        np.testing.assert_array_equal(found, expected)
+        after = _bins.bin_of_rank(jnp.asarray([size]), jnp.asarray(size), bins)
+        assert expected[-1] <= after[0] < bins
+
+
+def test_bins_of_more_predictions_than_float32_counts():
+    """A float32 sum of ones stops at 2^24; of equal numbers it drifts off long before."""
+    size = 2**24 + 2**22
+    confidence = np.full(size, 0.9, np.float32)
+    correct = np.arange(size, dtype=np.int32) >= 2**10
+    found = ce_jax.reliability_bins(confidence, correct, bins=2)
+    np.testing.assert_array_equal(found.size, [0, size])
+    np.testing.assert_allclose(found.accuracy[1], 1 - 2**10 / size, rtol=1e-7)
+    np.testing.assert_allclose(found.confidence[1], np.float64(np.float32(0.9)), rtol=2e-7)
+
+
+def test_the_mean_confidence_has_a_derivative():
+    """Of each prediction in a bin, one over the bin's size."""
+    confidence, counts = jnp.array([0.1, 0.2, 0.7, 0.9, 0.3]), np.arange(5) != 4
+
+    def means(confidence):
+        found = ce_jax.reliability_bins(confidence, counts, bins=2, where=counts)
+        return found.confidence
+
+    expected = [[0.5, 0.5, 0, 0, 0], [0, 0, 0.5, 0.5, 0]]
+    np.testing.assert_allclose(jax.jacrev(means)(confidence), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["last", "tuple"])
 def test_brier_score(layout):
     arguments = softmax_arguments(
@@ -235,9 +281,31 @@ def test_fit_temperature_at_its_bounds():
     assert jnp.isnan(ce_jax.fit_temperature(right, jnp.array([0, 5])))
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64, jnp.float32])
+def test_a_bound_is_within_the_bounds(kind):
+    """In float32 1e-6 is below 1e-6."""
+    right, coldest = jnp.array([[5.0, 0.0], [0.0, 3.0]]), kind(1e-6)
+    found = ce_jax.fit_temperature(right, jnp.array([0, 1]), low=coldest)
+    np.testing.assert_allclose(found, 1e-6, rtol=1e-3)
+    loss = ce_jax.distillation_loss(right, jnp.zeros((2, 2)), temperature=coldest)
+    # To so cold a student the teacher's even odds cost their gap in half of the cases.
+    np.testing.assert_allclose(loss, 1e-6**2 * np.array([5.0, 3.0]) / 2e-6, rtol=1e-4)
+    for name, below in (("low", 9e-7), ("high", 0.0)):
+        with pytest.raises(ValueError, match=f"{name} must .*1e-06"):
+            ce_jax.fit_temperature(right, jnp.array([0, 1]), **{name: kind(below)})
+    np.testing.assert_allclose(
+        ce_jax.fit_temperature(right, jnp.array([0, 1]), low=kind(2), high=kind(2)), 2.0
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (
+            lambda: ce_jax.fit_temperature(jnp.zeros((1, 2)), jnp.zeros(1, int), low=200.0),
+            ValueError,
+            r"low .* high.* low=200\.0 and high=100\.0",
+        ),
         (
             lambda: ce_jax.cross_entropy_parts(jnp.zeros((2, 3)), jnp.zeros((3, 3))),
             ValueError,

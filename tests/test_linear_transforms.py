@@ -263,6 +263,7 @@ def test_statistics_run_one_cached_program():
 
 
 @pytest.mark.sweep
+@pytest.mark.usefixtures("frozen_heap")
 @every_division
 def test_no_tracer_leaks(division):
     with jax.checking_leaks():

@@ -67,6 +67,15 @@ def test_mean_denominator_of_float_arrays(sample_weight):
     close(found, np.sum(where * weights), 1e-6)
 
 
+def test_mean_denominator_of_labels_that_are_no_class():
+    weight, labels = jnp.array([0.5, 1.5]), jnp.array([1, 2, -1])
+    for sample_weight, total in ((None, np.nan), (jnp.array([2.0, 0.0, 0.0]), 3.0)):
+        found = ce_jax.mean_denominator(labels, weight=weight, sample_weight=sample_weight)
+        np.testing.assert_allclose(found, total)
+        where = jnp.array([True, False, False])
+        assert ce_jax.mean_denominator(labels, weight=weight, where=where) == 1.5
+
+
 def test_mean_is_sum_over_denominator():
     problem = softmax_problem()
     loss = ce_jax.softmax_cross_entropy_with_integer_labels

@@ -155,3 +155,160 @@ def test_large_logits_keep_small_losses():
     np.testing.assert_allclose(losses, np.exp(-80.0), rtol=1e-5)
     slopes = jax.grad(lambda z: ce_jax.sigmoid_binary_cross_entropy(z, labels, reduction="sum"))(z)
     np.testing.assert_allclose(slopes[1], np.exp(-80.0), rtol=1e-5)
+
+
+def second_derivatives(loss, **options):
+    """d2/dz2 of each element, by every way to differentiate twice."""
+
+    def along(z, f):
+        return jax.jvp(f, (z,), (jnp.ones_like(z),))[1]
+
+    def reverse(**more):
+        return jax.grad(lambda z: jnp.sum(loss(z, **options, **more)))
+
+    def forward(z):
+        return along(z, lambda z: loss(z, **options, forward_mode=True))
+
+    return {
+        "reverse over reverse": jax.grad(lambda z: jnp.sum(reverse()(z))),
+        "forward over reverse": lambda z: along(z, reverse()),
+        "forward over forward": lambda z: along(z, forward),
+        "reverse over forward": jax.grad(lambda z: jnp.sum(forward(z))),
+        "reverse over reverse of forward mode": jax.grad(
+            lambda z: jnp.sum(reverse(forward_mode=True)(z))
+        ),
+    }
+
+
+def logistic_derivatives(z):
+    """p q and its own derivative, p q (q - p), in which no term is lost to a rounded 1."""
+    e = np.exp(-np.abs(np.asarray(z, np.float64)))
+    slope = e / (1 + e) ** 2
+    return slope, slope * np.sign(z) * -(1 - e) / (1 + e)
+
+
+MODERATE = (0.0, 0.5, 3.0, 20.0, 50.0, 80.0, 100.0, 1000.0, np.inf)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [("float32", MODERATE), ("float64", (*MODERATE, 400.0, 600.0))],
+    ids=["float32", "float64"],
+)
+@pytest.mark.parametrize("pos_weight", [None, 3.0])
+def test_second_derivatives_at_any_logit(dtype, sizes, pos_weight):
+    """They are p q times the sum of the coefficients, and as small as it is far from 0."""
+    z, labels = np.meshgrid([*sizes, *(-size for size in sizes)], [0.0, 0.3, 1.0])
+    scale = 1 if pos_weight is None else 3 * labels + 1 - labels
+    truth, third = (scale * derivative for derivative in logistic_derivatives(z))
+    atol = 4 * float(jnp.finfo(dtype).max) ** -0.98  # p stops there, above the subnormal numbers
+    rtol = {"float32": 3e-6, "float64": 1e-14}[dtype]
+    with jax.enable_x64(dtype == "float64"):
+        ways = second_derivatives(
+            lambda z, **options: ce_jax.sigmoid_binary_cross_entropy(z, labels, **options),
+            pos_weight=pos_weight,
+        )
+        z = jnp.asarray(z, dtype)
+        for name, second in ways.items():
+            np.testing.assert_allclose(jax.jit(second)(z), truth, rtol, atol, err_msg=name)
+        found = jax.jit(jax.grad(lambda z: jnp.sum(ways["reverse over reverse"](z))))(z)
+        np.testing.assert_allclose(found, third, rtol, atol)
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_second_derivative_of_what_uses_the_loss(forward_mode, x64):
+    """Of l**2 it is 2 l'**2 + 2 l l'': the slope of the value counts, also where |z| has none."""
+    z, label = np.array([-2.0, 0.0, 2.0]), 0.3
+    p = 1 / (1 + np.exp(-z))
+    loss = label * np.logaddexp(0, -z) + (1 - label) * np.logaddexp(0, z)
+
+    def squared(z):
+        return ce_jax.sigmoid_binary_cross_entropy(z, label, forward_mode=forward_mode) ** 2
+
+    truth = 2 * (p - label) ** 2 + 2 * loss * p * (1 - p)
+    for twice in (jax.grad(jax.grad(squared)), jax.hessian(squared)):
+        found = jax.jit(jax.vmap(twice))(jnp.asarray(z))
+        np.testing.assert_allclose(found, truth, rtol=1e-14)
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_mixed_second_derivatives(forward_mode, x64):
+    """By each pair of logit, label and positive weight, also where a coefficient is 0."""
+
+    def loss(arguments):
+        z, y, v = arguments
+        return ce_jax.sigmoid_binary_cross_entropy(z, y, pos_weight=v, forward_mode=forward_mode)
+
+    points = np.array([[0.0, 0.3, 2.0], [-2.0, 0.0, 2.0], [50.0, 1.0, 2.0], [-50.0, 0.6, 0.0]])
+    z, y, v = points.T
+    p, q = 1 / (1 + np.exp(-z)), 1 / (1 + np.exp(z))
+    by_zz, by_zy = (v * y + 1 - y) * p * q, -v * q - p
+    by_zv, by_yv, none = -y * q, np.logaddexp(0, -z), 0 * z
+    truth = [[by_zz, by_zy, by_zv], [by_zy, none, by_yv], [by_zv, by_yv, none]]
+    for twice in (jax.hessian(loss), jax.jacrev(jax.grad(loss))):
+        found = jax.jit(jax.vmap(twice))(jnp.asarray(points))
+        np.testing.assert_allclose(found, np.moveaxis(truth, -1, 0), rtol=1e-14, atol=1e-300)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pos_weight", [None, 3.0])
+@pytest.mark.parametrize(("z", "label", "slope"), [(np.inf, 1, 0), (-np.inf, 0, 0), (np.inf, 0, 1)])
+def test_tangents_at_infinite_logits(z, label, slope, pos_weight, dtype):
+    """A label that does not vary adds nothing, however steep the loss is in it."""
+
+    def loss(z):
+        return ce_jax.sigmoid_binary_cross_entropy(
+            z, float(label), pos_weight=pos_weight, forward_mode=True
+        )
+
+    point, tangent = jnp.asarray(z, dtype), jnp.ones((), dtype)
+    ways = {
+        "jvp": jax.jvp(loss, (point,), (tangent,))[1],
+        "jit": jax.jit(lambda z, t: jax.jvp(loss, (z,), (t,))[1])(point, tangent),
+        "linearize": jax.linearize(loss, point)[1](tangent),
+        "vmap": jax.jvp(jax.vmap(loss), (point[None],), (tangent[None],))[1][0],
+        "grad": jax.grad(loss)(point),
+    }
+    assert {name: float(found) for name, found in ways.items()} == dict.fromkeys(ways, slope)
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_weights_at_agreeing_infinite_logits(forward_mode):
+    """The gradient by a weight is what it weighs: 0 where an infinite logit agrees."""
+    logits, labels = jnp.array([-jnp.inf, jnp.inf, 0.0]), jnp.array([0.0, 1.0, 1.0])
+
+    def total(weight, pos_weight):
+        return ce_jax.sigmoid_binary_cross_entropy(
+            logits,
+            labels,
+            weight=weight,
+            pos_weight=pos_weight,
+            reduction="sum",
+            forward_mode=forward_mode,
+        )
+
+    log_2 = np.log(2.0)
+    for differentiate in (jax.grad, jax.jacfwd) if forward_mode else (jax.grad,):
+        by_weight, by_pos_weight = (differentiate(total, i)(jnp.ones(()), 2.0) for i in (0, 1))
+        np.testing.assert_allclose([by_weight, by_pos_weight], [2 * log_2, log_2], rtol=1e-6)
+        by_each = differentiate(total, 1)(1.0, jnp.full(3, 2.0))
+        np.testing.assert_allclose(by_each, [0.0, 0.0, log_2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("pos_weight", [None, 0.0, 2.0])
+def test_labels_at_infinite_logits(pos_weight):
+    """By a label the slope is v softplus(-z) - softplus(z), and 0 in a loss that weighs nothing."""
+    logits, labels = jnp.array([jnp.inf, -jnp.inf, jnp.inf, 0.0]), jnp.array([1.0, 0.0, 1.0, 1.0])
+
+    def total(labels):
+        return ce_jax.sigmoid_binary_cross_entropy(
+            logits,
+            labels,
+            weight=jnp.array([1.0, 1.0, 0.0, 1.0]),
+            pos_weight=pos_weight,
+            reduction="sum",
+        )
+
+    v = 1.0 if pos_weight is None else pos_weight
+    truth = [-np.inf, np.inf if v else 0.0, 0.0, (v - 1) * np.log(2.0)]
+    np.testing.assert_allclose(jax.grad(total)(labels), truth, rtol=1e-6)

@@ -338,6 +338,7 @@ def test_inside_jit_the_loss_is_inlined(name):
     assert name not in {eqn.params.get("name") for eqn in program.jaxpr.eqns}
 
 
+@pytest.mark.usefixtures("frozen_heap")
 @pytest.mark.parametrize("problem", ["integer-options", "soft-options", "sigmoid-options", "nll"])
 def test_no_tracer_leaks(problem):
     problem = PROBLEMS[problem]

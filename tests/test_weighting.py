@@ -143,6 +143,14 @@ def test_estimate_prior_of_weighted_batches():
     np.testing.assert_array_equal(both.steps, [x.steps for x in alone])
 
 
+def test_estimate_prior_whatever_precision_products_have_by_default():
+    """A CPU rounds no factors, so the program must tell."""
+    with jax.default_matmul_precision("bfloat16"):
+        program = jax.make_jaxpr(lambda z: ce_jax.estimate_prior(z, PRIOR))(jnp.zeros((5, 3)))
+    assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in str(program).replace("\n", "")
+    assert str(program).count("dot_general") == 1
+
+
 def test_estimate_prior_without_examples_or_classes():
     nothing = ce_jax.estimate_prior(jnp.zeros((0, 3)), PRIOR)
     np.testing.assert_allclose(nothing.prior, PRIOR, rtol=1e-6)

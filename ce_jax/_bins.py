@@ -1,0 +1,38 @@
+"""Which bin an example is in, and what a bin holds, exactly for any number of examples."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+# Sums of the same bin, and all of them together.
+_MOST_PARTS = 512
+_PARTS_OF_BINS = 2**20
+
+
+def bin_of_rank(
+    rank: Integer[Array, " n"], size: Integer[Array, ""], bins: int
+) -> Integer[Array, " n"]:
+    """`rank * bins // size`, by long multiplication: the product need not fit into 32 bits.
+
+    Ranks from `size` on, which do not count, are in the last bin.
+    """
+    size = jnp.maximum(size, 1).astype(jnp.uint32)
+    rank = jnp.minimum(rank.astype(jnp.uint32), size - 1)
+    quotient = remainder = jnp.zeros_like(rank)
+    for bit in f"{bins:b}":
+        quotient, remainder = 2 * quotient, 2 * remainder
+        for more in (0, rank if bit == "1" else 0):
+            remainder = remainder + more
+            exceeds = remainder >= size
+            quotient = quotient + exceeds.astype(jnp.uint32)
+            remainder = jnp.where(exceeds, remainder - size, remainder)
+    return quotient.astype(jnp.int32)
+
+
+def bin_sums(x: Float[Array, " n"], index: Integer[Array, " n"], bins: int) -> Array:
+    """The sum of each bin, from many sums in turn, lest a large one swallow what is added to it."""
+    parts = max(1, min(_MOST_PARTS, _PARTS_OF_BINS // bins))
+    part = jax.lax.iota(jnp.int32, x.shape[0]) % parts
+    return jnp.sum(jnp.zeros((parts, bins), x.dtype).at[part, index].add(x), 0)

@@ -1,0 +1,181 @@
+"""An example of weight 0 takes no part in any derivative, even if its loss is inf or NaN.
+
+And an example whose label is no class takes part in every mean, whatever the weights.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ce_jax
+from tests import linear, reference, reference_linear
+from tests.helpers import check, close
+
+# The truth multiplies what it then leaves out.
+pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore:invalid value")]
+
+INTEGER = "softmax_cross_entropy_with_integer_labels"
+INF, NAN = np.inf, np.nan
+# Integers, as floats would be differentiated too: by its weight, the derivative is the loss.
+WEIGHTS = np.array([0, 1, 2])
+BANNED = np.array([[0.5, -INF, 1.0], [0.3, -0.2, 0.9], [1.0, 0.4, -0.6]])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        (INTEGER, np.array([1, 0, 2])),
+        ("softmax_cross_entropy", np.array([[0.2, 0.5, 0.3], [0.1, 0.9, 0.0], [1.0, 0.2, 0.2]])),
+        ("softmax_cross_entropy", np.array([[NAN, 0.5, INF], [0.1, 0.9, 0.0], [1.0, 0.2, 0.2]])),
+    ],
+    ids=["class id", "share of a class with -inf", "labels of NaN and inf"],
+)
+def test_softmax(name, labels, reduction):
+    arguments = {
+        "logits": BANNED,
+        "labels": labels,
+        "weight": np.array([0.5, 1.5, 2.0]),
+        "sample_weight": WEIGHTS,
+        "label_smoothing": 0.2,
+        "z_loss": 0.1,
+        "reduction": reduction,
+    }
+    check(name, arguments, ("label_smoothing", "z_loss"))
+
+
+@pytest.mark.parametrize("first", [-INF, NAN, INF])
+def test_nll_loss(first):
+    log_probs = np.log([[0.2, 0.3, 0.5], [0.1, 0.6, 0.3], [0.4, 0.4, 0.2]])
+    log_probs[0, 1] = first
+    arguments = {
+        "log_probs": log_probs,
+        "labels": np.array([1, 0, 2]),
+        "weight": np.array([0.5, 1.5, 2.0]),
+        "sample_weight": WEIGHTS,
+        "label_smoothing": 0.2,
+    }
+    check("nll_loss", arguments, ("label_smoothing",))
+
+
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [
+        ("sigmoid_binary_cross_entropy", (NAN, 1.0)),
+        ("sigmoid_binary_cross_entropy", (INF, 0.0)),
+        ("sigmoid_binary_cross_entropy", (0.5, NAN)),
+        ("binary_cross_entropy", (NAN, 1.0)),
+        ("binary_cross_entropy", (0.5, NAN)),
+    ],
+    ids=str,
+)
+def test_binary(name, element):
+    probs = name == "binary_cross_entropy"
+    draw = np.random.default_rng(4)
+    inputs, labels = draw.uniform(0.2, 0.8, size=3), np.array([0.0, 0.3, 1.0])
+    inputs[0], labels[0] = element
+    arguments = {
+        "probs" if probs else "logits": inputs,
+        "labels": labels,
+        "weight": np.array([0.5, 1.5, 2.0]),
+        "sample_weight": WEIGHTS,
+        "label_smoothing": 0.2,
+    }
+    traced = ("label_smoothing",)
+    if not probs:
+        arguments["pos_weight"] = 1.5
+        traced += ("pos_weight",)
+    check(name, arguments, traced)
+
+
+@pytest.mark.parametrize("options", [{}, {"gamma": 1.7}], ids=["cross-entropy", "focal"])
+@pytest.mark.parametrize("blocks", ["classes", "tokens"])
+def test_linear(blocks, options):
+    draw = np.random.default_rng(6)
+    arguments = {
+        "hidden": draw.normal(size=(3, 2)),
+        "kernel": draw.normal(size=(2, 4)),
+        "bias": np.array([0.3, -INF, 0.2, -0.4]),
+        "labels": np.array([1, 0, 2]),
+        "weight": np.array([0.5, 1.5, 2.0, 1.0]),
+        "sample_weight": WEIGHTS,
+        "label_smoothing": 0.2,
+        "z_loss": 0.1,
+        "reduction": "mean",
+        **options,
+    }
+    division = {"memory_budget": linear.class_budget(3, 2, steps=1)} if blocks == "classes" else {}
+    smooth = {
+        name: jnp.asarray(value, jnp.float32)
+        for name, value in arguments.items()
+        if not isinstance(value, str) and np.result_type(value).kind == "f"
+    }
+    fixed = {name: value for name, value in arguments.items() if name not in smooth}
+    found = jax.jit(jax.grad(lambda smooth: linear.loss(**smooth, **fixed, **division)))(smooth)
+    exact = fixed | {name: np.asarray(value, np.float64) for name, value in smooth.items()}
+    truth = reference_linear.linear_softmax_cross_entropy
+    for name, slope in found.items():
+        wanted = reference.vjp(truth, exact, name, 1.0)
+        close(slope, wanted, 4e-6, name, float(truth(**exact)))
+
+
+@pytest.mark.parametrize("of_layers", [False, True])
+def test_temperature_of_distillation(of_layers):
+    """The teacher's first row gives a share to a class that the student's excludes."""
+    student, teacher = BANNED, BANNED[::-1].copy()
+    student, teacher = (jnp.asarray(x, jnp.float32) for x in (student, teacher))
+
+    def loss(temperature, rows=slice(None)):
+        options = {"temperature": temperature, "reduction": "sum"}
+        if of_layers:
+            # One row for each unit vector, so that the kernel's rows are the logits' finite ones.
+            bias = jnp.array([0.0, -INF, 0.0])
+            kernel = jnp.where(jnp.isfinite(student), student, 0)
+            return ce_jax.linear_distillation_loss(
+                *(jnp.eye(3), kernel),
+                bias=bias,
+                teacher_logits=teacher,
+                sample_weight=jnp.array([0, 0, 0]),
+                **options,
+            )
+        return ce_jax.distillation_loss(
+            student, teacher, sample_weight=jnp.asarray(WEIGHTS), **options
+        )
+
+    def truth(temperature):
+        total = 0.0
+        for z, t, weight in zip(np.asarray(student), np.asarray(teacher), WEIGHTS, strict=True):
+            if weight and not of_layers:
+                p, q = (np.exp(x / temperature) for x in (t.astype(float), z.astype(float)))
+                p, q = p / p.sum(), q / q.sum()
+                terms = p[p > 0] * np.log(p[p > 0] / q[p > 0])
+                total += weight * temperature**2 * terms.sum()
+        return total
+
+    value, slope = jax.jit(jax.value_and_grad(loss))(2.0)
+    np.testing.assert_allclose(value, truth(2.0), rtol=2e-5)
+    difference = (truth(2.0 + 1e-5) - truth(2.0 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(slope, difference, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["dense", "linear", "nll_loss"])
+def test_a_label_that_is_no_class_is_in_every_mean(form):
+    """Though its class, if it were the first, weighed nothing, and so did the denominator."""
+    labels, weight = jnp.array([7, 0]), jnp.array([0.0, 1.0, 1.0])
+    options = {"weight": weight, "reduction": "mean"}
+
+    def loss(x, **more):
+        if form == "linear":
+            return ce_jax.linear_softmax_cross_entropy(
+                x, jnp.ones((3, 3)), labels, **options, **more
+            )
+        function = ce_jax.nll_loss if form == "nll_loss" else getattr(ce_jax, INTEGER)
+        return function(x, labels, **options, **more)
+
+    value, slopes = jax.value_and_grad(loss)(jnp.zeros((2, 3)))
+    assert np.isnan(value)
+    assert np.isnan(slopes[0]).any()
+    value, slopes = jax.value_and_grad(loss)(jnp.zeros((2, 3)), sample_weight=jnp.array([0, 1]))
+    assert value == 0
+    np.testing.assert_array_equal(slopes, 0.0)
