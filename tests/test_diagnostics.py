@@ -11,6 +11,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 import ce_jax
+from ce_jax import _bins
 from tests import reference, reference_beyond
 from tests.beyond import check
 from tests.helpers import close, softmax_arguments
