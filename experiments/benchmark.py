@@ -3,8 +3,8 @@
     python -m experiments.benchmark
 
 It needs a machine that has nothing else to do, and long; `--quick` takes fewer shapes. All peers
-are called in turns in this one process, after a warm-up, and each call waits for its result, so
-that ratios stay right where the machine's speed drifts.
+are called in turns in this one process, after a warm-up, and each call waits for its result; ratios
+are taken within a turn, so that they stay right where the machine's speed drifts.
 """
 
 import os

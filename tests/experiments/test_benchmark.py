@@ -61,6 +61,17 @@ def test_calls_take_turns_in_a_new_order_each_round(monkeypatch):
     assert all(t.samples == 9 and t.lower <= t.median <= t.upper for t in timings.values())
 
 
+def test_a_slow_start_costs_no_repeats(monkeypatch):
+    clock, calls = [0.0], []
+
+    def call():
+        calls.append(None)
+        clock[0] += 5e-3 if len(calls) < 4 else 1e-4
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    assert timing._repeats(call) == 20
+
+
 def test_the_spread_is_that_of_the_samples(monkeypatch):
     samples = Samples((4.0, 1.0, 3.0, 2.0, 5.0))
     assert (samples.median, samples.lower, samples.upper) == (3.0, 2.0, 4.0)
