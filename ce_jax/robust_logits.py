@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from . import _checks, _reduction, _target
 from ._dense import row_statistics
 from ._numerics import option, scalar
-from ._row_loss import weighted
+from ._row_loss import silenced, weighted
 from ._tile import Target, wide
 
 
@@ -105,7 +105,7 @@ def _sigmoid_focal_loss(
 
     share = _reduction.weights("alpha", alpha, y.shape, y.dtype)
     if share is not None:
-        loss = weighted(share * y + (1 - share) * (1 - y), loss)
+        loss = weighted(share * y + (1 - share) * (1 - y), silenced(sample_weight, loss))
     return _reduction.reduce(loss, counts, sample_weight, reduction)
 
 

@@ -89,6 +89,17 @@ def test_binary(name, element):
     check(name, arguments, traced)
 
 
+def test_focal_share_of_the_positive_labels():
+    """By `alpha`, it is (1 - p)^2 softplus(-z) of what weighs something, here log(2) / 4."""
+    logits, labels, weight = jnp.array([-INF, 0.0]), jnp.ones(2), jnp.array([0.0, 1.0])
+    found = jax.grad(
+        lambda alpha: ce_jax.sigmoid_focal_loss(
+            logits, labels, alpha=alpha, sample_weight=weight, reduction="sum"
+        )
+    )(0.3)
+    np.testing.assert_allclose(found, np.log(2) / 4, rtol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"gamma": 1.7}], ids=["cross-entropy", "focal"])
 @pytest.mark.parametrize("blocks", ["classes", "tokens"])
 def test_linear(blocks, options):
