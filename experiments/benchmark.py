@@ -202,7 +202,7 @@ def parts(
             partial(measure, problem, peers, effort),
         )
     if Operation.EPOCH in operations:
-        yield "epoch", lambda: epoch.rows(effort, quick=quick)
+        yield "epoch", lambda: epoch.rows(effort, peers, quick=quick)
     if Operation.VOCAB_PARALLEL in operations:
         yield Operation.VOCAB_PARALLEL, lambda: sharded.rows(effort, quick=quick)
     # Compiling for each of many sizes would take longer than all the rest.

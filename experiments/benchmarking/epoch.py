@@ -4,7 +4,7 @@ Images are random bytes of MNIST's size: what they show does not change the time
 them on the device as bytes, shuffle, scale, and take a step of Adam for each 128 of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +28,8 @@ EXAMPLES, QUICK_EXAMPLES = 60000, 6400
 _OPERATION = "mnist epoch"
 
 
-def rows(effort: Effort, *, quick: bool) -> list[Row]:
-    """The time of an epoch for each of the peers."""
+def rows(effort: Effort, everybody: Sequence[Peer], *, quick: bool) -> list[Row]:
+    """The time of an epoch for some of the peers, unless they are missing."""
     examples = QUICK_EXAMPLES if quick else EXAMPLES
     problem = Problem(_OPERATION, examples, WIDTHS[-1], "float32", WIDTHS[0])
     draw = np.random.default_rng(0)
@@ -40,27 +40,26 @@ def rows(effort: Effort, *, quick: bool) -> list[Row]:
         for a, b in pairwise(WIDTHS)
     ]
     losses = jax_peers.losses()
-    missing = "" if import_torch() else "not installed"
-    compiled_missing = missing or ("left out by --quick" if quick else "")
+    missing = {peer.name: peer.missing for peer in everybody}
 
     def jax_peer(name: str, loss: Loss) -> Peer:
-        return _peer(name, lambda: _jax_program(loss, images, labels, kernels))
+        return _peer(name, lambda: _jax_program(loss, images, labels, kernels), missing[name])
 
-    def torch_peer(name: str, missing: str, *, compiled: bool) -> Peer:
-        return _peer(name, lambda: _torch_program(images, labels, kernels, compiled), missing)
+    def torch_peer(name: str, *, compiled: bool) -> Peer:
+        return _peer(name, lambda: _torch_program(images, labels, kernels, compiled), missing[name])
 
     peers = [
         jax_peer(OURS, losses[OURS]["integer"]),
         jax_peer(BASELINE, losses[BASELINE]["integer"]),
-        torch_peer("torch", missing, compiled=False),
-        torch_peer("torch.compile", compiled_missing, compiled=True),
+        torch_peer("torch", compiled=False),
+        torch_peer("torch.compile", compiled=True),
     ]
     empty: Mapping[str, np.ndarray] = {}
     found, programs = prepare(problem, peers, lambda peer: peer.build(problem, empty))
     return found + compare(problem, programs, effort)
 
 
-def _peer(name: str, build: Any, missing: str = "") -> Peer:
+def _peer(name: str, build: Any, missing: str) -> Peer:
     return Peer(name, frozenset({_OPERATION}), lambda *_: build(), missing)
 
 

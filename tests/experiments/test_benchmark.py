@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from experiments import benchmark
 from experiments.benchmarking import (
+    epoch,
     jax_peers,
     measure,
     pictures,
@@ -200,6 +201,16 @@ def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
     again = CliRunner().invoke(benchmark.app, options)
     assert again.exit_code == 1
     assert "not empty" in again.stderr
+
+
+@pytest.mark.usefixtures("lenient")  # for Adam, which is optax's
+def test_who_is_left_out_has_no_epoch_either(monkeypatch):
+    monkeypatch.setattr(epoch, "QUICK_EXAMPLES", 256)
+    peers = jax_peers.peers() + torch_peers.peers(compiled=False)
+    gone = [p if p.name == "ce_jax" else p._replace(missing="left out") for p in peers]
+    status = {row.peer: row.status for row in epoch.rows(TINY, gone, quick=True)}
+    others = dict.fromkeys(("optax", "torch", "torch.compile"), "left out")
+    assert status == {"ce_jax": "measured"} | others
 
 
 def test_an_unknown_operation_is_a_wrong_option():
