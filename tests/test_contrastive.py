@@ -295,8 +295,8 @@ def test_one_matrix_serves_both_directions():
     """Value and gradient take four matmuls: the logits twice, and one for each side."""
     x = jnp.ones((6, 2))
     loss = functools.partial(ce_jax.clip_loss, reduction="sum", **budget("clip_loss", 6, 2, "f8"))
-    assert dot_products(jax.make_jaxpr(loss)(x, x).jaxpr) == 1
-    assert dot_products(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, x).jaxpr) == 4
+    assert len(dot_products(jax.make_jaxpr(loss)(x, x).jaxpr)) == 1
+    assert len(dot_products(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, x).jaxpr)) == 4
 
 
 def test_eager_calls_run_one_cached_program():

@@ -333,7 +333,8 @@ def test_sums_go_by_tokens_where_classes_are_whole(layout, matmuls):
     """Three matmuls instead of four."""
     total = plain(LAYOUTS[layout], reduction="mean")
     arguments = draws(BATCH, LENGTH, WIDTH), draws(WIDTH, HELD)
-    assert dot_products(jax.make_jaxpr(jax.grad(total, (0, 1)))(*arguments).jaxpr) == matmuls
+    gradients = jax.make_jaxpr(jax.grad(total, (0, 1)))(*arguments)
+    assert len(dot_products(gradients.jaxpr)) == matmuls
 
 
 def test_several_blocks_of_tokens(monkeypatch):
