@@ -4,8 +4,9 @@ On a CPU its reductions take up to eight times as long for each element where an
 2^15 of them (`exp` summed in float32, jax 0.10.2: 0.55 ns up to 32768 classes, 4.5 ns for 50257).
 The same numbers in shorter axes take what short axes take. On an NVIDIA GPU it cuts rows longer
 than 2^14 itself, into many parts, and stores a number for each: 8.4 MB a sum for 8192 rows of
-256000 (256 parts of 1000), where 16 parts would do. Elsewhere rows stay whole, and so they do where
-their axes may be spread over devices.
+256000 (256 parts of 1000), where 16 parts would do, and 8 if halves of them are joined number by
+number before. Elsewhere rows stay whole, and so they do where their axes may be spread over
+devices.
 
 A sum over parts has another shape than the tile has in the pull-back, so XLA shares nothing between
 the two: what both need is computed twice, and nothing of the size of the tile is kept.
@@ -56,7 +57,8 @@ def best_shapes(z: Float[Array, "*rows classes"], *, alone: bool, entropy: bool)
     *rows, classes = z.shape
     count = _divisor(classes, -(-classes // _LONGEST_ON_GPU))
     if count > 1:
-        found["cuda"] = (*rows, count, classes // count)
+        halves = math.gcd(count, 2)  # joined in `reduced`
+        found["cuda"] = (*rows, count // halves, halves * (classes // count))
     return found
 
 
@@ -95,7 +97,8 @@ def row_maxima(z: Float[Array, "*rows classes"], shapes: Shapes) -> Float[Array,
 
     def of_parts(cut: _Cut, z: Array) -> Array:
         parts = cut(z)
-        maxima = apart(jnp.max(parts, -1))  # or two maxima would become one, of whole rows
+        # Apart, or two maxima would become one, of whole rows.
+        maxima = apart(reduced(jnp.max, jnp.maximum, parts))
         return jnp.max(maxima.reshape(*z.shape[:-1], z.shape[-1] // parts.shape[-1]), -1)
 
     maxima: Array = _by_platform(shapes, of_parts, lambda z: jnp.max(z, -1), z)
@@ -163,6 +166,20 @@ def _by_platform(
         for platform, shape in shapes.items()
     }
     return jax.lax.platform_dependent(*arguments, default=of_rows, **cut)
+
+
+def reduced(
+    reduce: Callable[..., Array], join: Callable[[Array, Array], Array], x: Float[Array, "*rows n"]
+) -> Float[Array, "*rows"]:
+    """`reduce(x, -1)`, for a GPU of the two halves joined where it would cut rows itself."""
+    if _stays_whole(x) or x.shape[-1] % 2 or not 1 < x.shape[-1] / _LONGEST_ON_GPU <= 2:
+        return reduce(x, -1)
+
+    def of_halves(x: Array) -> Array:
+        return reduce(join(*jnp.split(x, 2, -1)), -1)
+
+    found: Array = jax.lax.platform_dependent(x, cuda=of_halves, default=lambda x: reduce(x, -1))
+    return found
 
 
 def _cut(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._parts import Shapes, apart, coefficient_parts, in_parts
+from ._parts import Shapes, apart, coefficient_parts, in_parts, reduced
 
 # Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
 _FEW_CLASSES = 16
@@ -206,7 +206,7 @@ def row_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
     sharded = sharding and sharding[-1] is not None  # no product of a sharded axis without advice
     few = isinstance(x.shape[-1], int) and x.shape[-1] <= _FEW_CLASSES  # may be symbolic
     if not few or x.dtype != jnp.float32 or sharded:
-        return jnp.sum(x, -1)
+        return reduced(jnp.sum, jnp.add, x)
 
     def product(x: Array) -> Array:
         return jnp.matmul(x, jnp.ones(x.shape[-1:], x.dtype), precision="highest")
