@@ -1,14 +1,12 @@
-"""What several test modules share: problems to solve, the comparison with the truth, counters."""
+"""What several test modules share: problems to solve, and counters."""
 
 import contextlib
 import itertools
 import random
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-import ce_jax
 from tests import reference
 
 # (shape of the logits, class axis): last, first, in the middle, a tuple out of order, no batch.
@@ -46,6 +44,13 @@ def covering(seed=0, **options):
             del missing[pair]
         chosen.append({name: options[name][index] for name, index in best.items()})
     return chosen
+
+
+def combinations(**options):
+    """All combinations of the values of the options."""
+    return [
+        dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())
+    ]
 
 
 def named(case):
@@ -121,63 +126,6 @@ def softmax_arguments(
         "axis": axis,
         **options,
     }
-
-
-def result_dtype(dtype):
-    """The dtype of losses and statistics of inputs in `dtype`."""
-    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
-
-
-def check(name, arguments, wrt=(), *, dtype=jnp.float32, forward_mode=None):
-    """Compare value and gradients with the truth, under a random, unequal cotangent.
-
-    Gradients are taken with respect to every float array among the arguments, and to the floats
-    named in `wrt`, which makes these traced.
-    """
-    truth, loss = getattr(reference, name), getattr(ce_jax, name)
-    with jax.enable_x64(dtype == jnp.float64):
-        arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray)}
-        smooth = {k: jnp.asarray(v, dtype) for k, v in arrays.items() if v.dtype.kind == "f"}
-        scalars = {k: jnp.asarray(arguments[k], result_dtype(dtype)) for k in wrt}
-        smooth |= scalars
-        others = {k: v for k, v in arrays.items() if k not in smooth}
-        fixed = {k: v for k, v in arguments.items() if k not in smooth and k not in others}
-        if forward_mode is not None:
-            fixed["forward_mode"] = forward_mode
-        exact = arguments | {k: np.asarray(v, np.float64) for k, v in smooth.items()}
-        expected = np.asarray(truth(**exact))
-        cotangent = np.random.default_rng(1).normal(size=expected.shape)
-
-        @jax.jit
-        def value_and_gradients(smooth, others, cotangent):
-            value, pull = jax.vjp(lambda smooth: loss(**smooth, **others, **fixed), smooth)
-            return value, pull(cotangent.astype(value.dtype))[0]
-
-        value, gradients = value_and_gradients(smooth, others, jnp.asarray(cotangent))
-    cotangent = np.asarray(cotangent, result_dtype(dtype)).astype(np.float64)
-    assert value.dtype == result_dtype(dtype)
-    close(value, expected, accuracy(value.dtype))
-    # A slope may cancel to 0 from terms of the size of the value.
-    size = np.max(np.abs(expected), initial=0.0)
-    for key, gradient in gradients.items():
-        assert gradient.dtype == smooth[key].dtype
-        slope = reference.vjp(truth, exact, key, cotangent)
-        close(gradient, slope, accuracy(gradient.dtype), f"d {key}", size)
-
-
-def accuracy(dtype):
-    """Relative error allowed: a few roundings, and in narrow dtypes just the last one."""
-    few = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 1.01 * 2**-8, "float16": 1.01 * 2**-11}
-    return few[jnp.dtype(dtype).name]
-
-
-def close(actual, expected, rtol, name="value", size=0.0):
-    """`actual` is `expected`; for entries near 0, relative to the largest finite one or `size`."""
-    expected = np.asarray(expected, np.float64)
-    scale = np.max(np.abs(expected[np.isfinite(expected)]), initial=size)
-    np.testing.assert_allclose(
-        np.asarray(actual, np.float64), expected, rtol=rtol, atol=rtol * scale / 8, err_msg=name
-    )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ import numpy as np
 
 import ce_jax
 from tests import reference_linear
-from tests.helpers import GARBAGE, result_dtype
+from tests.comparison import result_dtype
+from tests.helpers import GARBAGE
 
 # Fewer than the library's own, so that small problems have several blocks of tokens. Tests that
 # depend on it set it with the fixture `few_tokens`.

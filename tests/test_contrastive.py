@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import ce_jax
 from tests import reference, reference_contrastive
-from tests.beyond import check
-from tests.helpers import GARBAGE, close, compilations
+from tests.comparison import close, compare
+from tests.helpers import GARBAGE, compilations
 from tests.test_linear_transforms import dot_products
 from tests.test_memory import temporaries
 
@@ -74,7 +74,7 @@ def test_value_and_gradients(name, dtype, options):
     arguments, dtype = problem(name, **options), jnp.dtype(dtype)
     truth = of(name, reference_contrastive)
     blocks = budget(name, N, 3, dtype) if dtype == jnp.float64 else {}
-    check(of(name), truth, arguments, scalars(arguments), dtype=dtype, loosen=3.0, **blocks)
+    compare(of(name), truth, arguments, scalars(arguments), dtype=dtype, loosen=3.0, **blocks)
 
 
 def test_bfloat16():

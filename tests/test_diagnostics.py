@@ -13,8 +13,8 @@ from sklearn.metrics import brier_score_loss
 import ce_jax
 from ce_jax import _bins
 from tests import reference, reference_beyond
-from tests.beyond import check
-from tests.helpers import close, softmax_arguments
+from tests.comparison import close, compare
+from tests.helpers import softmax_arguments
 
 pytestmark = pytest.mark.sweep
 
@@ -210,7 +210,7 @@ def test_brier_score(layout):
         layout=layout, ignore_index=-100, sample_weight=True, masked=True, reduction="mean"
     )
     for dtype in (jnp.float32, jnp.float64):
-        check(ce_jax.brier_score, reference_beyond.brier_score, arguments, dtype=dtype, loosen=2)
+        compare(ce_jax.brier_score, reference_beyond.brier_score, arguments, dtype=dtype, loosen=2)
 
 
 def test_brier_score_is_that_of_scikit_learn():

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import ce_jax
 from tests import reference, reference_distillation
-from tests.beyond import check
-from tests.helpers import GARBAGE, close, compilations
+from tests.comparison import close, compare
+from tests.helpers import GARBAGE, compilations
 
 INF, NAN = np.inf, np.nan
 DENSE, LINEAR = "distillation_loss", "linear_distillation_loss"
@@ -60,7 +60,7 @@ def test_dense(dtype, options):
     wrt = ("temperature",) if "temperature" in options else ()
     truth = reference_distillation.distillation_loss
     arguments = dense_arguments(**options)
-    check(ce_jax.distillation_loss, truth, arguments, wrt, dtype=jnp.dtype(dtype), loosen=4.0)
+    compare(ce_jax.distillation_loss, truth, arguments, wrt, dtype=jnp.dtype(dtype), loosen=4.0)
 
 
 def linear_arguments(*, given=False, padded=False, options=False, masked=False, **more):
@@ -114,7 +114,7 @@ def test_linear(dtype, options):
     wrt += tuple(k for k in arguments if k.endswith("soft_cap"))
     truth = reference_distillation.linear_distillation_loss
     options = {"dtype": jnp.dtype(dtype), "loosen": 4.0, **budget(3, dtype)}
-    check(ce_jax.linear_distillation_loss, truth, arguments, wrt, **options)
+    compare(ce_jax.linear_distillation_loss, truth, arguments, wrt, **options)
 
 
 @pytest.mark.usefixtures("x64")

@@ -9,8 +9,9 @@ import pytest
 
 import ce_jax
 from ce_jax import _budget
-from tests import beyond, linear, reference, reference_linear
-from tests.helpers import accuracy, close, covering, named
+from tests import comparison, linear, reference, reference_linear
+from tests.comparison import accuracy, close
+from tests.helpers import covering, named
 
 pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("few_tokens")]
 
@@ -73,7 +74,7 @@ def check_case(case):
     if statistics:
         ours, truth = linear.loss_and_statistics, linear.true_loss_and_statistics
     scalars = [key for key in SCALARS if key in case]
-    beyond.check(ours, truth, arguments, scalars, dtype=jnp.dtype(dtype), **static)
+    comparison.compare(ours, truth, arguments, scalars, dtype=jnp.dtype(dtype), **static)
 
 
 @pytest.mark.parametrize("case", covering(**OPTIONS), ids=named)
@@ -242,7 +243,7 @@ def test_each_statistic(field, forward_mode):
         where=True,
         ignore_index=-100,
     )
-    beyond.check(
+    comparison.compare(
         lambda **arguments: getattr(ce_jax.linear_softmax_statistics(**arguments), field),
         lambda **arguments: getattr(reference_linear.linear_softmax_statistics(**arguments), field),
         arguments,

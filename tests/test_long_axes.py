@@ -11,7 +11,8 @@ import pytest
 import ce_jax
 from ce_jax import _parts, _sums
 from tests import reference
-from tests.helpers import LAYOUTS, accuracy, check, close, covering, named, softmax_arguments
+from tests.comparison import accuracy, check, close, together
+from tests.helpers import LAYOUTS, covering, softmax_arguments
 
 IDS = "softmax_cross_entropy_with_integer_labels"
 
@@ -28,8 +29,7 @@ def all_long(monkeypatch):
 
 @pytest.mark.sweep
 @pytest.mark.usefixtures("all_long")
-@pytest.mark.parametrize(
-    "case",
+@together(
     covering(
         seed=3,
         layout=[layout for layout in LAYOUTS if layout != "vector"],
@@ -40,7 +40,7 @@ def all_long(monkeypatch):
         label_smoothing=[0.0, 0.3],
         dtype=["float32", "float64", "bfloat16"],
     ),
-    ids=named,
+    size=4,
 )
 def test_losses_in_parts(case):
     dtype = jnp.dtype(case.pop("dtype"))

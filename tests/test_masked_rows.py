@@ -7,7 +7,7 @@ import pytest
 
 import ce_jax
 from tests import reference
-from tests.helpers import close
+from tests.comparison import close
 
 pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("x64")]
 

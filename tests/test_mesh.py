@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 import ce_jax
 from ce_jax import _budget
 from tests import hlo, linear, reference, reference_linear
-from tests.helpers import GARBAGE, close, compilations
+from tests.comparison import close
+from tests.helpers import GARBAGE, compilations
 from tests.mesh import LAYOUTS, Layout
 from tests.test_linear_transforms import dot_products
 

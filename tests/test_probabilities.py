@@ -7,7 +7,8 @@ import pytest
 
 import ce_jax
 from tests import reference
-from tests.helpers import LAYOUTS, check, close, covering, named, softmax_arguments
+from tests.comparison import check, close, together
+from tests.helpers import LAYOUTS, combinations, covering, softmax_arguments
 
 pytestmark = pytest.mark.sweep
 
@@ -25,7 +26,7 @@ NLL_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", covering(seed=4, **NLL_OPTIONS), ids=named)
+@together(covering(seed=4, **NLL_OPTIONS))
 def test_nll_loss(case):
     """Of any scores: nothing in the loss normalises them."""
     case = {key: value for key, value in case.items() if value is not None}
@@ -97,8 +98,7 @@ def binary_arguments(**options):
     return {"probs": probs, "labels": draw.random(shape), **options}
 
 
-@pytest.mark.parametrize(
-    "case",
+@together(
     covering(
         weight=[False, True],
         sample_weight=[False, True],
@@ -107,8 +107,7 @@ def binary_arguments(**options):
         traced=[False, True],
         reduction=[None, "sum", "mean"],
         dtype=["float16", "float32", "float64"],
-    ),
-    ids=named,
+    )
 )
 def test_binary_cross_entropy(case):
     case = {key: value for key, value in case.items() if value is not None}
@@ -135,12 +134,13 @@ def test_binary_labels_of_any_dtype(dtype):
     np.testing.assert_allclose(losses, -np.log([0.8, 0.2]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("axis", [-1, 0, (0, 1), None])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
-def test_smooth_labels(axis, masked, alpha):
+@together(
+    combinations(axis=[-1, 0, (0, 1), None], masked=[False, True], alpha=[0.0, 0.1, 1.0]), size=12
+)
+def test_smooth_labels(case):
+    masked = case.pop("masked")
     draw = np.random.default_rng(0)
-    arguments = {"labels": draw.random((3, 4)), "alpha": alpha, "axis": axis}
+    arguments = {"labels": draw.random((3, 4)), **case}
     if masked:
         arguments["where"] = draw.random((3, 4)) < 0.7
         arguments["where"][0] = arguments["labels"][~arguments["where"]] = 0

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 import ce_jax
 from tests import reference
-from tests.helpers import close
+from tests.comparison import close
 
 pytestmark = pytest.mark.sweep
 

@@ -9,7 +9,8 @@ import pytest
 
 import ce_jax
 from tests import reference
-from tests.helpers import close, covering, named, softmax_arguments
+from tests.comparison import close
+from tests.helpers import covering, named, softmax_arguments
 
 pytestmark = pytest.mark.sweep
 

@@ -10,13 +10,8 @@ import pytest
 
 import ce_jax
 from tests import reference, reference_beyond
-from tests.beyond import check, slopes_everywhere
-from tests.helpers import (
-    accuracy,
-    compilations,
-    result_dtype,
-    softmax_arguments,
-)
+from tests.comparison import accuracy, compare, result_dtype, slopes_everywhere, together
+from tests.helpers import compilations, softmax_arguments
 
 pytestmark = pytest.mark.sweep
 
@@ -50,16 +45,20 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_value_and_gradients(name, options, dtype):
+@together(
+    {"name": name, "options": options, "dtype": dtype}
+    for name, options in CASES
+    for dtype in ("float32", "float64")
+)
+def test_value_and_gradients(case):
+    name, options = case["name"], case["options"]
     # Beside 30 a power's own rounding counts that often.
-    check(
+    compare(
         getattr(ce_jax, name),
         getattr(reference_beyond, name),
         {"log_prob": LOG_PROBS, **options},
         tuple(k for k in options if options[k] != 0 or k == "gamma"),
-        dtype=jnp.dtype(dtype),
+        dtype=jnp.dtype(case["dtype"]),
         loosen=1 + options.get("gamma", 0.0),
     )
 
@@ -159,7 +158,7 @@ def test_on_softmax_statistics(name):
         cross = reference.softmax_cross_entropy_with_integer_labels(logits, labels, axis, counts)
         return np.where(counts, getattr(reference_beyond, name)(log_prob=-cross), 0)
 
-    check(loss, truth, arguments, loosen=2)
+    compare(loss, truth, arguments, loosen=2)
     logits = jnp.array([[0.0, -jnp.inf, 1.0]])
     labels = jnp.array([1])
     slope = jax.jit(
@@ -231,8 +230,8 @@ def test_bootstrapped():
 
     for dtype in (jnp.float32, jnp.float64):
         arguments = {"logits": logits, "beta": 0.6}
-        check(soft, functools.partial(mixed, own=np.exp), arguments, ("beta",), dtype=dtype)
-        check(hard, functools.partial(mixed, own=predicted), arguments, ("beta",), dtype=dtype)
+        compare(soft, functools.partial(mixed, own=np.exp), arguments, ("beta",), dtype=dtype)
+        compare(hard, functools.partial(mixed, own=predicted), arguments, ("beta",), dtype=dtype)
     assert ce_jax.soft_bootstrapped_cross_entropy(-jnp.inf, 0.5, beta=0.0) == 0.5
     assert ce_jax.hard_bootstrapped_cross_entropy(-0.5, -jnp.inf, beta=1.0) == 0.5
 

@@ -11,12 +11,8 @@ import pytest
 
 import ce_jax
 from tests import reference_beyond
-from tests.beyond import check, slopes_everywhere
-from tests.helpers import (
-    covering,
-    named,
-    softmax_arguments,
-)
+from tests.comparison import compare, slopes_everywhere, together
+from tests.helpers import covering, softmax_arguments
 
 pytestmark = pytest.mark.sweep
 
@@ -33,7 +29,7 @@ FOCAL_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", covering(seed=1, **FOCAL_OPTIONS), ids=named)
+@together(covering(seed=1, **FOCAL_OPTIONS))
 def test_sigmoid_focal_loss(case):
     draw = np.random.default_rng(2)
     logits, labels = 3 * draw.normal(size=(5, 4)), draw.uniform(size=(5, 4))
@@ -54,7 +50,7 @@ def test_sigmoid_focal_loss(case):
         arguments["sample_weight"] = draw.uniform(0, 2, size=(5, 1))
         arguments["sample_weight"][1] = 0.0
     arguments["reduction"] = case["reduction"] or "none"
-    check(
+    compare(
         ce_jax.sigmoid_focal_loss,
         reference_beyond.sigmoid_focal_loss,
         arguments,
@@ -111,12 +107,12 @@ POLY_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", covering(seed=2, **POLY_OPTIONS), ids=named)
+@together(covering(seed=2, **POLY_OPTIONS))
 def test_poly_loss_cross_entropy(case):
     case = {key: value for key, value in case.items() if value is not None}
     dtype, forward_mode = jnp.dtype(case.pop("dtype")), case.pop("forward_mode")
     arguments = softmax_arguments(soft=True, epsilon=-0.7, **case)
-    check(
+    compare(
         ce_jax.poly_loss_cross_entropy,
         reference_beyond.poly_loss_cross_entropy,
         arguments,
@@ -194,14 +190,17 @@ NOISY_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ["forward", "backward"])
-@pytest.mark.parametrize("case", covering(seed=3, **NOISY_OPTIONS), ids=named)
-def test_corrected_cross_entropy(case, name):
+@together(
+    case | {"loss": f"{direction}_corrected_cross_entropy"}
+    for direction in ("forward", "backward")
+    for case in covering(seed=3, **NOISY_OPTIONS)
+)
+def test_corrected_cross_entropy(case):
     case = {key: value for key, value in case.items() if value is not None}
-    name, dtype = name + "_corrected_cross_entropy", jnp.dtype(case.pop("dtype"))
+    name, dtype = case.pop("loss"), jnp.dtype(case.pop("dtype"))
     arguments = softmax_arguments(transition=TRANSITION, **case)
     loss, truth = getattr(ce_jax, name), getattr(reference_beyond, name)
-    check(loss, truth, arguments, dtype=dtype, loosen=4)
+    compare(loss, truth, arguments, dtype=dtype, loosen=4)
 
 
 def test_corrections_do_what_they_are_for():

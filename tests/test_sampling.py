@@ -14,8 +14,8 @@ from scipy import stats
 import ce_jax
 from ce_jax import Negatives
 from tests import reference, reference_sampling
-from tests.beyond import check
-from tests.helpers import GARBAGE, close, compilations, covering, named
+from tests.comparison import close, compare, together
+from tests.helpers import GARBAGE, compilations, covering
 from tests.test_memory import temporaries
 
 INF, NAN = np.inf, np.nan
@@ -48,8 +48,7 @@ def scores(name, *, where=None, sample_weight=False, counts=False, reduction="no
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(
-    "case",
+@together(
     covering(
         name=list(SCORES),
         where=[None, "rows", "negatives"],
@@ -57,8 +56,7 @@ def scores(name, *, where=None, sample_weight=False, counts=False, reduction="no
         counts=[False, True],
         reduction=["none", "mean"],
         dtype=["float32", "float64"],
-    ),
-    ids=named,
+    )
 )
 def test_scores(case):
     name, dtype = case["name"], jnp.dtype(case["dtype"])
@@ -67,7 +65,7 @@ def test_scores(case):
     wrt = ("calibration",) if name == "gbce_loss" else ()
     static = {k: arguments.pop(k) for k in ("num_items", "reduction") if k in arguments}
     truth, loss = (functools.partial(f, **static) for f in (truth, getattr(ce_jax, name)))
-    check(loss, truth, arguments, wrt, dtype=dtype, loosen=2.0)
+    compare(loss, truth, arguments, wrt, dtype=dtype, loosen=2.0)
 
 
 def linear(ids, log_expected_count, **arguments):
@@ -116,7 +114,7 @@ def test_linear_form(dtype, options):
     arguments = layer(**options)
     wrt = ("logit_soft_cap",) if "bias" in options else ()
     truth = reference_sampling.linear_sampled_softmax_cross_entropy
-    check(linear, truth, arguments, wrt, dtype=jnp.dtype(dtype), loosen=3.0)
+    compare(linear, truth, arguments, wrt, dtype=jnp.dtype(dtype), loosen=3.0)
 
 
 @pytest.mark.usefixtures("x64")

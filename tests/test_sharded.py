@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import ce_jax
 from tests import hlo, reference, reference_beyond, reference_linear
-from tests.helpers import close
+from tests.comparison import close
 
 ROWS, CLASSES, WIDTH = 8, 20, 6
 REAL_CLASSES = 17  # the last of the four shards is padding but for two classes

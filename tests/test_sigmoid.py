@@ -7,7 +7,8 @@ import pytest
 
 import ce_jax
 from tests import reference
-from tests.helpers import GARBAGE, check, close, covering, named, result_dtype
+from tests.comparison import check, close, result_dtype, together
+from tests.helpers import GARBAGE, combinations, covering
 
 pytestmark = pytest.mark.sweep
 
@@ -45,35 +46,37 @@ def sigmoid_arguments(*, weight=None, pos_weight=None, sample_weight=None, where
     return {"logits": logits, "labels": labels, **options}
 
 
-@pytest.mark.parametrize("case", covering(seed=3, **OPTIONS), ids=named)
+@together(covering(seed=3, **OPTIONS))
 def test_values_and_gradients(case):
     case = {key: value for key, value in case.items() if value is not None}
-    dtype, forward_mode = jnp.dtype(case.pop("dtype")), case.pop("forward_mode", None)
+    dtype = jnp.dtype(case.pop("dtype"))
+    static = {key: case.pop(key) for key in ("forward_mode",) if key in case}
     wrt = ["label_smoothing"] if case.pop("traced") and "label_smoothing" in case else ()
-    check(NAME, sigmoid_arguments(**case), wrt, dtype=dtype, forward_mode=forward_mode)
+    check(NAME, sigmoid_arguments(**case), wrt, dtype=dtype, **static)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_dtypes_round_once(dtype, reduction):
+@together(combinations(dtype=["float16", "bfloat16"], reduction=["none", "mean"]))
+def test_narrow_dtypes_round_once(case):
     arguments = sigmoid_arguments(
         weight="class",
         pos_weight="class",
         sample_weight="row",
         where="element",
         label_smoothing=0.2,
-        reduction=reduction,
+        reduction=case["reduction"],
     )
-    check(NAME, arguments, dtype=jnp.dtype(dtype))
+    check(NAME, arguments, dtype=jnp.dtype(case["dtype"]))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 0)])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_shapes(shape, reduction):
+@together(
+    combinations(shape=[(), (1,), (0, 3), (2, 0)], reduction=["none", "sum", "mean"]), size=12
+)
+def test_shapes(case):
     draw = np.random.default_rng(0)
+    shape = case.pop("shape")
     arguments = {"logits": draw.normal(size=shape), "labels": draw.random(shape)}
     arguments = {key: np.asarray(value) for key, value in arguments.items()}
-    check(NAME, arguments | {"reduction": reduction})
+    check(NAME, arguments | case)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int32"])

@@ -10,7 +10,7 @@ import pytest
 
 import ce_jax
 from tests import linear, reference, reference_linear
-from tests.helpers import check, close
+from tests.comparison import check, close
 
 # The truth multiplies what it then leaves out.
 pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore:invalid value")]

@@ -9,16 +9,8 @@ import pytest
 
 import ce_jax
 from tests import reference
-from tests.helpers import (
-    LAYOUTS,
-    accuracy,
-    check,
-    close,
-    covering,
-    in_layout,
-    named,
-    softmax_arguments,
-)
+from tests.comparison import accuracy, check, close, together
+from tests.helpers import LAYOUTS, combinations, covering, in_layout, softmax_arguments
 
 pytestmark = pytest.mark.sweep
 
@@ -42,40 +34,40 @@ OPTIONS = {
 def check_case(name, case, **extra):
     case = {key: value for key, value in (case | extra).items() if value is not None}
     dtype = jnp.dtype(case.pop("dtype"))
-    forward_mode = case.pop("forward_mode", None)
+    static = {key: case.pop(key) for key in ("forward_mode",) if key in case}
     schedules = [key for key in ("label_smoothing", "z_loss") if key in case]
     wrt = schedules if case.pop("traced") else ()
-    check(name, softmax_arguments(**case), wrt, dtype=dtype, forward_mode=forward_mode)
+    check(name, softmax_arguments(**case), wrt, dtype=dtype, **static)
 
 
-@pytest.mark.parametrize(
-    "case", covering(ignore_index=[None, -100, 1], seed=1, **OPTIONS), ids=named
-)
+@together(covering(ignore_index=[None, -100, 1], seed=1, **OPTIONS))
 def test_integer_labels(case):
     check_case(INTEGER, case)
 
 
-@pytest.mark.parametrize("case", covering(seed=2, **OPTIONS), ids=named)
+@together(covering(seed=2, **OPTIONS))
 def test_soft_labels(case):
     check_case(SOFT, case, soft=True)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_dtypes_round_once(dtype, soft, reduction):
+@together(
+    combinations(
+        dtype=["float16", "bfloat16"], soft=[False, True], reduction=["none", "sum", "mean"]
+    )
+)
+def test_narrow_dtypes_round_once(case):
     """Inputs of 16 bits: the loss is a float32 one, each gradient is rounded a single time."""
+    dtype = jnp.dtype(case.pop("dtype"))
     arguments = softmax_arguments(
-        soft=soft,
         where="classes",
         weight=True,
         sample_weight=True,
         masked=True,
         label_smoothing=0.1,
         z_loss=0.3,
-        reduction=reduction,
+        **case,
     )
-    check(SOFT if soft else INTEGER, arguments, dtype=jnp.dtype(dtype))
+    check(SOFT if case["soft"] else INTEGER, arguments, dtype=dtype)
 
 
 @pytest.mark.parametrize("shape", [(999, 5), (5,), (999, 1)], ids=str)

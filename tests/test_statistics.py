@@ -7,7 +7,8 @@ import pytest
 
 import ce_jax
 from tests import reference
-from tests.helpers import LAYOUTS, accuracy, close, covering, named, result_dtype, softmax_arguments
+from tests.comparison import accuracy, close, result_dtype
+from tests.helpers import LAYOUTS, covering, named, softmax_arguments
 
 pytestmark = pytest.mark.sweep
 
