@@ -140,14 +140,14 @@ def in_parts(
 ) -> dict[str, Array]:
     """`sums_of(z, base, target)`, which adds up over the classes, found in `best_shapes`.
 
-    The arrays in `target` have the shape of `z` or none.
+    The arrays in `target` broadcast against `z`, and are cut like it unless they have no shape.
     """
 
     def of_parts(cut: _Cut, z: Array, base: Array, target: Any) -> dict[str, Array]:
         parts = cut(z)
         count = z.shape[-1] // parts.shape[-1]
         repeated = jnp.repeat(base.reshape(-1), count).reshape(parts.shape[:-1])
-        target = jax.tree.map(lambda x: cut(x) if x.ndim else x, target)
+        target = jax.tree.map(lambda x: cut(jnp.broadcast_to(x, z.shape)) if x.ndim else x, target)
         found = apart(sums_of(parts, repeated, target))  # or two sums would become one
         rows = (*base.shape, count)
         return {name: jnp.sum(x.reshape(rows), -1) for name, x in found.items()}

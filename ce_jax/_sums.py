@@ -52,8 +52,10 @@ def sums(
     dots = functools.partial(_dots, entropy, masked)
     if target.probs is None and target.classes is None and not entropy:
         return in_parts(_sum_exp, shapes, z, base, target)
-    if target.classes is not None and target.classes.ndim:  # not the same in each part of a row
-        return in_parts(_sum_exp, shapes, z, base, None) | dots(z, base, target)
+    if target.classes is not None and target.classes.ndim:
+        # A CPU would first store them for each row, to cut them like the tile.
+        cheap = {platform: shape for platform, shape in shapes.items() if platform != "cpu"}
+        return in_parts(_sum_exp, shapes, z, base, None) | in_parts(dots, cheap, z, base, target)
     found = in_parts(lambda *tile: _sum_exp(*tile) | dots(*tile), shapes, z, base, target)
     if target.classes is not None:
         found["classes_sum"] = target.classes * found["classes_count"]
@@ -112,7 +114,9 @@ def _with_select(
         out["classes_dot"] = classes_dot
         out["classes_count"] = lambda: row_sum((z > -jnp.inf).astype(base.dtype))
         if target.classes.ndim:
-            out["classes_sum"] = lambda: row_sum(spread(target.classes, z, masked=True)[0])
+            # By another comparison: a GPU would store the mask if this used it too.
+            classes = jnp.broadcast_to(target.classes, z.shape)
+            out["classes_sum"] = lambda: row_sum(jnp.where(z != -jnp.inf, classes, 0))
     if entropy:
         out["exp_dot"] = exp_dot
     return out
@@ -138,7 +142,8 @@ def _without_select(
             return row_sum(jnp.broadcast_to(own(target.classes), z.shape) * shifted())
         parts = own(z).reshape(*z.shape[:-1], count, z.shape[-1] // count)
         bases = jnp.broadcast_to(own(base)[..., None], parts.shape[:-1])
-        classes = own(target.classes).reshape(parts.shape[-2:])
+        classes = own(target.classes)
+        classes = classes.reshape(*classes.shape[:-1], *parts.shape[-2:])
         product = jnp.broadcast_to(classes, parts.shape) * shift(parts, bases)
         return jnp.sum(product, (-2, -1))
 
@@ -154,7 +159,7 @@ def _without_select(
         out["classes_dot"] = classes_dot
         out["classes_count"] = lambda: in_all_rows(z.shape[-1])
         if target.classes.ndim:
-            out["classes_sum"] = lambda: in_all_rows(jnp.sum(target.classes))
+            out["classes_sum"] = lambda: in_all_rows(jnp.sum(target.classes, -1))
     if entropy:
         # 0 times a bounded number: right for -inf too, which unmasked logits overflow to.
         least = float(jnp.finfo(base.dtype).min)
