@@ -61,9 +61,8 @@ def test_a_single_row_in_parts():
     check(IDS, softmax_arguments(layout="vector"))
 
 
-@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("longest", [1, 2])  # in two parts, or one
-def test_parts_as_on_a_gpu(soft, longest, monkeypatch):
+def test_parts_as_on_a_gpu(longest, monkeypatch):
     """In an axis of their own, halves joined; here a CPU runs what a GPU would."""
     monkeypatch.setattr(_parts, "_LONGEST_ON_GPU", longest)
     monkeypatch.setattr(_parts, "_SHORTEST", 1)
@@ -71,9 +70,10 @@ def test_parts_as_on_a_gpu(soft, longest, monkeypatch):
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, **own: own.get("cuda", own["default"])(*args)
     )
-    name = "softmax_cross_entropy" if soft else IDS
-    arguments = softmax_arguments(layout="middle", soft=soft, masked=True, label_smoothing=0.3)
-    check(name, arguments)
+    options = {"layout": "middle", "masked": True, "label_smoothing": 0.3}
+    check("softmax_cross_entropy", softmax_arguments(soft=True, **options))
+    check(IDS, softmax_arguments(**options))
+    check(IDS, softmax_arguments(weight=True, **options))
 
 
 @pytest.mark.usefixtures("all_long", "x64")
