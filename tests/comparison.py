@@ -26,12 +26,11 @@ def compare(loss, truth, arguments, wrt=(), *, dtype=jnp.float32, loosen=1.0, **
     `wrt`; other arrays are traced, the rest and `static` (of the loss alone) is constant.
     """
     wide = dtype == jnp.float64
-    with jax.enable_x64(wide):
-        arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray)}
-        smooth = {k: v.astype(dtype) for k, v in arrays.items() if v.dtype.kind == "f"}
-        smooth |= {k: np.asarray(arguments[k], result_dtype(dtype)) for k in wrt}
-        others = {k: v for k, v in arrays.items() if k not in smooth}
-        fixed = {k: v for k, v in arguments.items() if k not in smooth and k not in others}
+    arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray)}
+    smooth = {k: v.astype(dtype) for k, v in arrays.items() if v.dtype.kind == "f"}
+    smooth |= {k: np.asarray(arguments[k], result_dtype(dtype)) for k in wrt}
+    others = {k: v for k, v in arrays.items() if k not in smooth}
+    fixed = {k: v for k, v in arguments.items() if k not in smooth and k not in others}
     exact = arguments | {k: np.asarray(v, np.float64) for k, v in smooth.items()}
     expected = np.asarray(truth(**exact))
     cotangent = np.random.default_rng(1).normal(size=expected.shape)
@@ -61,7 +60,7 @@ def compare(loss, truth, arguments, wrt=(), *, dtype=jnp.float32, loosen=1.0, **
 def together(cases, size=6):
     """Decorates a test of one case: all that a few of them `compare` is compiled as one program.
 
-    That takes a half to a third of the time of a program for each. Cases are dicts of options.
+    That takes two thirds of the time of a program for each. Cases are dicts of options.
     """
     ordered = sorted(cases, key=lambda case: case.get("dtype") == "float64")
     groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
