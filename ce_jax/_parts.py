@@ -168,6 +168,24 @@ def _by_platform(
     return jax.lax.platform_dependent(*arguments, default=of_rows, **cut)
 
 
+def in_one_axis(function: Callable[..., Array], *arrays: Array | None) -> Array:
+    """`function`, element by element, of arrays of one shape.
+
+    Where the last axis is short, a CPU computes it along a single one: sums of the result are
+    faster by half.
+    """
+    present = [x for x in arrays if x is not None]
+    shape = present[0].shape
+    if any(_stays_whole(x) for x in present) or len(shape) < 2 or shape[-1] >= _SHORTEST:
+        return function(*arrays)
+
+    def flat(*arrays: Array | None) -> Array:
+        return function(*jax.tree.map(lambda x: x.reshape(-1), arrays)).reshape(shape)
+
+    found: Array = jax.lax.platform_dependent(*arrays, cpu=flat, default=function)
+    return found
+
+
 def reduced(
     reduce: Callable[..., Array], join: Callable[[Array, Array], Array], x: Float[Array, "*rows n"]
 ) -> Float[Array, "*rows"]:

@@ -186,7 +186,7 @@ def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
     zero = jnp.zeros((), out.lse.dtype)
     for x in (part.label_logit, part.target_sum, part.classes_sum):
         if x is not None:
-            zero = jnp.where(x == 0, zero, zero)
+            zero = zero + ((x == 0) & False).astype(zero.dtype)
     return jax.tree.map(lambda x: x + zero, out._replace(argmax=ABSENT))._replace(argmax=out.argmax)
 
 
@@ -256,7 +256,8 @@ def _label_logit(
     local = labels - first_class
     inside = (local >= 0) & (local < z.shape[-1])
     index = jnp.where(inside, local, 0)[..., None]
-    return jnp.where(inside, jnp.take_along_axis(z, index, axis=-1)[..., 0], 0)
+    logit = jnp.take_along_axis(z, index, axis=-1, mode="promise_in_bounds")[..., 0]
+    return jnp.where(inside, logit, 0)
 
 
 def is_label(

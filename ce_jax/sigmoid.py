@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _target
 from ._numerics import linear
+from ._parts import in_one_axis
 from ._row_loss import silenced, weighted
 
 
@@ -116,13 +117,26 @@ def _loss_of(
 
     Both logarithms are `log(1 + exp(-|z|))`, one of them plus `|z|`.
     """
+    loss: Array = in_one_axis(_without_select, z, y, pos_weight)
+    return loss
+
+
+def _without_select(z: Array, y: Array, pos_weight: Array | None) -> Array:
+    # An infinite logit costs nothing if the coefficient of its side is 0, and infinitely much if
+    # not. Without a select for that, a CPU adds up the losses as it computes them and stores none.
+    # A constant that the slopes have too it would store, as an array: so here 1 is -(-1), 0 is -0.
     z = z.astype(y.dtype)
+    positive, _ = _coefficients(y, pos_weight)
+    most = float(jnp.finfo(z.dtype).max)
+    finite = jnp.maximum(-jnp.maximum(-z, -most), -most)
+    above = jnp.maximum(finite, -0.0)
+    below = finite - above
+    minus_far = above * (y - 1) + below * positive
+    excess = jnp.minimum(jnp.abs(z - finite), most / 2)  # 0, or so much that a product overflows
     near = jnp.log1p(jnp.exp(-jnp.abs(z)))
-    positive, negative = _coefficients(y, pos_weight)
     if pos_weight is not None:
-        near = (positive + negative) * near
-    slope = jnp.where(z > 0, negative, -positive)
-    return jnp.where(slope == 0, 0, slope * z) + near
+        near = (positive - (y - 1)) * near
+    return minus_far * (-1 - excess) + near
 
 
 def _coefficients(y: Array, pos_weight: Array | None) -> tuple[Array, Array]:

@@ -1,5 +1,7 @@
 """The sigmoid loss: values and every gradient over the option space."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,38 @@ def test_infinite_logits_with_pos_weight(pos_weight):
     assert value == 0.0
     losses = ce_jax.sigmoid_binary_cross_entropy(logits, labels, pos_weight=pos_weight)
     np.testing.assert_array_equal(losses, [0.0, np.inf, np.inf, 0.0])
+
+
+MOST = float(np.finfo(np.float32).max)
+EDGES = (0.0, -0.0, 1e-30, 20.0, -20.0, 3e38, -3e38, MOST, -MOST, np.inf, -np.inf, np.nan)
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("shape", [(2048, 4), (8, 1024)])  # along one axis, and as it is
+def test_sums_of_many_losses(shape):
+    """A CPU computes them as it adds them up, by other instructions than it stores them by."""
+    labels = (0.0, 1.0, 0.5, 1e-30, 0.75, np.nan)
+    z, y = (grid.ravel() for grid in np.meshgrid(np.float32(EDGES), np.float32(labels)))
+
+    def with_one_odd_element(case):
+        logits, odd = (jnp.zeros(shape).at[-1, -1].set(x) for x in case)
+        return ce_jax.sigmoid_binary_cross_entropy(logits, odd, reduction="sum")
+
+    sums = jax.lax.map(jax.value_and_grad(with_one_odd_element), (z, y))[0]
+    with np.errstate(invalid="ignore", over="ignore"):
+        truth = reference.sigmoid_binary_cross_entropy(np.float64(z), np.float64(y))
+        truth = (truth + (np.prod(shape) - 1) * np.log(2.0)).astype(np.float32)
+    np.testing.assert_allclose(sums, truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2048, 4), (8, 1024)])
+@pytest.mark.usefixtures("one_device")
+def test_sums_hold_no_losses(shape):
+    function = functools.partial(ce_jax.sigmoid_binary_cross_entropy, reduction="mean")
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.float32),) * 2
+    for program in (function, jax.value_and_grad(function)):
+        compiled = jax.jit(program).lower(*arrays).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < np.prod(shape)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
