@@ -3,7 +3,8 @@
 A select keeps the two apart, and to a CPU it is dear: XLA computes a sum there together with the
 arithmetic that feeds it, but not with a select, and stores an array of the size of the tile first.
 So a CPU first finds the sums without selects, and those with them only where the first came out
-infinite or NaN. Other platforms fuse selects like anything else, and begin with them.
+infinite or NaN; for a small tile it is not worth that. Other platforms fuse selects like anything
+else, and begin with them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from ._parts import Shapes, apart, coefficient_parts, in_parts, reduced
 
 # Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
 _FEW_CLASSES = 16
+
+# A tile of fewer elements is read with selects at once: a CPU stores little then, and has less to
+# compile and to start.
+_SMALL = 1 << 11
 
 # Fields of `_tile.Partial`, and how to compute each.
 _Sums = dict[str, Callable[[], Array]]
@@ -78,6 +83,8 @@ def _dots(
     if masked:
         cpu: Callable[..., dict[str, Array]] = functools.partial(_select_where_masked, entropy)
         default = _all(functools.partial(_with_select, entropy))
+        if all(isinstance(n, int) for n in z.shape) and z.size < _SMALL:  # may be symbolic
+            return default(z, base, target)
     else:
         cpu = _all(functools.partial(_without_select, entropy, apart))
         default = _all(functools.partial(_without_select, entropy, lambda x: x))

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
-def all_long(monkeypatch):
+def all_long(monkeypatch, as_if_large):
     """Limits so small that every row is cut and rows are stacked."""
     monkeypatch.setattr(_parts, "_LONGEST", 2)
     monkeypatch.setattr(_parts, "_SHORTEST", 1)

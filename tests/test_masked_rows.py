@@ -9,7 +9,7 @@ import ce_jax
 from tests import reference
 from tests.comparison import close
 
-pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("x64")]
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("x64", "as_if_large")]
 
 ROWS, CLASSES = 4, 20
 draw = np.random.default_rng(21)
