@@ -128,7 +128,7 @@ def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) 
     total, size = _extent(options, head)
     like = jax.eval_shape(lambda: of_block(0, size))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    nothing = nothing._replace(max=jnp.full_like(nothing.max, -jnp.inf))
+    nothing = nothing._replace(base=jnp.full_like(nothing.base, -jnp.inf))
     part = over_blocks(step, _sharded.like(nothing, hidden), total, size)
     return _sharded.merge_across(part, options.axis_name)
 

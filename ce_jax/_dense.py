@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from . import _sharded, _tile
-from ._parts import is_tall
+from ._parts import differs_alone
 from ._tile import ABSENT
 
 
@@ -73,6 +73,7 @@ def _statistics(
         first_class=first_class,
         join_max=join_max,
         alone=alone,
+        whole=axis_name is None,
     )
     part = _sharded.sum_across(part, axis_name)
     return _tile.finish(part), part
@@ -82,7 +83,7 @@ def _statistics(
 def _fused(
     options: _Options, logits: Float[Array, "*rows classes"], target: _tile.Target
 ) -> _tile.RowStatistics:
-    return _statistics(options, is_tall(logits), logits, target)[0]
+    return _statistics(options, differs_alone(logits), logits, target)[0]
 
 
 _Residuals = tuple[ArrayLike, _tile.Target, _tile.Partial]

@@ -153,7 +153,7 @@ def _start(options: Options, inputs: Inputs, fixed: None) -> _Sums:
     size = min(options.p.block, options.columns)
     tile, _ = jax.eval_shape(lambda: _tiles(options, inputs, 0, size)[0])
     zero = jnp.zeros(tile.shape[:-1], tile.dtype)
-    nothing = _tile.Partial(max=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+    nothing = _tile.Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
     return _Sums(nothing, nothing, zero)
 
 
@@ -163,13 +163,13 @@ def _fold(
     tiles, _ = _tiles(options, inputs, first, size)
     new = _read(*tiles)
     p, q = _tile.merge(sums.p, new.p), _tile.merge(sums.q, new.q)
-    gap = _rebased(sums, p.max, q.max) + _rebased(new, p.max, q.max)
+    gap = _rebased(sums, p.base, q.base) + _rebased(new, p.base, q.base)
     return _Sums(p, q, gap)
 
 
 def _read(u: Float[Array, "*rows block"], v: Float[Array, "*rows block"]) -> _Sums:
     p, q = (_tile.partial_statistics(z, Target()) for z in (u, v))
-    u, v = u - origin(p.max)[..., None], v - origin(q.max)[..., None]
+    u, v = u - origin(p.base)[..., None], v - origin(q.base)[..., None]
     exp = jnp.exp(u)
     return _Sums(p, q, jnp.sum(exp * _where_likely(exp, u, v), -1))
 
@@ -185,10 +185,10 @@ def _rebased(
 ) -> Float[Array, "*rows"]:
     """The gap relative to other maxima."""
     by_p, by_q = (
-        origin(sums.p.max) - origin(p_max),
-        origin(sums.q.max) - origin(q_max),
+        origin(sums.p.base) - origin(p_max),
+        origin(sums.q.base) - origin(q_max),
     )
-    scale = jnp.where(sums.p.max == -jnp.inf, 0, jnp.exp(by_p))
+    scale = jnp.where(sums.p.base == -jnp.inf, 0, jnp.exp(by_p))
     gap = scale * (sums.gap + sums.p.sum_exp * (by_p - by_q))
     return jnp.where(scale == 0, 0, gap)
 
@@ -197,7 +197,7 @@ def _across(axis_name: str | None, sums: _Sums) -> _Sums:
     p, q = (_sharded.merge_across(x, axis_name) for x in (sums.p, sums.q))
     if axis_name is None:
         return sums
-    return _Sums(p, q, _sharded.sum_over(_rebased(sums, p.max, q.max), axis_name))
+    return _Sums(p, q, _sharded.sum_over(_rebased(sums, p.base, q.base), axis_name))
 
 
 def _finish(sums: _Sums) -> Float[Array, "*rows"]:
@@ -214,7 +214,7 @@ def _pull(
     size: int,
 ) -> Inputs:
     (u, v), pull = _tiles(options, inputs, first, size)
-    u, v = u - origin(sums.p.max)[..., None], v - origin(sums.q.max)[..., None]
+    u, v = u - origin(sums.p.base)[..., None], v - origin(sums.q.base)[..., None]
     exp = jnp.exp(u)
     p = exp / sums.p.sum_exp[..., None]
     q = jnp.exp(v) / sums.q.sum_exp[..., None]

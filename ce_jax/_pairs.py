@@ -68,7 +68,7 @@ def _without(
 def _nothing(rows: int, dtype: jnp.dtype, target: bool) -> _tile.Partial:
     """The statistics over no columns, of a label or of a target distribution."""
     zero = jnp.zeros(rows, dtype)
-    nothing = _tile.Partial(max=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+    nothing = _tile.Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
     if target:
         return nothing._replace(target_dot=zero, target_sum=zero)
     return nothing._replace(label_logit=zero)

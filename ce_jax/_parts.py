@@ -51,7 +51,7 @@ def best_shapes(z: Float[Array, "*rows classes"], *, alone: bool, entropy: bool)
     if _stays_whole(z):
         return {}
     found = {}
-    cpu = _best_on_cpu(z, alone and is_tall(z), entropy)
+    cpu = _best_on_cpu(z, alone and _is_tall(z), entropy)
     if cpu is not None:
         found["cpu"] = cpu
     *rows, classes = z.shape
@@ -77,10 +77,19 @@ def _best_on_cpu(
     return (*stacked_parts, classes // count)
 
 
-def is_tall(z: Float[Array, "*rows classes"]) -> bool:
-    """Whether there are so many rows that `alone` may make a difference to `best_shapes`."""
+def differs_alone(z: Float[Array, "*rows classes"]) -> bool:
+    """Whether a CPU may read the tile in another way if no derivative will be taken."""
+    return _is_tall(z) or (is_own(z) and z.shape[-1] > _LONGEST)
+
+
+def _is_tall(z: Float[Array, "*rows classes"]) -> bool:
     *rows, classes = z.shape
-    return not _stays_whole(z) and max(rows, default=1) > _LONGEST and classes >= _SHORTEST
+    return is_own(z) and max(rows, default=1) > _LONGEST and classes >= _SHORTEST
+
+
+def is_own(z: Float[Array, "*rows classes"]) -> bool:
+    """Whether the rows of a tile are known to be on one device, and how many there are."""
+    return not _stays_whole(z)
 
 
 def coefficient_parts(z: Float[Array, "*rows classes"]) -> int:

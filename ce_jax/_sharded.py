@@ -81,11 +81,11 @@ def merge_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
     """Merges the statistics of all devices of `axis_name`: one maximum, one sum of [rows] each."""
     if axis_name is None:
         return part
-    row_max = jax.lax.pmax(part.max, axis_name)
+    row_max = jax.lax.pmax(part.base, axis_name)
     argmax = part.argmax
     if argmax is not None:
-        argmax = jnp.where(part.max == row_max, argmax, _tile.NOWHERE)
-    return sum_across(_tile.rebase(part, row_max)._replace(max=row_max, argmax=argmax), axis_name)
+        argmax = jnp.where(part.base == row_max, argmax, _tile.NOWHERE)
+    return sum_across(_tile.rebase(part, row_max)._replace(base=row_max, argmax=argmax), axis_name)
 
 
 def sum_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
@@ -96,9 +96,9 @@ def sum_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
     if argmax is not None:
         # The lowest class among those that reach the maximum, as `jnp.argmax` has it.
         argmax = jax.lax.pmin(argmax, axis_name)
-    sums = part._replace(max=_tile.ABSENT, argmax=_tile.ABSENT)
+    sums = part._replace(base=_tile.ABSENT, argmax=_tile.ABSENT)
     total: _tile.Partial = jax.lax.psum(sums, axis_name)
-    return total._replace(max=part.max, argmax=argmax)
+    return total._replace(base=part.base, argmax=argmax)
 
 
 def whole(x: Array) -> Array:

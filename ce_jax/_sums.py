@@ -54,23 +54,61 @@ def sums(
     They are relative to `base`, the `origin` of each row. `masked` says whether some `z` may be
     -inf, `shapes` are those of `_parts.best_shapes`.
     """
-    dots = functools.partial(_dots, entropy, masked)
+    plain = target.probs is None and target.classes is None and not entropy
+    by_class = target.classes is not None and target.classes.ndim
+    if plain or by_class:
+        found = dots(z, base, target, entropy=entropy, masked=masked, shapes=shapes)
+        return {"sum_exp": sum_exp(shapes, z, base), **found}
+    together = functools.partial(_dots, entropy, masked)
+    exp = functools.partial(_sum_exp, row_sum)
+    found = in_parts(lambda *tile: exp(*tile) | together(*tile), shapes, z, base, target)
+    return _with_classes_sum(found, target)
+
+
+def sum_exp(
+    shapes: Shapes,
+    z: Float[Array, "*rows classes"],
+    base: Float[Array, "*rows"],
+    *,
+    stored: bool = True,
+) -> Float[Array, "*rows"]:
+    """The first of the `sums`, that of the exponentials; `stored` says whether those may be."""
+    of_parts = functools.partial(_sum_exp, row_sum if stored else _reduced_sum)
+    return in_parts(of_parts, shapes, z, base, None)["sum_exp"]
+
+
+def dots(
+    z: Float[Array, "*rows classes"],
+    base: Float[Array, "*rows"],
+    target: _Target,
+    *,
+    entropy: bool,
+    masked: bool,
+    shapes: Shapes,
+) -> dict[str, Array]:
+    """The other `sums`."""
     if target.probs is None and target.classes is None and not entropy:
-        return in_parts(_sum_exp, shapes, z, base, target)
+        return {}
     if target.classes is not None and target.classes.ndim:
         # A CPU would first store them for each row, to cut them like the tile.
-        cheap = {platform: shape for platform, shape in shapes.items() if platform != "cpu"}
-        return in_parts(_sum_exp, shapes, z, base, None) | in_parts(dots, cheap, z, base, target)
-    found = in_parts(lambda *tile: _sum_exp(*tile) | dots(*tile), shapes, z, base, target)
-    if target.classes is not None:
+        shapes = {platform: shape for platform, shape in shapes.items() if platform != "cpu"}
+    found = in_parts(functools.partial(_dots, entropy, masked), shapes, z, base, target)
+    return _with_classes_sum(found, target)
+
+
+def _with_classes_sum(found: dict[str, Array], target: _Target) -> dict[str, Array]:
+    if target.classes is not None and target.classes.ndim == 0:
         found["classes_sum"] = target.classes * found["classes_count"]
     return found
 
 
 def _sum_exp(
-    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], _: Any
+    add_up: Callable[[Array], Array],
+    z: Float[Array, "*rows classes"],
+    base: Float[Array, "*rows"],
+    _: Any,
 ) -> dict[str, Array]:
-    return {"sum_exp": row_sum(jnp.exp(shift(z, base)))}
+    return {"sum_exp": add_up(jnp.exp(shift(z, base)))}
 
 
 def _dots(
@@ -83,7 +121,7 @@ def _dots(
     if masked:
         cpu: Callable[..., dict[str, Array]] = functools.partial(_select_where_masked, entropy)
         default = _all(functools.partial(_with_select, entropy))
-        if all(isinstance(n, int) for n in z.shape) and z.size < _SMALL:  # may be symbolic
+        if is_small(z):
             return default(z, base, target)
     else:
         cpu = _all(functools.partial(_without_select, entropy, apart))
@@ -212,18 +250,27 @@ def shift(
     return z.astype(base.dtype) - base[..., None]
 
 
+def is_small(z: Float[Array, "*rows classes"]) -> bool:
+    """Whether a tile is so small that one way to read it is enough."""
+    return all(isinstance(n, int) for n in z.shape) and z.size < _SMALL  # may be symbolic
+
+
 def row_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
     """The sum over the classes; a CPU sums a few of them twice as fast by a matrix product."""
     sharding = jax.typeof(x).sharding.spec
     sharded = sharding and sharding[-1] is not None  # no product of a sharded axis without advice
     few = isinstance(x.shape[-1], int) and x.shape[-1] <= _FEW_CLASSES  # may be symbolic
     if not few or x.dtype != jnp.float32 or sharded:
-        return reduced(jnp.sum, jnp.add, x)
+        return _reduced_sum(x)
 
     def product(x: Array) -> Array:
         return jnp.matmul(x, jnp.ones(x.shape[-1:], x.dtype), precision="highest")
 
     return jax.lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, -1))
+
+
+def _reduced_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
+    return reduced(jnp.sum, jnp.add, x)
 
 
 def finite_part(x: Float[Array, "..."]) -> Float[Array, "..."]:

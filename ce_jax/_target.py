@@ -108,9 +108,17 @@ def without_excluded(
     if counts is not None:
         x = jnp.where(counts[..., None], x, 0)
     if sample_weight is not None:
-        silent = (sample_weight == 0) & ~jnp.isfinite(_sharded.max_over(jnp.max(x, -1), axis_name))
+        silent = (sample_weight == 0) & ~jnp.isfinite(_sharded.max_over(largest(x), axis_name))
         x = jnp.where(silent[..., None], 0, x)
     return x
+
+
+def largest(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
+    """The largest number of each row, inf if one is NaN.
+
+    On a CPU XLA's maximum of more than a few numbers passes over NaN, its sum does not.
+    """
+    return jnp.where(jnp.isnan(jnp.sum(jnp.abs(x), -1)), jnp.inf, jnp.max(x, -1))
 
 
 def distributions(

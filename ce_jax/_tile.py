@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._parts import best_shapes, row_argmax, row_maxima
-from ._sums import finite_part, origin, shift, spread, sums
+from . import _from_label
+from ._parts import best_shapes, is_own, row_argmax, row_maxima
+from ._sums import dots, finite_part, is_small, origin, shift, spread, sums
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -57,16 +58,18 @@ class Target(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Sums over the classes seen so far, relative to the row maximum seen so far.
+    """Sums over the classes seen so far, relative to one number for each row.
 
-    With `d_c = z_c - max` (or `z_c` while only -inf was seen): `sum_exp` is `sum exp(d)`;
-    `label_logit` is the label's `z` itself, 0 as long as it was not seen;
+    That is `base`, the largest logit seen so far or, in rows that are read at once, the label's
+    (see `_from_label`). With `d_c = z_c - base` (or `z_c` where that is -inf): `sum_exp` is
+    `sum exp(d)`; `label_logit` is the label's `z` itself, 0 as long as it was not seen;
     `target_dot`, `target_sum` are `<t, d>`, `sum(t)`; `classes_dot`, `classes_sum`,
     `classes_count` are `<a, d>`, `sum(a)` and the number of the classes with `z > -inf`;
-    `exp_dot` is `<exp(d), d>`; `argmax` counts from the first class of the whole row.
+    `exp_dot` is `<exp(d), d>`; `argmax` counts from the first class of the whole row. `near` is
+    there where the pull-back is to take `exp(d)` from `_from_label`.
     """
 
-    max: Float[Array, "*rows"]
+    base: Float[Array, "*rows"]
     sum_exp: Float[Array, "*rows"]
     label_logit: Float[Array, "*rows"] = ABSENT
     target_dot: Float[Array, "*rows"] = ABSENT
@@ -76,6 +79,7 @@ class Partial(NamedTuple):
     classes_count: Float[Array, "*rows"] = ABSENT
     exp_dot: Float[Array, "*rows"] = ABSENT
     argmax: Integer[Array, "*rows"] = ABSENT
+    near: Bool[Array, ""] = ABSENT
 
 
 class RowStatistics(NamedTuple):
@@ -105,21 +109,31 @@ def partial_statistics(
     first_class: int | Integer[Array, ""] = 0,
     join_max: Callable[[Array], Array] | None = None,
     alone: bool = False,
+    whole: bool = False,
 ) -> Partial:
     """Reads one tile, whose first column is class `first_class` of the row.
 
     `masked` says whether some `z` may be -inf; without that a CPU needs fewer passes. `join_max`
     turns the maxima of a tile into those of whole rows, which the sums then are relative to.
-    `alone` says that no derivative will be taken.
+    `alone` says that no derivative will be taken, `whole` that rows are, and hold their labels.
     """
     shapes = best_shapes(z, alone=alone, entropy=entropy)
+    columns = target._replace(labels=ABSENT)
+    labels_only = target.labels is not None and not (entropy or argmax)
+    if whole and labels_only and is_own(z) and not is_small(z):
+        label_logit = _label_logit(z, target.labels, ABSENT).astype(wide(z.dtype))
+        # Where narrow rows are cut, nothing is shared with the pull-back, on purpose.
+        shared = not alone and (z.dtype == label_logit.dtype or "cpu" not in shapes)
+        found = _from_label.sums(z, label_logit, shapes=shapes, shared=shared)
+        more = dots(z, origin(found.base), columns, entropy=False, masked=masked, shapes=shapes)
+        near = found.near if shared else ABSENT
+        return Partial(found.base, found.sum_exp, label_logit, **more, near=near)
     # The statistics do not depend on the maximum, so its derivative is left out of forward mode
     # and of second derivatives too.
     local_max = jax.lax.stop_gradient(row_maxima(z, shapes)).astype(wide(z.dtype))
     row_max = local_max if join_max is None else join_max(local_max)
-    columns = target._replace(labels=ABSENT)
     found = sums(z, origin(row_max), columns, entropy=entropy, masked=masked, shapes=shapes)
-    out = Partial(max=row_max, **found)
+    out = Partial(base=row_max, **found)
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class)
         out = out._replace(label_logit=logit.astype(row_max.dtype))
@@ -132,9 +146,9 @@ def partial_statistics(
 
 
 def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
-    """The same sums relative to another maximum; `max` and `argmax` stay what they were."""
-    move = origin(part.max) - origin(row_max)
-    scale = jnp.where(part.max == -jnp.inf, 0, jnp.exp(move))  # nothing seen: exp may overflow
+    """The same sums relative to another maximum; `base` and `argmax` stay what they were."""
+    move = origin(part.base) - origin(row_max)
+    scale = jnp.where(part.base == -jnp.inf, 0, jnp.exp(move))  # nothing seen: exp may overflow
     out = part._replace(sum_exp=part.sum_exp * scale)
     if part.target_dot is not None:
         out = out._replace(target_dot=part.target_dot + part.target_sum * move)
@@ -147,20 +161,20 @@ def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
 
 def merge(a: Partial, b: Partial) -> Partial:
     """Joins the statistics of two disjoint sets of classes."""
-    row_max = jnp.maximum(a.max, b.max)
+    row_max = jnp.maximum(a.base, b.base)
     argmax = ABSENT
     if a.argmax is not None:
-        of_equals = jnp.where(a.max == b.max, jnp.minimum(a.argmax, b.argmax), a.argmax)
-        argmax = jnp.where(b.max > a.max, b.argmax, of_equals)
+        of_equals = jnp.where(a.base == b.base, jnp.minimum(a.argmax, b.argmax), a.argmax)
+        argmax = jnp.where(b.base > a.base, b.argmax, of_equals)
     sums = (rebase(x, row_max)._replace(argmax=ABSENT) for x in (a, b))
     total: Partial = jax.tree.map(jnp.add, *sums)
-    return total._replace(max=row_max, argmax=argmax)
+    return total._replace(base=row_max, argmax=argmax)
 
 
 def finish(part: Partial) -> RowStatistics:
     """Turns the sums over all classes of a row into its statistics."""
     log_sum = jnp.log(part.sum_exp)
-    base = origin(part.max)
+    base = origin(part.base)
     out = RowStatistics(lse=base + log_sum, argmax=part.argmax)
     if part.label_logit is not None:
         cross = log_sum - (part.label_logit - base)
@@ -201,13 +215,15 @@ def pullback(
 ) -> tuple[Float[Array, "*rows classes"], Target]:
     """Cotangents of a tile and of its target, from those of the statistics of the whole row.
 
-    `part` is the merged one. `z - max` and its exponential are written as in
+    `part` is the merged one. `z - base` and its exponential are written as in
     `partial_statistics`, so that XLA merges them when forward and backward are compiled together,
     and then keeps or recomputes the exponential as suits the platform: a CPU keeps it (an
     exponential costs more than memory traffic), a GPU recomputes it and holds nothing of this size.
     """
-    shifted = shift(z, origin(part.max))
+    shifted = shift(z, origin(part.base))
     exp = jnp.exp(shifted)
+    if part.near is not None:
+        exp = _from_label.exponentials(z, part.label_logit, part.base, part.near)
     log_sum = jnp.log(part.sum_exp)
     onto_p = g.lse
     if target.labels is not None:
@@ -235,7 +251,7 @@ def pullback(
         rows = range(z.ndim - target.classes.ndim)
         d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(rows)))
     if part.exp_dot is not None:
-        # log p + H is (z - max) - exp_dot / sum_exp: the logarithm of the sum cancels.
+        # log p + H is (z - base) - exp_dot / sum_exp: the logarithm of the sum cancels.
         mean = part.exp_dot / part.sum_exp
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
         dz = dz - exp * onto_log_p * (finite_part(shifted) - mean[..., None])
@@ -245,19 +261,28 @@ def pullback(
 def _label_logit(
     z: Float[Array, "*rows classes"],
     labels: Integer[Array, "*rows"],
-    first_class: int | Integer[Array, ""],
+    first_class: int | Integer[Array, ""] | None,
 ) -> Float[Array, "*rows"]:
-    """The logit of the label, 0 where the label is not in this tile."""
+    """The logit of the label, 0 where the label is not in this tile.
+
+    Without a `first_class` it is there.
+    """
     spec = jax.typeof(z).sharding.spec
     if spec and spec[-1] is not None:
         # JAX refuses to gather along an axis that it knows to be sharded (explicit axis types).
         return jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
     # A gather of one element per row is far cheaper than comparing every class with the label.
+    if first_class is None:
+        return _take_class(z, labels)
     local = labels - first_class
     inside = (local >= 0) & (local < z.shape[-1])
-    index = jnp.where(inside, local, 0)[..., None]
-    logit = jnp.take_along_axis(z, index, axis=-1, mode="promise_in_bounds")[..., 0]
-    return jnp.where(inside, logit, 0)
+    return jnp.where(inside, _take_class(z, jnp.where(inside, local, 0)), 0)
+
+
+def _take_class(
+    z: Float[Array, "*rows classes"], index: Integer[Array, "*rows"]
+) -> Float[Array, "*rows"]:
+    return jnp.take_along_axis(z, index[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
 
 
 def is_label(

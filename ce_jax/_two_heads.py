@@ -149,7 +149,7 @@ def _leaf(side: Side) -> Array:
 def _finite(side: Side) -> Bool[Array, " tokens"]:
     """Where there is a softmax; logits may be -inf."""
     if side.logits is not None:
-        return jnp.isfinite(jnp.max(side.logits, -1))
+        return jnp.isfinite(_target.largest(side.logits))
     return jnp.all(jnp.isfinite(side.hidden), -1)
 
 

@@ -1,0 +1,217 @@
+"""Rows read relative to their label's logit, or to their largest where that is too far away."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ce_jax
+from ce_jax import _from_label
+from tests import reference
+from tests.comparison import check, close, together
+from tests.helpers import LAYOUTS, covering, softmax_arguments
+from tests.hlo import collectives
+from tests.mesh import Layout
+
+IDS = "softmax_cross_entropy_with_integer_labels"
+pytestmark = pytest.mark.usefixtures("one_device", "as_if_large")
+
+ROWS, CLASSES = 4, 6
+draw = np.random.default_rng(31)
+LOGITS = draw.normal(size=(ROWS, CLASSES))
+LABELS = np.array([2, 0, 5, 1])
+COTANGENT = draw.normal(size=ROWS)
+NEAR = 3 * LOGITS
+# One row is enough for all to be read again.
+FAR = NEAR.copy()
+FAR[2, 3] = 200.0
+MASKED = NEAR.copy()
+MASKED[1, 3], MASKED[3, 1] = -np.inf, -np.inf
+
+
+def loss(logits, labels=LABELS, **options):
+    return ce_jax.softmax_cross_entropy_with_integer_labels(logits, labels, **options)
+
+
+def truth(logits, **options):
+    return reference.softmax_cross_entropy_with_integer_labels(logits, LABELS, **options)
+
+
+CASES = covering(
+    seed=7,
+    layout=list(LAYOUTS),
+    where=[None, "rows", "classes"],
+    masked=[False, True],
+    weight=[False, True],
+    sample_weight=[False, True],
+    ignore_index=[None, -7],
+    label_smoothing=[0.0, 0.3],
+    z_loss=[0.0, 0.1],
+    reduction=["none", "mean"],
+    dtype=["float32", "float64", "bfloat16"],
+)
+
+
+@pytest.fixture
+def always_far(monkeypatch):
+    """Every batch is read again relative to the maxima."""
+    monkeypatch.setattr(_from_label, "_MOST", 0.0)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def check_case(case):
+    dtype = jnp.dtype(case.pop("dtype"))
+    check(IDS, softmax_arguments(**case), dtype=dtype)
+
+
+@pytest.mark.sweep
+@together(CASES)
+def test_options(case):
+    check_case(case)
+
+
+@pytest.mark.sweep
+@pytest.mark.usefixtures("always_far")
+@together(CASES)
+def test_options_where_labels_are_far(case):
+    check_case(case)
+
+
+@pytest.mark.parametrize("logits", [NEAR, FAR], ids=["near", "far"])
+def test_a_batch_of_either_kind(logits):
+    check(IDS, {"logits": logits, "labels": LABELS})
+    check(IDS, {"logits": logits, "labels": LABELS}, dtype=jnp.float64)
+
+
+def test_labels_that_are_not_allowed():
+    value, slope = jax.vmap(jax.value_and_grad(loss))(jnp.asarray(MASKED), LABELS)
+    np.testing.assert_array_equal(np.isinf(value), [False, False, False, True])
+    expected = truth(MASKED)
+    close(value[:3], expected[:3], 4e-6)
+    whole = jax.jit(loss)(MASKED)
+    np.testing.assert_array_equal(np.isinf(whole), np.isinf(value))
+    close(whole[:3], expected[:3], 4e-6)
+    assert not np.any(np.isnan(slope[:3]))
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
+def test_a_row_without_a_normaliser_spoils_no_other(spoilt):
+    logits = NEAR.copy()
+    logits[1] = spoilt
+    losses, pull = jax.vjp(loss, jnp.asarray(logits, jnp.float32))
+    (slope,) = pull(jnp.ones_like(losses))
+    rest = np.array([0, 2, 3])
+    close(losses[rest], truth(NEAR)[rest], 4e-6)
+    assert np.all(np.isfinite(slope[rest]))
+    assert not np.isfinite(losses[1])
+    assert np.all(np.isnan(slope[1]))
+
+
+@pytest.mark.parametrize("size", [10.0, 25.0, 31.0, 33.0, 80.0, 100.0, 1e4])
+def test_losses_of_any_size(size):
+    """No digits are lost in rows that do not need the maximum, nor beside one that does."""
+    rows, classes = 6, 2000
+    logits = np.random.default_rng(3).normal(size=(rows, classes)).astype(np.float32)
+    labels = np.arange(rows)
+    logits[0, 0] -= size
+    logits[1, 900] += size
+    logits[2] += np.float32(size)
+    logits[3, 3] += size  # a loss near 0
+    exact = logits.astype(np.float64)
+    exact -= exact.max(-1, keepdims=True)
+    log_probs = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
+    losses, pull = jax.vjp(lambda z: loss(z, labels), logits)
+    np.testing.assert_allclose(losses, -log_probs[labels, labels], rtol=4e-7, atol=2e-7)
+    assert np.all(losses >= 0)
+    slope = np.exp(log_probs) - (labels[:, None] == np.arange(classes))
+    np.testing.assert_allclose(pull(jnp.ones(rows))[0], slope, rtol=4e-6, atol=4e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("logits", [NEAR, FAR], ids=["near", "far"])
+def test_derivatives_of_every_kind(logits):
+    options = {"weight": np.linspace(0.5, 2.0, CLASSES), "label_smoothing": 0.2, "z_loss": 0.01}
+    arguments = {"logits": logits, "labels": LABELS, **options}
+    slope = reference.vjp(getattr(reference, IDS), arguments, "logits", COTANGENT)
+    curvature = reference.hessian(getattr(reference, IDS), arguments, "logits", COTANGENT)
+    direction = draw.normal(size=logits.shape)
+    along = np.einsum("ijkl,kl->ij", curvature, direction)
+
+    def total(z, **mode):
+        return jnp.sum(loss(z, **options, **mode) * COTANGENT)
+
+    @jax.jit
+    def found(z):
+        forward = functools.partial(total, forward_mode=True)
+        return {
+            "first": [
+                jax.grad(total)(z),
+                jax.grad(forward)(z),
+                jax.jacfwd(forward)(z),
+                jax.grad(jax.checkpoint(total))(z),
+                jax.vmap(jax.grad(total))(jnp.stack([NEAR, z]))[1],
+                jax.vmap(jax.grad(forward))(jnp.stack([NEAR, z]))[1],
+            ],
+            "second": [
+                jax.jvp(jax.grad(total), (z,), (direction,))[1],
+                jax.grad(lambda z: jnp.vdot(jax.grad(total)(z), direction))(z),
+                jax.jvp(jax.grad(forward), (z,), (direction,))[1],
+                jax.jvp(lambda z: jax.jvp(forward, (z,), (direction,))[1], (z,), (direction,))[1],
+            ],
+        }
+
+    results = found(jnp.asarray(logits))
+    for one in results["first"]:
+        close(one, slope, 1e-10)
+    *products, quadratic = results["second"]
+    for one in products:
+        np.testing.assert_allclose(one, along, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(quadratic, np.vdot(along, direction), rtol=1e-9)
+
+
+def test_batches_of_both_kinds():
+    batch = jnp.asarray(np.stack([NEAR, FAR, NEAR[::-1]]), jnp.float32)
+
+    def losses_and_slopes(z):
+        losses, pull = jax.vjp(loss, z)
+        return losses, *pull(jnp.asarray(COTANGENT, losses.dtype))
+
+    for z, losses, slopes in zip(batch, *jax.vmap(losses_and_slopes)(batch), strict=True):
+        exact = {"logits": np.asarray(z, np.float64), "labels": LABELS}
+        close(losses, getattr(reference, IDS)(**exact), 4e-6)
+        close(slopes, reference.vjp(getattr(reference, IDS), exact, "logits", COTANGENT), 4e-6)
+
+
+def test_devices_of_both_kinds():
+    """Each device reads its rows in its own way, and asks no other."""
+    layout = Layout({"data": 4}, rows="data")
+    on_mesh = ce_jax.on_mesh(getattr(ce_jax, IDS), layout.mesh(), rows="data")
+    program = jax.jit(jax.value_and_grad(lambda z: on_mesh(z, LABELS, reduction="mean")))
+    logits = jnp.asarray(FAR, jnp.float32)
+    value, slope = program(logits)
+    close(value, truth(FAR, reduction="mean"), 4e-6)
+    exact = {"logits": FAR, "labels": LABELS, "reduction": "mean"}
+    close(slope, reference.vjp(getattr(reference, IDS), exact, "logits", np.ones(())), 4e-6)
+    assert all(found.bytes <= 8 for found in collectives(program.lower(logits).compile()))
+
+
+def test_the_maximum_is_looked_for_in_loops_alone():
+    """The program itself reads the logits twice, and the exponentials are where the slopes go."""
+    shape = (256, 4096)
+    program = jax.jit(jax.value_and_grad(lambda z, y: loss(z, y, reduction="mean")))
+    compiled = program.lower(
+        jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    ).compile()
+    text = compiled.as_text()
+    entry = text[text.index("\nENTRY ") :]
+    called = re.findall(r"calls=%([\w.\-]+)", entry)
+    bodies = [text.split(f"\n%{name} (")[1].split("\n}")[0] for name in called]
+    of_tiles = [body for body in bodies if "f32[256,4096]" in body]
+    assert sum("exponential(" in body for body in of_tiles) == 1
+    assert sum("reduce(" in body for body in of_tiles) + entry.count(" reduce(") == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * shape[0] * shape[1] / 16
