@@ -4,16 +4,18 @@ With `z_y` in place of the maximum, `sum_c exp(z_c - z_y)` is `1 / p_y`. It is a
 label's own share, so no class that matters underflows, and its logarithm is the cross-entropy, with
 all the digits that it has relative to the maximum. It grows with the loss, and with it the
 differences `z_c - z_y`, which float32 rounds by half of 2e-6 above 16. So where the loss of any row
-exceeds 32 nats, and where a logit is infinite or NaN in a way that matters, the whole batch is read
-again relative to its maxima.
+exceeds 32 nats, all are read again relative to their maxima; and if that shows in the first few
+rows, the maxima are looked for to begin with.
 
-That takes one pass over the logits of five: on two cores 0.75 of the time for value and gradient.
-Off the CPU XLA reads a row once for its maximum and its sum, and nothing would be gained.
+That saves one pass over the logits of five: on two cores a quarter of the time for value and
+gradient. A batch that has to be read again takes twice the time. Off the CPU XLA reads a row once
+for its maximum and its sum, and nothing would be gained.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,25 +23,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ._parts import Shapes, row_maxima
+from ._parts import Shapes, is_own, row_maxima
 from ._sums import origin, shift, sum_exp
 
 # Sums above this are of losses above 31.9 nats.
 _MOST = 2.0**46
+# One row of so many is looked at first; where there are fewer, the maxima serve.
+_SAMPLED = 64
+# A tile of fewer elements is read faster by fewer kernels.
+_SMALL = 1 << 14
+
+
+class Attempt(NamedTuple):
+    """What the exponentials in memory are relative to: `tried`, and whether it served all rows."""
+
+    tried: Float[Array, "*rows"]
+    served: Bool[Array, ""]
 
 
 class Found(NamedTuple):
-    """The sum of exponentials of each row.
-
-    Attributes:
-      base: the logit of each row that its sum is relative to: the label's, or the largest.
-      sum_exp: the sum.
-      near: whether the labels' served in all rows.
-    """
+    """The sum of exponentials of each row, relative to `base`, and how it was found."""
 
     base: Float[Array, "*rows"]
     sum_exp: Float[Array, "*rows"]
-    near: Bool[Array, ""]
+    attempt: Attempt
+
+
+def is_worth_it(z: Float[Array, "*rows classes"]) -> bool:
+    """Whether a tile with whole rows may be faster to read relative to labels."""
+    return is_own(z) and z.size >= _SMALL and math.prod(z.shape[:-1]) >= _SAMPLED
 
 
 def sums(
@@ -58,46 +70,40 @@ def sums(
       shared: whether `exponentials` will be asked for in the same program. They are found along
         whole rows, and so the sums then are too.
     """
-    by_label = functools.partial(_by_label, {} if shared else shapes, shapes)
     found: Found = jax.lax.platform_dependent(
         z,
         jax.lax.stop_gradient(label_logit),
-        cpu=by_label,
-        default=functools.partial(_by_maximum, shapes),
+        cpu=functools.partial(_attempted, {} if shared else shapes, shapes),
+        default=functools.partial(_by_maxima, shapes),
     )
     return found
 
 
 def exponentials(
-    z: Float[Array, "*rows classes"],
-    label_logit: Float[Array, "*rows"],
-    base: Float[Array, "*rows"],
-    near: Bool[Array, ""],
+    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], attempt: Attempt
 ) -> Float[Array, "*rows classes"]:
-    """`exp(z - base)`, which a CPU has computed already if the labels' logits served."""
-
-    def by_base(z: Array, _: Array, base: Array, __: Array) -> Array:
-        return jnp.exp(shift(z, origin(base)))
-
+    """`exp(z - base)`, which a CPU has in memory already if the attempt served."""
     exp: Array = jax.lax.platform_dependent(
-        z,
-        jax.lax.stop_gradient(label_logit),
-        base,
-        near,
-        cpu=_exp_by_label,
-        default=by_base,
+        z, base, attempt, cpu=_exp_attempted, default=lambda z, base, _: _exp(z, base)
     )
     return exp
 
 
-def _by_maximum(shapes: Shapes, z: Array, label_logit: Array) -> Found:
-    # The sums' logarithm plus the maximum does not depend on the maximum, so its derivative is left
-    # out of forward mode and of second derivatives.
-    row_max = jax.lax.stop_gradient(row_maxima(z, shapes)).astype(label_logit.dtype)
-    total = sum_exp(shapes, z, origin(row_max), stored=False)
-    # Like a number found in the rows, it varies over the mesh axes that they vary over.
-    near = jnp.full_like(jnp.max(total, initial=0), False, dtype=bool)
-    return Found(row_max, total, near)
+def _exp(z: Float[Array, "*rows classes"], base: Float[Array, "*rows"]) -> Array:
+    return jnp.exp(shift(z, origin(base)))
+
+
+def _maxima(shapes: Shapes, z: Array, like: Array) -> Float[Array, "*rows"]:
+    # A sum's logarithm plus what the sum is relative to does not depend on the latter, whose
+    # derivative therefore is left out of forward mode and of second derivatives.
+    return jax.lax.stop_gradient(row_maxima(z, shapes)).astype(like.dtype)
+
+
+def _by_maxima(shapes: Shapes, z: Array, label_logit: Array) -> Found:
+    base = _maxima(shapes, z, label_logit)
+    # Like anything found in the rows, it varies over the mesh axes that they vary over.
+    served = jnp.full_like(jnp.max(base, initial=0), True, dtype=bool)
+    return Found(base, sum_exp(shapes, z, origin(base), stored=False), Attempt(base, served))
 
 
 # A loop of one turn or none stands for `lax.cond`. XLA keeps what it starts from in the memory of
@@ -105,55 +111,68 @@ def _by_maximum(shapes: Shapes, z: Array, label_logit: Array) -> Found:
 # some of the batch needs one, where both branches would always be computed.
 
 
-def _finite(label_logit: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    # Beside a label at -inf the sum becomes infinite, unless all of the row is at -inf.
-    return jnp.maximum(label_logit, jnp.finfo(label_logit.dtype).min)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _by_label(shapes: Shapes, shapes_by_maximum: Shapes, z: Array, label_logit: Array) -> Found:
-    total = sum_exp(shapes, z, _finite(label_logit))
-    near = jnp.max(total, initial=0) < _MOST
+def _attempted(shapes: Shapes, shapes_of_maxima: Shapes, z: Array, label_logit: Array) -> Found:
+    tried, _ = jax.lax.while_loop(
+        lambda found: ~found[1],
+        lambda found: (_maxima(shapes_of_maxima, z, label_logit), found[1] | True),
+        (label_logit, _near_in_sample(z, label_logit)),
+    )
+    total = sum_exp(shapes, z, _finite(tried))
+    served = jnp.max(total, initial=0) < _MOST
 
-    def again(found: Found) -> Found:
-        by_maximum = _by_maximum(shapes_by_maximum, z, label_logit)
-        return by_maximum._replace(near=found.near | True)
+    def again(found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        by_maxima = _by_maxima(shapes_of_maxima, z, label_logit)
+        return by_maxima.base, by_maxima.sum_exp, found[2] | True
 
-    first = Found(label_logit, total, near)
-    return jax.lax.while_loop(lambda found: ~found.near, again, first)._replace(near=near)
+    base, total, _ = jax.lax.while_loop(lambda found: ~found[2], again, (tried, total, served))
+    return Found(base, total, Attempt(tried, served))
 
 
-@_by_label.defjvp
-def _by_label_jvp(
+def _near_in_sample(z: Array, label_logit: Array) -> Bool[Array, ""]:
+    count = label_logit.size // _SAMPLED
+    largest = jnp.max(z.reshape(-1, z.shape[-1])[:count], -1)
+    gaps = largest.astype(label_logit.dtype) - label_logit.reshape(-1)[:count]
+    return jnp.max(gaps) < math.log(_MOST)
+
+
+def _finite(base: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    # Beside a label at -inf the sum becomes infinite, unless all of the row is at -inf.
+    return jnp.maximum(base, jnp.finfo(base.dtype).min)
+
+
+@_attempted.defjvp
+def _attempted_jvp(
     shapes: Shapes,
-    shapes_by_maximum: Shapes,
+    shapes_of_maxima: Shapes,
     primals: tuple[Array, Array],
     tangents: tuple[Array, Array],
 ) -> tuple[Found, Found]:
     (z, label_logit), (dz, _) = primals, tangents
-    found = _by_label(shapes, shapes_by_maximum, z, label_logit)
+    found = _attempted(shapes, shapes_of_maxima, z, label_logit)
     _, slope = jax.jvp(lambda z: sum_exp(shapes, z, origin(found.base)), (z,), (dz,))
-    unmoved = np.zeros(found.near.shape, jax.dtypes.float0)
-    return found, Found(jnp.zeros_like(found.base), slope, unmoved)
+    unmoved = jnp.zeros_like(found.base)
+    served = np.zeros(found.attempt.served.shape, jax.dtypes.float0)
+    return found, Found(unmoved, slope, Attempt(unmoved, served))
 
 
 @jax.custom_jvp
-def _exp_by_label(z: Array, label_logit: Array, base: Array, near: Array) -> Array:
-    def again(found: tuple[Array, Array]) -> tuple[Array, Array]:
-        return jnp.exp(shift(z, origin(base))), found[1] | True
-
+def _exp_attempted(z: Array, base: Array, attempt: Attempt) -> Array:
     # Written as in the sums, which XLA then takes it from.
-    first = jnp.exp(shift(z, _finite(label_logit))), near
-    return jax.lax.while_loop(lambda found: ~found[1], again, first)[0]
+    first = jnp.exp(shift(z, _finite(attempt.tried)))
+    exp: Array = jax.lax.while_loop(
+        lambda found: ~found[1],
+        lambda found: (_exp(z, base), found[1] | True),
+        (first, attempt.served),
+    )[0]
+    return exp
 
 
-@_exp_by_label.defjvp
-def _exp_by_label_jvp(
-    primals: tuple[Array, ...], tangents: tuple[Array, ...]
+@_exp_attempted.defjvp
+def _exp_attempted_jvp(
+    primals: tuple[Array, Array, Attempt], tangents: tuple[Array, Array, Attempt]
 ) -> tuple[Array, Array]:
-    z, _, base, _ = primals
-    exp = _exp_by_label(*primals)
-    _, shifts = jax.jvp(
-        lambda z, base: shift(z, origin(base)), (z, base), (tangents[0], tangents[2])
-    )
+    (z, base, _), (dz, d_base, _) = primals, tangents
+    exp = _exp_attempted(*primals)
+    _, shifts = jax.jvp(lambda z, base: shift(z, origin(base)), (z, base), (dz, d_base))
     return exp, exp * shifts

@@ -121,7 +121,7 @@ def _dots(
     if masked:
         cpu: Callable[..., dict[str, Array]] = functools.partial(_select_where_masked, entropy)
         default = _all(functools.partial(_with_select, entropy))
-        if is_small(z):
+        if all(isinstance(n, int) for n in z.shape) and z.size < _SMALL:  # may be symbolic
             return default(z, base, target)
     else:
         cpu = _all(functools.partial(_without_select, entropy, apart))
@@ -248,11 +248,6 @@ def shift(
 ) -> Float[Array, "*rows classes"]:
     """The tile relative to the `origin` of its rows, in the dtype of that."""
     return z.astype(base.dtype) - base[..., None]
-
-
-def is_small(z: Float[Array, "*rows classes"]) -> bool:
-    """Whether a tile is so small that one way to read it is enough."""
-    return all(isinstance(n, int) for n in z.shape) and z.size < _SMALL  # may be symbolic
 
 
 def row_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:

@@ -33,8 +33,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from . import _from_label
-from ._parts import best_shapes, is_own, row_argmax, row_maxima
-from ._sums import dots, finite_part, is_small, origin, shift, spread, sums
+from ._parts import best_shapes, row_argmax, row_maxima
+from ._sums import dots, finite_part, origin, shift, spread, sums
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -65,8 +65,8 @@ class Partial(NamedTuple):
     `sum exp(d)`; `label_logit` is the label's `z` itself, 0 as long as it was not seen;
     `target_dot`, `target_sum` are `<t, d>`, `sum(t)`; `classes_dot`, `classes_sum`,
     `classes_count` are `<a, d>`, `sum(a)` and the number of the classes with `z > -inf`;
-    `exp_dot` is `<exp(d), d>`; `argmax` counts from the first class of the whole row. `near` is
-    there where the pull-back is to take `exp(d)` from `_from_label`.
+    `exp_dot` is `<exp(d), d>`; `argmax` counts from the first class of the whole row. `attempt`
+    is there where the pull-back is to take `exp(d)` from `_from_label`.
     """
 
     base: Float[Array, "*rows"]
@@ -79,7 +79,7 @@ class Partial(NamedTuple):
     classes_count: Float[Array, "*rows"] = ABSENT
     exp_dot: Float[Array, "*rows"] = ABSENT
     argmax: Integer[Array, "*rows"] = ABSENT
-    near: Bool[Array, ""] = ABSENT
+    attempt: _from_label.Attempt = ABSENT
 
 
 class RowStatistics(NamedTuple):
@@ -120,14 +120,14 @@ def partial_statistics(
     shapes = best_shapes(z, alone=alone, entropy=entropy)
     columns = target._replace(labels=ABSENT)
     labels_only = target.labels is not None and not (entropy or argmax)
-    if whole and labels_only and is_own(z) and not is_small(z):
+    if whole and labels_only and _from_label.is_worth_it(z):
         label_logit = _label_logit(z, target.labels, ABSENT).astype(wide(z.dtype))
         # Where narrow rows are cut, nothing is shared with the pull-back, on purpose.
         shared = not alone and (z.dtype == label_logit.dtype or "cpu" not in shapes)
         found = _from_label.sums(z, label_logit, shapes=shapes, shared=shared)
         more = dots(z, origin(found.base), columns, entropy=False, masked=masked, shapes=shapes)
-        near = found.near if shared else ABSENT
-        return Partial(found.base, found.sum_exp, label_logit, **more, near=near)
+        attempt = found.attempt if shared else ABSENT
+        return Partial(found.base, found.sum_exp, label_logit, **more, attempt=attempt)
     # The statistics do not depend on the maximum, so its derivative is left out of forward mode
     # and of second derivatives too.
     local_max = jax.lax.stop_gradient(row_maxima(z, shapes)).astype(wide(z.dtype))
@@ -222,8 +222,8 @@ def pullback(
     """
     shifted = shift(z, origin(part.base))
     exp = jnp.exp(shifted)
-    if part.near is not None:
-        exp = _from_label.exponentials(z, part.label_logit, part.base, part.near)
+    if part.attempt is not None:
+        exp = _from_label.exponentials(z, part.base, part.attempt)
     log_sum = jnp.log(part.sum_exp)
     onto_p = g.lse
     if target.labels is not None:
