@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,11 @@ from ._sums import origin, shift, sum_exp
 # Sums above this are of losses above 31.9 nats.
 _MOST = 2.0**46
 # One row of so many is looked at first; where there are fewer, the maxima serve.
-_SAMPLED = 64
+_SAMPLED = 128
 # A tile of fewer elements is read faster by fewer kernels.
-_SMALL = 1 << 14
+_SMALL = 1 << 16
+
+_Tree = TypeVar("_Tree")
 
 
 class Attempt(NamedTuple):
@@ -94,8 +97,7 @@ def _exp(z: Float[Array, "*rows classes"], base: Float[Array, "*rows"]) -> Array
 
 
 def _maxima(shapes: Shapes, z: Array, like: Array) -> Float[Array, "*rows"]:
-    # A sum's logarithm plus what the sum is relative to does not depend on the latter, whose
-    # derivative therefore is left out of forward mode and of second derivatives.
+    # As in `_tile`, the statistics do not depend on it.
     return jax.lax.stop_gradient(row_maxima(z, shapes)).astype(like.dtype)
 
 
@@ -106,26 +108,31 @@ def _by_maxima(shapes: Shapes, z: Array, label_logit: Array) -> Found:
     return Found(base, sum_exp(shapes, z, origin(base), stored=False), Attempt(base, served))
 
 
-# A loop of one turn or none stands for `lax.cond`. XLA keeps what it starts from in the memory of
-# the result, where a branch that hands it on would copy; and under `vmap` there is a turn only if
-# some of the batch needs one, where both branches would always be computed.
+def _unless(holds: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) -> _Tree:
+    """`value` if it holds, else `other()`.
+
+    A loop of one turn or none stands for `lax.cond`. XLA keeps what it starts from in the memory of
+    the result, where a branch that hands it on would copy; and under `vmap` there is a turn only if
+    some of the batch needs one, where both branches would always be computed. As a loop it has no
+    reverse mode: to be called from a rule of `jax.custom_jvp` or `jax.custom_vjp`.
+    """
+    found: tuple[Array, _Tree] = jax.lax.while_loop(
+        lambda found: ~found[0], lambda found: (found[0] | True, other()), (holds, value)
+    )
+    return found[1]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attempted(shapes: Shapes, shapes_of_maxima: Shapes, z: Array, label_logit: Array) -> Found:
-    tried, _ = jax.lax.while_loop(
-        lambda found: ~found[1],
-        lambda found: (_maxima(shapes_of_maxima, z, label_logit), found[1] | True),
-        (label_logit, _near_in_sample(z, label_logit)),
-    )
+    near = _near_in_sample(z, label_logit)
+    tried = _unless(near, label_logit, lambda: _maxima(shapes_of_maxima, z, label_logit))
     total = sum_exp(shapes, z, _finite(tried))
     served = jnp.max(total, initial=0) < _MOST
 
-    def again(found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        by_maxima = _by_maxima(shapes_of_maxima, z, label_logit)
-        return by_maxima.base, by_maxima.sum_exp, found[2] | True
+    def again() -> tuple[Array, Array]:
+        return _by_maxima(shapes_of_maxima, z, label_logit)[:2]
 
-    base, total, _ = jax.lax.while_loop(lambda found: ~found[2], again, (tried, total, served))
+    base, total = _unless(served, (tried, total), again)
     return Found(base, total, Attempt(tried, served))
 
 
@@ -160,12 +167,7 @@ def _attempted_jvp(
 def _exp_attempted(z: Array, base: Array, attempt: Attempt) -> Array:
     # Written as in the sums, which XLA then takes it from.
     first = jnp.exp(shift(z, _finite(attempt.tried)))
-    exp: Array = jax.lax.while_loop(
-        lambda found: ~found[1],
-        lambda found: (_exp(z, base), found[1] | True),
-        (first, attempt.served),
-    )[0]
-    return exp
+    return _unless(attempt.served, first, lambda: _exp(z, base))
 
 
 @_exp_attempted.defjvp

@@ -54,15 +54,18 @@ def sums(
     They are relative to `base`, the `origin` of each row. `masked` says whether some `z` may be
     -inf, `shapes` are those of `_parts.best_shapes`.
     """
-    plain = target.probs is None and target.classes is None and not entropy
-    by_class = target.classes is not None and target.classes.ndim
-    if plain or by_class:
-        found = dots(z, base, target, entropy=entropy, masked=masked, shapes=shapes)
-        return {"sum_exp": sum_exp(shapes, z, base), **found}
-    together = functools.partial(_dots, entropy, masked)
+    dots = functools.partial(_dots, entropy, masked)
+    if target.probs is None and target.classes is None and not entropy:
+        return {"sum_exp": sum_exp(shapes, z, base)}
+    if target.classes is not None and target.classes.ndim:
+        # A CPU would first store them for each row, to cut them like the tile.
+        cheap = {platform: shape for platform, shape in shapes.items() if platform != "cpu"}
+        return {"sum_exp": sum_exp(shapes, z, base)} | in_parts(dots, cheap, z, base, target)
     exp = functools.partial(_sum_exp, row_sum)
-    found = in_parts(lambda *tile: exp(*tile) | together(*tile), shapes, z, base, target)
-    return _with_classes_sum(found, target)
+    found = in_parts(lambda *tile: exp(*tile) | dots(*tile), shapes, z, base, target)
+    if target.classes is not None:
+        found["classes_sum"] = target.classes * found["classes_count"]
+    return found
 
 
 def sum_exp(
@@ -75,31 +78,6 @@ def sum_exp(
     """The first of the `sums`, that of the exponentials; `stored` says whether those may be."""
     of_parts = functools.partial(_sum_exp, row_sum if stored else _reduced_sum)
     return in_parts(of_parts, shapes, z, base, None)["sum_exp"]
-
-
-def dots(
-    z: Float[Array, "*rows classes"],
-    base: Float[Array, "*rows"],
-    target: _Target,
-    *,
-    entropy: bool,
-    masked: bool,
-    shapes: Shapes,
-) -> dict[str, Array]:
-    """The other `sums`."""
-    if target.probs is None and target.classes is None and not entropy:
-        return {}
-    if target.classes is not None and target.classes.ndim:
-        # A CPU would first store them for each row, to cut them like the tile.
-        shapes = {platform: shape for platform, shape in shapes.items() if platform != "cpu"}
-    found = in_parts(functools.partial(_dots, entropy, masked), shapes, z, base, target)
-    return _with_classes_sum(found, target)
-
-
-def _with_classes_sum(found: dict[str, Array], target: _Target) -> dict[str, Array]:
-    if target.classes is not None and target.classes.ndim == 0:
-        found["classes_sum"] = target.classes * found["classes_count"]
-    return found
 
 
 def _sum_exp(
@@ -224,6 +202,7 @@ def _select_where_masked(
     # One kernel less than `all`; finite numbers that add up to infinity cost time alone. Apart, or
     # XLA would add up the whole tile a second time.
     hold = jnp.isfinite(jnp.sum(apart(dots)))
+
     for name, plain in found.items():  # in turns, so that no two arrays are held at once
         if name != "target_sum":  # has no logits in it
             found[name] = jax.lax.cond(hold, lambda plain=plain: plain, with_select[name])

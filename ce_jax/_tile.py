@@ -33,8 +33,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from . import _from_label
-from ._parts import best_shapes, row_argmax, row_maxima
-from ._sums import dots, finite_part, origin, shift, spread, sums
+from ._parts import Shapes, best_shapes, row_argmax, row_maxima
+from ._sums import finite_part, origin, shift, spread, sums
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -118,20 +118,14 @@ def partial_statistics(
     `alone` says that no derivative will be taken, `whole` that rows are, and hold their labels.
     """
     shapes = best_shapes(z, alone=alone, entropy=entropy)
-    columns = target._replace(labels=ABSENT)
-    labels_only = target.labels is not None and not (entropy or argmax)
+    labels_only = target.probs is None and target.classes is None and not (entropy or argmax)
     if whole and labels_only and _from_label.is_worth_it(z):
-        label_logit = _label_logit(z, target.labels, ABSENT).astype(wide(z.dtype))
-        # Where narrow rows are cut, nothing is shared with the pull-back, on purpose.
-        shared = not alone and (z.dtype == label_logit.dtype or "cpu" not in shapes)
-        found = _from_label.sums(z, label_logit, shapes=shapes, shared=shared)
-        more = dots(z, origin(found.base), columns, entropy=False, masked=masked, shapes=shapes)
-        attempt = found.attempt if shared else ABSENT
-        return Partial(found.base, found.sum_exp, label_logit, **more, attempt=attempt)
+        return _relative_to_labels(z, target.labels, shapes, alone)
     # The statistics do not depend on the maximum, so its derivative is left out of forward mode
     # and of second derivatives too.
     local_max = jax.lax.stop_gradient(row_maxima(z, shapes)).astype(wide(z.dtype))
     row_max = local_max if join_max is None else join_max(local_max)
+    columns = target._replace(labels=ABSENT)
     found = sums(z, origin(row_max), columns, entropy=entropy, masked=masked, shapes=shapes)
     out = Partial(base=row_max, **found)
     if target.labels is not None:
@@ -143,6 +137,17 @@ def partial_statistics(
             largest = jnp.where(local_max == row_max, largest, NOWHERE)
         out = out._replace(argmax=largest)
     return out
+
+
+def _relative_to_labels(
+    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"], shapes: Shapes, alone: bool
+) -> Partial:
+    logit = _label_logit(z, labels, None).astype(wide(z.dtype))
+    # Where narrow rows are cut, they share nothing with the pull-back, on purpose.
+    shared = not alone and (z.dtype == logit.dtype or "cpu" not in shapes)
+    found = _from_label.sums(z, logit, shapes=shapes, shared=shared)
+    attempt = found.attempt if shared else ABSENT
+    return Partial(found.base, found.sum_exp, logit, attempt=attempt)
 
 
 def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
