@@ -33,6 +33,7 @@ from experiments.benchmarking import (
     startup,
     torch_peers,
 )
+from experiments.benchmarking.allocator import keep_freed_memory
 from experiments.benchmarking.measure import OURS, Row, measure
 from experiments.benchmarking.programs import Peer
 from experiments.benchmarking.timing import Effort
@@ -44,6 +45,7 @@ class Operation(StrEnum):
 
     INTEGER = "integer"
     ONE_HOT = "one-hot"
+    UNLIKELY = "unlikely"
     WEIGHTED = "weighted"
     SMOOTHED = "smoothed"
     SIGMOID = "sigmoid"
@@ -55,6 +57,9 @@ class Operation(StrEnum):
     IMPORT = "import"
     COMPILE = "compile"
 
+
+# Bytes that malloc gets before the first call.
+_HEAP, _QUICK_HEAP = 3 << 30, 1 << 28
 
 # A part of the work, and what it is called while it runs.
 Part = tuple[str, Callable[[], list[Row]]]
@@ -83,6 +88,14 @@ def main(
         list[str] | None,
         typer.Option(help="Leave this peer out, such as torch.compile; may be repeated."),
     ] = None,
+    fresh_memory: Annotated[
+        bool,
+        typer.Option(
+            "--fresh-memory",
+            help="Leave malloc as it is, which asks the kernel for the memory of large arrays anew "
+            "in each call.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -101,8 +114,9 @@ def main(
     jax.config.update("jax_enable_compilation_cache", False)
     default = Effort(0.15, 3, 15) if quick else Effort(3.0)
     effort = default if seconds is None else default._replace(seconds=seconds)
+    kept = not fresh_memory and keep_freed_memory(_QUICK_HEAP if quick else _HEAP)
     try:
-        run(only or list(Operation), effort, folder, quick=quick, without=without or ())
+        run(only or list(Operation), effort, folder, quick=quick, without=without or (), kept=kept)
     except ExperimentError as error:
         fail(str(error))
 
@@ -114,6 +128,7 @@ def run(
     *,
     quick: bool,
     without: Sequence[str] = (),
+    kept: bool = False,
 ) -> None:
     """Measures, and leaves figures and pictures in a folder after every part of the work.
 
@@ -123,6 +138,7 @@ def run(
       folder: where results go; new or empty.
       quick: whether small shapes do.
       without: names of peers to leave out.
+      kept: whether malloc keeps freed memory, to be noted.
 
     Raises:
       ExperimentError: there is no such peer, or the folder cannot be used.
@@ -134,6 +150,7 @@ def run(
         "operations": list(operations),
         "quick": quick,
         "without": list(without),
+        "freed memory": "kept" if kept else "left to malloc",
         **effort._asdict(),
     }
     about: dict[str, Any] = {"options": options, **report.machine()}
@@ -143,6 +160,7 @@ def run(
         {
             "processor": f"{about['processor']}, {about['cores']} cores, load {about['load']}",
             "devices": ", ".join(map(str, about["devices"])),
+            "freed memory": options["freed memory"],
             "folder": str(folder.absolute()),
         },
     )
@@ -154,7 +172,7 @@ def run(
             "trusted.",
         )
     rows: list[Row] = []
-    for name, part in parts(operations, effort, peers, quick=quick):
+    for name, part in parts(operations, effort, peers, quick=quick, kept=kept):
         console.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
         found = part()
         print_rows(console, found)
@@ -187,7 +205,7 @@ def _peers(without: Sequence[str], *, quick: bool) -> list[Peer]:
 
 
 def parts(
-    operations: Sequence[str], effort: Effort, peers: Sequence[Peer], *, quick: bool
+    operations: Sequence[str], effort: Effort, peers: Sequence[Peer], *, quick: bool, kept: bool
 ) -> Iterator[Part]:
     """The parts of the work, in the order in which they are done."""
     if Operation.IMPORT in operations:
@@ -204,7 +222,7 @@ def parts(
     if Operation.EPOCH in operations:
         yield "epoch", lambda: epoch.rows(effort, peers, quick=quick)
     if Operation.VOCAB_PARALLEL in operations:
-        yield Operation.VOCAB_PARALLEL, lambda: sharded.rows(effort, quick=quick)
+        yield Operation.VOCAB_PARALLEL, lambda: sharded.rows(effort, quick=quick, kept=kept)
     # Compiling for each of many sizes would take longer than all the rest.
     curves = [peer for peer in peers if peer.name != "torch.compile"]
     for problem in problems.scaling(operations, quick):

@@ -19,6 +19,8 @@ ARGUMENTS = {
     "linear": (("hidden", "kernel", "labels"), 2),
 }
 EAGER = "eager "
+# Class ids, one of them with a logit that is this much too low.
+UNLIKELY, TOO_LOW = "unlikely", 100.0
 
 SHAPES = ((128, 10), (65536, 10), (16384, 100), (8192, 1000), (1024, 32768), (512, 131072))
 LINEAR_SHAPES = ((2048, 256, 32768), (1024, 512, 65536))
@@ -33,7 +35,7 @@ class Problem(NamedTuple):
     """One operation at one shape.
 
     Attributes:
-      operation: a key of `ARGUMENTS`, or one behind `EAGER`: not under `jit`.
+      operation: a key of `ARGUMENTS`, or one behind `EAGER`: not under `jit`; or `UNLIKELY`.
       rows: examples or tokens.
       classes: classes, or independent binary questions.
       dtype: of logits, or of hidden states and kernel.
@@ -50,7 +52,9 @@ class Problem(NamedTuple):
 
     @property
     def formula(self) -> str:
-        """The operation, whether it is compiled or not."""
+        """The operation, whether it is compiled or not, and whatever the numbers."""
+        if self.operation == UNLIKELY:
+            return "integer"
         return self.operation.removeprefix(EAGER)
 
     @property
@@ -77,6 +81,8 @@ class Problem(NamedTuple):
         arrays: dict[str, np.ndarray] = {"labels": labels}
         if "logits" in names:
             arrays["logits"] = 3 * normal(self.rows, self.classes)
+        if self.operation == UNLIKELY:
+            arrays["logits"][-1, labels[-1]] -= TOO_LOW
         if "probs" in names:
             arrays["probs"] = np.zeros((self.rows, self.classes), np.float32)
             np.put_along_axis(arrays["probs"], labels[:, None], 1.0, axis=1)
@@ -93,6 +99,7 @@ class Problem(NamedTuple):
 def table(operations: Sequence[str], quick: bool) -> list[Problem]:
     """The problems of the table, for these operations."""
     problems = []
+    dense_shapes = QUICK_SHAPES if quick else SHAPES
     for operation in operations:
         if operation == "linear":
             shapes = QUICK_LINEAR_SHAPES if quick else LINEAR_SHAPES
@@ -104,12 +111,12 @@ def table(operations: Sequence[str], quick: bool) -> list[Problem]:
                 for formula in ("integer", "sigmoid")
                 for shape in shapes_
             ]
+        elif operation == UNLIKELY:
+            problems += [Problem(UNLIKELY, *shape) for shape in dense_shapes[1:]]
         elif operation in ARGUMENTS:
             dtypes = DTYPES if operation == "integer" or not quick else DTYPES[:1]
             problems += [
-                Problem(operation, *shape, dtype)
-                for shape in (QUICK_SHAPES if quick else SHAPES)
-                for dtype in dtypes
+                Problem(operation, *shape, dtype) for shape in dense_shapes for dtype in dtypes
             ]
     return problems
 

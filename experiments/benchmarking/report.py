@@ -168,8 +168,9 @@ def _about(about: Mapping[str, Any]) -> str:
     return (
         f"{about['date'][:10]}, {about['processor']}, {about['cores']} cores, JAX devices: "
         f"{devices}; Python {about['python']}, {', '.join(versions)}. Medians of interleaved calls "
-        "in one process; `/ x`: time over that of x, the median of the rounds' ratios; limit: one "
-        "read and one write of the logits, or three matmuls, measured in turns with the rest."
+        f"in one process; memory that they free: {about['options']['freed memory']}. `/ x`: time "
+        "over that of x, the median of the rounds' ratios; limit: one read and one write of the "
+        "logits, or three matmuls, measured in turns with the rest."
     )
 
 

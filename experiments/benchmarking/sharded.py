@@ -4,7 +4,9 @@ Where there are several devices they serve. A CPU is split into simulated ones, 
 own, as JAX wants to know about them before it starts; that tells of correctness and overhead, not
 of speed, since they share the same cores.
 
-    python -m experiments.benchmarking.sharded SECONDS ROWS CLASSES
+    python -m experiments.benchmarking.sharded SECONDS ROWS CLASSES [HEAP]
+
+HEAP is how many bytes malloc is to get and to keep; it is left as it is without.
 """
 
 import json
@@ -22,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import ce_jax
 from experiments.benchmarking import jax_peers
+from experiments.benchmarking.allocator import keep_freed_memory
 from experiments.benchmarking.measure import BASELINE, OURS, Row, absent, compare
 from experiments.benchmarking.problems import Problem
 from experiments.benchmarking.programs import Loss, Program, of_functions
@@ -35,8 +38,14 @@ _OPERATION = "vocab-parallel"
 _AXIS = "classes"
 
 
-def rows(effort: Effort, *, quick: bool) -> list[Row]:
-    """The rows for 1, 2, 4, ... of the devices there are, or of simulated ones on a CPU."""
+def rows(effort: Effort, *, quick: bool, kept: bool) -> list[Row]:
+    """The rows for 1, 2, 4, ... of the devices there are, or of simulated ones on a CPU.
+
+    Args:
+      effort: how long to measure.
+      quick: whether a small shape does.
+      kept: whether malloc is to keep freed memory, in the process of its own.
+    """
     shape = (256, 4096) if quick else (1024, 32768)
     if jax.device_count() > 1:
         return measure(effort, *shape)
@@ -45,6 +54,8 @@ def rows(effort: Effort, *, quick: bool) -> list[Row]:
     flags = os.environ.get("XLA_FLAGS", "")
     simulate = f"--xla_force_host_platform_device_count={SIMULATED_DEVICES}"
     command = [sys.executable, "-m", __name__, str(effort.seconds), *map(str, shape)]
+    if kept:
+        command.append(str(16 * shape[0] * shape[1]))
     output = subprocess.run(
         command,
         cwd=_ROOT,
@@ -109,5 +120,7 @@ def _row(values: list[Any]) -> Row:
 
 
 if __name__ == "__main__":
-    seconds, shape = float(sys.argv[1]), map(int, sys.argv[2:])
-    print(json.dumps(measure(Effort(seconds), *shape)))
+    seconds, (n, v, *heap) = float(sys.argv[1]), map(int, sys.argv[2:])
+    for size in heap:
+        keep_freed_memory(size)
+    print(json.dumps(measure(Effort(seconds), n, v)))

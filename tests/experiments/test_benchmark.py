@@ -1,5 +1,8 @@
 import csv
 import json
+import platform
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -37,16 +40,54 @@ def outputs(peer, problem):
     return [np.asarray(x, np.float64) for x in as_array]
 
 
-@pytest.mark.parametrize("operation", ARGUMENTS)
+@pytest.mark.parametrize("operation", [*ARGUMENTS, problems.UNLIKELY])
 def test_all_peers_compute_the_same(operation):
     problem = tiny(operation)
     everybody = jax_peers.peers() + torch_peers.peers(compiled=False)
-    here = [p for p in everybody if operation in p.operations and not p.missing]
+    here = [p for p in everybody if problem.formula in p.operations and not p.missing]
     assert {"ce_jax", "optax", "jax.nn"} <= {peer.name for peer in here}
     want = outputs(next(peer for peer in here if peer.name == "optax"), problem)
     for peer in here:
         for x, y in zip(outputs(peer, problem), want, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=peer.name)
+
+
+def test_one_label_is_unlikely():
+    problem = tiny(problems.UNLIKELY)
+    ours, *_ = jax_peers.peers()
+    losses = [outputs(ours, p)[0] for p in (problem, problem._replace(operation="integer"))]
+    assert 0.9 * problems.TOO_LOW < problem.rows * (losses[0] - losses[1]) < problems.TOO_LOW
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from experiments.benchmarking.allocator import keep_freed_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+if sys.argv[1] == "kept" and not keep_freed_memory(1 << 27):
+    sys.exit("no glibc")
+before = faults()
+for _ in range(8):
+    np.ones(1 << 26, np.uint8)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_freed_memory_is_kept():
+    counts = {
+        kind: int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, kind], check=True, capture_output=True, text=True
+            ).stdout
+        )
+        for kind in ("kept", "left to malloc")
+    }
+    assert counts["left to malloc"] > 8 * (1 << 26) / (1 << 21)  # in pages of 2 MiB at the most
+    assert counts["kept"] < counts["left to malloc"] / 4
 
 
 def test_calls_take_turns_in_a_new_order_each_round(monkeypatch):
@@ -168,7 +209,7 @@ def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(problems, "scaling", lambda *_: curve)
     out = tmp_path / "run"
     options = ["--quick", "--seconds", "0.01", "--only", "integer", "--out", str(out)]
-    options += ["--without", "jax.nn"]
+    options += ["--without", "jax.nn", "--fresh-memory"]  # no later test is to notice
     result = CliRunner().invoke(benchmark.app, options)
     assert result.exit_code == 0, result.output
 
@@ -178,6 +219,7 @@ def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
     assert about["date"].startswith("20")
     assert about["versions"]["jax"]
     assert about["options"]["quick"] is True
+    assert about["options"]["freed memory"] == "left to malloc"
     with (out / report.CSV_FILE).open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(about["rows"])
