@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +159,7 @@ def _attempted_jvp(
     found = _attempted(shapes, shapes_of_maxima, z, label_logit)
     _, slope = jax.jvp(lambda z: sum_exp(shapes, z, origin(found.base)), (z,), (dz,))
     unmoved = jnp.zeros_like(found.base)
-    served = np.zeros(found.attempt.served.shape, jax.dtypes.float0)
+    served: Any = np.zeros(found.attempt.served.shape, jax.dtypes.float0)
     return found, Found(unmoved, slope, Attempt(unmoved, served))
 
 

@@ -48,7 +48,7 @@ def sums(
     entropy: bool,
     masked: bool,
     shapes: Shapes,
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """The sums of `_tile.Partial` that `target` and `entropy` ask for.
 
     They are relative to `base`, the `origin` of each row. `masked` says whether some `z` may be

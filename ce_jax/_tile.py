@@ -142,7 +142,7 @@ def partial_statistics(
 def _relative_to_labels(
     z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"], shapes: Shapes, alone: bool
 ) -> Partial:
-    logit = _label_logit(z, labels, None).astype(wide(z.dtype))
+    logit = _at_label(z, labels).astype(wide(z.dtype))
     # Where narrow rows are cut, they share nothing with the pull-back, on purpose.
     shared = not alone and (z.dtype == logit.dtype or "cpu" not in shapes)
     found = _from_label.sums(z, logit, shapes=shapes, shared=shared)
@@ -266,28 +266,24 @@ def pullback(
 def _label_logit(
     z: Float[Array, "*rows classes"],
     labels: Integer[Array, "*rows"],
-    first_class: int | Integer[Array, ""] | None,
+    first_class: int | Integer[Array, ""],
 ) -> Float[Array, "*rows"]:
-    """The logit of the label, 0 where the label is not in this tile.
-
-    Without a `first_class` it is there.
-    """
+    """The logit of the label, 0 where the label is not in this tile."""
     spec = jax.typeof(z).sharding.spec
     if spec and spec[-1] is not None:
         # JAX refuses to gather along an axis that it knows to be sharded (explicit axis types).
         return jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
     # A gather of one element per row is far cheaper than comparing every class with the label.
-    if first_class is None:
-        return _take_class(z, labels)
     local = labels - first_class
     inside = (local >= 0) & (local < z.shape[-1])
-    return jnp.where(inside, _take_class(z, jnp.where(inside, local, 0)), 0)
+    return jnp.where(inside, _at_label(z, jnp.where(inside, local, 0)), 0)
 
 
-def _take_class(
-    z: Float[Array, "*rows classes"], index: Integer[Array, "*rows"]
+def _at_label(
+    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]
 ) -> Float[Array, "*rows"]:
-    return jnp.take_along_axis(z, index[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+    """The logit of the label, which is in this tile."""
+    return jnp.take_along_axis(z, labels[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
 
 
 def is_label(

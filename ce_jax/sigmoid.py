@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _target
-from ._numerics import linear
+from ._numerics import linear, log1p_below_one
 from ._parts import in_one_axis
 from ._row_loss import silenced, weighted
 
@@ -100,7 +100,10 @@ def _loss(
 ) -> Array:
     z, y, counts = _target.elements("logits", logits, labels, where, label_smoothing, sample_weight)
     pos_weight = _reduction.weights("pos_weight", pos_weight, y.shape, y.dtype)
-    loss = (logistic if forward_mode else _fused)(z, y, pos_weight)
+    # With an option a CPU stores arrays in any case.
+    options = (weight, pos_weight, sample_weight, where, label_smoothing)
+    summed = reduction != "none" and z.dtype == y.dtype and all(x is None for x in options)
+    loss = (_logistic if forward_mode else _fused)(summed, z, y, pos_weight)
     weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)
     sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if weight is not None:
@@ -109,23 +112,39 @@ def _loss(
 
 
 def _loss_of(
+    summed: bool,
     z: Float[Array, "*shape"],
     y: Float[Array, "*shape"],
     pos_weight: Float[Array, "*shape"] | None = None,
 ) -> Float[Array, "*shape"]:
     """`pos_weight * y * log(1 + exp(-z)) + (1 - y) * log(1 + exp(z))`, for any z.
 
-    Both logarithms are `log(1 + exp(-|z|))`, one of them plus `|z|`.
+    Both logarithms are `log(1 + exp(-|z|))`, one of them plus `|z|`. `summed` says that the losses
+    will be added up, which a CPU can do as it computes them, and then stores none, if there is no
+    select. With one it stores them, and where it does so anyway, is faster.
     """
+    if not summed:
+        return _with_select(z, y, pos_weight)
     loss: Array = in_one_axis(_without_select, z, y, pos_weight)
     return loss
 
 
+def _with_select(z: Array, y: Array, pos_weight: Array | None) -> Array:
+    z = z.astype(y.dtype)
+    positive, negative = _coefficients(y, pos_weight)
+    size = jnp.abs(z)
+    of_wrong = jnp.where(z > 0, negative, positive)
+    near = log1p_below_one(jnp.exp(-size))
+    if pos_weight is not None:
+        near = (positive + negative) * near
+    # Last, or XLA would add up what precedes it in one way, and store what it is made of.
+    return jnp.where((size == jnp.inf) & (of_wrong == 0), 0, size * of_wrong + near)
+
+
 def _without_select(z: Array, y: Array, pos_weight: Array | None) -> Array:
     # An infinite logit costs nothing if the coefficient of its side is 0, and infinitely much if
-    # not. Without a select for that, a CPU adds up the losses as it computes them and stores none.
-    # A constant that the slopes have too it would store, as an array: so here 1 is -(-1), 0 is -0.
-    z = z.astype(y.dtype)
+    # not. A constant that the slopes have too XLA would store, as an array: so here 1 is -(-1), 0
+    # is -0.
     positive, _ = _coefficients(y, pos_weight)
     most = float(jnp.finfo(z.dtype).max)
     finite = jnp.maximum(-jnp.maximum(-z, -most), -most)
@@ -170,7 +189,7 @@ def _probabilities_jvp(
 
 
 # Forward mode needs the slopes by a rule too: JAX's own derivative of |z| is wrong at 0.
-logistic = jax.custom_jvp(_loss_of)
+_logistic = jax.custom_jvp(_loss_of, nondiff_argnums=(0,))
 
 _Elements = tuple[ArrayLike, ArrayLike, ArrayLike | None]
 
@@ -192,26 +211,30 @@ def _slopes(z: Array, y: Array, pos_weight: Array | None) -> tuple[Array, ...]:
     if pos_weight is None:
         return dz, -z
     # softplus(-z) and softplus(z), whose own slopes are p and q to all digits by the same rule.
-    of_positive, of_negative = (logistic(x, jnp.zeros_like(x)) for x in (-z, z))
+    of_positive, of_negative = (_logistic(False, x, jnp.zeros_like(x)) for x in (-z, z))
     return dz, weighted(pos_weight, of_positive) - of_negative, weighted(y, of_positive)
 
 
-@functools.partial(logistic.defjvp, symbolic_zeros=True)
-def _logistic_jvp(elements: _Elements, tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+@functools.partial(_logistic.defjvp, symbolic_zeros=True)
+def _logistic_jvp(
+    summed: bool, elements: _Elements, tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
     arrays = _arrays(elements)
     slopes = _slopes(*arrays)
-    return logistic(*arrays), linear(slopes, tangents[: len(slopes)])
+    return _logistic(summed, *arrays), linear(slopes, tangents[: len(slopes)])
 
 
-_fused = jax.custom_vjp(_loss_of)
+_fused = jax.custom_vjp(_loss_of, nondiff_argnums=(0,))
 
 
-def _fused_fwd(z: Array, y: Array, pos_weight: Array | None = None) -> tuple[Array, _Elements]:
+def _fused_fwd(
+    summed: bool, z: Array, y: Array, pos_weight: Array | None = None
+) -> tuple[Array, _Elements]:
     # Reverse over reverse differentiates this value, so it needs the rule of forward mode.
-    return logistic(z, y, pos_weight), (z, y, pos_weight)
+    return _logistic(summed, z, y, pos_weight), (z, y, pos_weight)
 
 
-def _fused_bwd(elements: _Elements, g: Array) -> tuple[Array | None, ...]:
+def _fused_bwd(_: bool, elements: _Elements, g: Array) -> tuple[Array | None, ...]:
     dz, *others = _slopes(*_arrays(elements))
     dz = (g * dz).astype(jnp.result_type(elements[0]))
     # An infinite slope by a label must not turn a loss that weighs nothing into NaN.

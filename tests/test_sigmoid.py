@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import ce_jax
+from ce_jax._numerics import log1p_below_one
 from tests import reference
 from tests.comparison import check, close, result_dtype, together
 from tests.helpers import GARBAGE, combinations, covering
@@ -142,6 +143,25 @@ def test_sums_of_many_losses(shape):
         truth = reference.sigmoid_binary_cross_entropy(np.float64(z), np.float64(y))
         truth = (truth + (np.prod(shape) - 1) * np.log(2.0)).astype(np.float32)
     np.testing.assert_allclose(sums, truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_losses_at_the_edges(dtype):
+    """What is not summed, or narrow, is computed by other instructions again."""
+    labels = (0.0, 1.0, 0.5, 0.75, np.nan)
+    z, y = (grid.ravel() for grid in np.meshgrid(np.asarray(EDGES, dtype), np.float32(labels)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        truth = reference.sigmoid_binary_cross_entropy(np.float64(z), np.float64(y))
+    losses = ce_jax.sigmoid_binary_cross_entropy(z, y)
+    np.testing.assert_allclose(losses, truth.astype(np.float32), rtol=1e-6)
+
+
+def test_log1p_below_one():
+    draw = np.random.default_rng(0)
+    x = np.concatenate([[0.0, 1.0, 2e-38], draw.uniform(size=9999), 10 ** draw.uniform(-37, 0, 99)])
+    x = x.astype(np.float32)
+    exact = np.log1p(x.astype(np.longdouble))
+    np.testing.assert_allclose(jax.jit(log1p_below_one)(x), exact, rtol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(2048, 4), (8, 1024)])
