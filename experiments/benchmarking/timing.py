@@ -11,7 +11,10 @@ import numpy as np
 Call = Callable[[], object]
 
 # A sample shorter than this would measure the clock; short calls are repeated within a sample.
-_SAMPLE_SECONDS = 2e-3
+_SAMPLE_SECONDS = 4e-3
+# What a call does first, after a pause, takes a millisecond or so more: threads have to wake up and
+# caches to fill. Only of longer calls than this it is no matter.
+_LONG_SECONDS = 5e-2
 _MOST_REPEATS = 2000
 # The threads of one library wait busily for more work, which slows the next one down: OpenMP's,
 # under compiled torch, made a call of 55 us take 150 us after 2 ms still.
@@ -66,15 +69,14 @@ class Effort(NamedTuple):
 def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Samples]:
     """Times calls round by round, each round in a random order, so that none has a fixed neighbour.
 
-    Before a sample there is a pause and one call that does not count, unless calls are so long
-    that what came before them no longer matters.
+    Before a sample there is a pause and, unless calls are long, one call that does not count.
 
     Args:
       calls: what to time; each has been called before, so that nothing is left to compile.
       effort: how long to go on.
     """
     names = list(calls)
-    repeats = {name: _repeats(call) for name, call in calls.items()}
+    costs = {name: _cost(call) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
     draw = random.Random(0)
     start = time.perf_counter()
@@ -82,21 +84,23 @@ def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Samples]:
         if round_ >= effort.least_rounds and time.perf_counter() - start > effort.seconds:
             break
         for name in draw.sample(names, len(names)):
-            samples[name].append(_sample(calls[name], repeats[name]))
+            samples[name].append(_sample(calls[name], costs[name]))
     return {name: Samples(tuple(values)) for name, values in samples.items()}
 
 
-def _repeats(call: Call) -> int:
+def _cost(call: Call) -> float:
     seconds = _once(call)
     if seconds < 10 * _SAMPLE_SECONDS:
         # The first calls of a program are slow; sampled by few, it would stay the slow one.
         seconds = min(seconds, *(_once(call) for _ in range(9)))
-    return max(1, min(_MOST_REPEATS, round(_SAMPLE_SECONDS / max(seconds, 1e-9))))
+    return seconds
 
 
-def _sample(call: Call, repeats: int) -> float:
+def _sample(call: Call, cost: float) -> float:
+    """Seconds per call, of one that takes about `cost`."""
+    repeats = max(1, min(_MOST_REPEATS, round(_SAMPLE_SECONDS / max(cost, 1e-9))))
     time.sleep(_PAUSE_SECONDS)
-    if repeats > 1:
+    if cost < _LONG_SECONDS:
         call()
     start = time.perf_counter()
     for _ in range(repeats):

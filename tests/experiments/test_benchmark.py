@@ -92,7 +92,7 @@ def test_freed_memory_is_kept():
 
 def test_calls_take_turns_in_a_new_order_each_round(monkeypatch):
     turns = []
-    monkeypatch.setattr(timing, "_sample", lambda call, repeats: turns.append(call()) or 1.0)
+    monkeypatch.setattr(timing, "_sample", lambda call, cost: turns.append(call()) or 1.0)
     timings = interleave({name: lambda name=name: name for name in "abc"}, Effort(0.0, 9, 9))
     rounds = ["".join(turns[i : i + 3]) for i in range(0, 27, 3)]
     assert {"".join(sorted(round_)) for round_ in rounds} == {"abc"}
@@ -111,7 +111,10 @@ def test_a_slow_start_costs_no_repeats(monkeypatch):
         clock[0] += 5e-3 if len(calls) < 4 else 1e-4
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    assert timing._repeats(call) == 20
+    cost = timing._cost(call)
+    del calls[:]
+    timing._sample(call, cost)
+    assert len(calls) == 1 + 40
 
 
 def test_the_spread_is_that_of_the_samples(monkeypatch):
