@@ -94,7 +94,7 @@ def log1p_below_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """
 
     def series(x: Array) -> Array:
-        s = x / (2 + x)
+        s = x * (1 / (2 + x))  # so that XLA computes all of it at once
         more = s * s * jnp.polyval(jnp.asarray(_ARTANH, x.dtype), s * s)
         return x - s * (x - 2 * more)
 

@@ -12,10 +12,10 @@ Call = Callable[[], object]
 
 # A sample shorter than this would measure the clock; short calls are repeated within a sample.
 _SAMPLE_SECONDS = 4e-3
-# What a call does first, after a pause, takes a millisecond or so more: threads have to wake up and
-# caches to fill. Only of longer calls than this it is no matter.
-_LONG_SECONDS = 5e-2
 _MOST_REPEATS = 2000
+# After a pause calls take up to twice as long at first: threads sleep, caches are cold, and a
+# processor saves energy. So much time of calls goes by before a sample, unless one takes more.
+_WARM_SECONDS = 2e-2
 # The threads of one library wait busily for more work, which slows the next one down: OpenMP's,
 # under compiled torch, made a call of 55 us take 150 us after 2 ms still.
 _PAUSE_SECONDS = 2e-2
@@ -69,7 +69,7 @@ class Effort(NamedTuple):
 def interleave(calls: Mapping[str, Call], effort: Effort) -> dict[str, Samples]:
     """Times calls round by round, each round in a random order, so that none has a fixed neighbour.
 
-    Before a sample there is a pause and, unless calls are long, one call that does not count.
+    Before a sample there is a pause, and then calls that do not count, unless calls are long.
 
     Args:
       calls: what to time; each has been called before, so that nothing is left to compile.
@@ -100,7 +100,8 @@ def _sample(call: Call, cost: float) -> float:
     """Seconds per call, of one that takes about `cost`."""
     repeats = max(1, min(_MOST_REPEATS, round(_SAMPLE_SECONDS / max(cost, 1e-9))))
     time.sleep(_PAUSE_SECONDS)
-    if cost < _LONG_SECONDS:
+    warm = time.perf_counter() + _WARM_SECONDS
+    while cost < _WARM_SECONDS and time.perf_counter() < warm:
         call()
     start = time.perf_counter()
     for _ in range(repeats):

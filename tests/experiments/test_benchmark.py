@@ -112,9 +112,11 @@ def test_a_slow_start_costs_no_repeats(monkeypatch):
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     cost = timing._cost(call)
-    del calls[:]
-    timing._sample(call, cost)
-    assert len(calls) == 1 + 40
+    assert cost == pytest.approx(1e-4)
+    calls_before = len(calls)
+    assert timing._sample(call, cost) == pytest.approx(1e-4)
+    # For 20 ms to wake up, and for 4 ms that count.
+    assert len(calls) - calls_before == pytest.approx(200 + 40, abs=1)
 
 
 def test_the_spread_is_that_of_the_samples(monkeypatch):
