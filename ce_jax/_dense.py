@@ -99,6 +99,14 @@ def _fused_fwd(
 def _fused_bwd(
     options: _Options, residuals: _Residuals, g: _tile.RowStatistics
 ) -> tuple[Array, _tile.Target]:
+    return _pulled_back(options, residuals, g._replace(argmax=ABSENT))
+
+
+# As a whole for those who differentiate outside `jit`, where it would be run step by step.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _pulled_back(
+    options: _Options, residuals: _Residuals, g: _tile.RowStatistics
+) -> tuple[Array, _tile.Target]:
     logits, target, part = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
     _, _, axis_name = options
     first_class = _sharded.first_class(logits.shape[-1], axis_name)

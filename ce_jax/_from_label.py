@@ -104,7 +104,7 @@ def _maxima(shapes: Shapes, z: Array, like: Array) -> Float[Array, "*rows"]:
 def _by_maxima(shapes: Shapes, z: Array, label_logit: Array) -> Found:
     base = _maxima(shapes, z, label_logit)
     # Like anything found in the rows, it varies over the mesh axes that they vary over.
-    served = jnp.full_like(jnp.max(base, initial=0), True, dtype=bool)
+    served = jnp.full_like(jnp.max(base), True, dtype=bool)
     return Found(base, sum_exp(shapes, z, origin(base), stored=False), Attempt(base, served))
 
 
@@ -127,7 +127,7 @@ def _attempted(shapes: Shapes, shapes_of_maxima: Shapes, z: Array, label_logit: 
     near = _near_in_sample(z, label_logit)
     tried = _unless(near, label_logit, lambda: _maxima(shapes_of_maxima, z, label_logit))
     total = sum_exp(shapes, z, _finite(tried))
-    served = jnp.max(total, initial=0) < _MOST
+    served = jnp.max(total) < _MOST
 
     def again() -> tuple[Array, Array]:
         return _by_maxima(shapes_of_maxima, z, label_logit)[:2]

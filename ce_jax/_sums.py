@@ -202,7 +202,6 @@ def _select_where_masked(
     # One kernel less than `all`; finite numbers that add up to infinity cost time alone. Apart, or
     # XLA would add up the whole tile a second time.
     hold = jnp.isfinite(jnp.sum(apart(dots)))
-
     for name, plain in found.items():  # in turns, so that no two arrays are held at once
         if name != "target_sum":  # has no logits in it
             found[name] = jax.lax.cond(hold, lambda plain=plain: plain, with_select[name])

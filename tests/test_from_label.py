@@ -14,7 +14,7 @@ from ce_jax._dense import row_statistics
 from ce_jax._tile import Target
 from tests import reference
 from tests.comparison import check, close, together
-from tests.helpers import LAYOUTS, covering, softmax_arguments
+from tests.helpers import LAYOUTS, compilations, covering, softmax_arguments
 from tests.hlo import collectives
 from tests.mesh import Layout
 
@@ -262,3 +262,18 @@ def test_the_maximum_is_looked_for_in_loops_alone():
     assert sum("exponential(" in body for body in of_tiles) == 1
     assert sum("reduce(" in body for body in of_tiles) + entry.count(" reduce(") == 1
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * shape[0] * shape[1] / 16
+
+
+def test_eager_calls_compile_once():
+    """Loops are compiled anew whenever they are called outside `jit`."""
+
+    def eagerly(z):
+        jax.value_and_grad(lambda z: loss(z, reduction="mean"))(z)
+        jax.jvp(lambda z: loss(z, forward_mode=True, reduction="mean"), (z,), (z,))
+        jax.vmap(jax.grad(lambda z: loss(z, reduction="mean")))(z[None])
+
+    logits = jnp.asarray(FAR, jnp.float32)
+    eagerly(logits)
+    with compilations() as seen:
+        eagerly(logits)
+    assert not seen
