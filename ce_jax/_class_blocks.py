@@ -153,6 +153,14 @@ def _fused_fwd(
 def _fused_bwd(
     options: Options, residuals: _Residuals, g: _tile.RowStatistics
 ) -> tuple[Array, Head, _tile.Target]:
+    return _pulled_back(options, residuals, g._replace(argmax=ABSENT))
+
+
+# As a whole for those who differentiate outside `jit`, where loops would be compiled in each call.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _pulled_back(
+    options: Options, residuals: _Residuals, g: _tile.RowStatistics
+) -> tuple[Array, Head, _tile.Target]:
     hidden, head, target, part = residuals
 
     def step(carry: tuple[Array, Head, Any], first: First, size: int) -> tuple[Array, Head, Any]:

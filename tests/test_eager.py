@@ -1,0 +1,43 @@
+"""Gradients taken outside `jit`: after the first call nothing is compiled any more."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ce_jax
+from tests.helpers import compilations
+
+HIDDEN = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+KERNEL = np.random.default_rng(1).normal(size=(3, 4096)).astype(np.float32)
+LABELS = np.arange(6)
+SMALL = {"memory_budget": 1 << 16}  # several blocks
+
+LOSSES = {
+    "class ids": lambda h: ce_jax.softmax_cross_entropy_with_integer_labels(h, LABELS % 3),
+    "statistics": lambda h: ce_jax.softmax_statistics(h, LABELS % 3).entropy,
+    "sigmoid": lambda h: ce_jax.sigmoid_binary_cross_entropy(h, jnp.ones_like(h)),
+    "linear": lambda h: ce_jax.linear_softmax_cross_entropy(h, KERNEL, LABELS, **SMALL),
+    "linear mean": lambda h: ce_jax.linear_softmax_cross_entropy(
+        h, KERNEL, LABELS, reduction="mean", **SMALL
+    ),
+    "linear statistics": lambda h: (
+        ce_jax.linear_softmax_statistics(h, KERNEL, LABELS, **SMALL).log_prob
+    ),
+    "linear distillation": lambda h: ce_jax.linear_distillation_loss(
+        h, KERNEL, teacher_hidden=HIDDEN, teacher_kernel=KERNEL, **SMALL
+    ),
+    "contrastive": lambda h: ce_jax.clip_loss(h, 2 * h),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_compile_once(name):
+    def gradient():
+        return jax.value_and_grad(lambda h: jnp.mean(LOSSES[name](h)))(jnp.asarray(HIDDEN))
+
+    first = gradient()
+    with compilations() as seen:
+        second = gradient()
+    assert not seen
+    np.testing.assert_array_equal(first[1], second[1])
