@@ -63,7 +63,8 @@ def sigmoid_binary_cross_entropy(
 
     Example:
       >>> import jax, jax.numpy as jnp, ce_jax
-      >>> print(ce_jax.sigmoid_binary_cross_entropy(jnp.array([2.0, -1.0]), jnp.array([1, 0])))
+      >>> losses = ce_jax.sigmoid_binary_cross_entropy(jnp.array([2.0, -1.0]), jnp.array([1, 0]))
+      >>> print(losses.round(4))
       [0.1269 0.3133]
       >>> print(jax.grad(ce_jax.sigmoid_binary_cross_entropy)(0.0, 1.0))
       -0.5
