@@ -96,13 +96,8 @@ def _exp(z: Float[Array, "*rows classes"], base: Float[Array, "*rows"]) -> Array
     return jnp.exp(shift(z, origin(base)))
 
 
-def _maxima(shapes: Shapes, z: Array, like: Array) -> Float[Array, "*rows"]:
-    # As in `_tile`, the statistics do not depend on it.
-    return jax.lax.stop_gradient(row_maxima(z, shapes)).astype(like.dtype)
-
-
 def _by_maxima(shapes: Shapes, z: Array, label_logit: Array) -> Found:
-    base = _maxima(shapes, z, label_logit)
+    base = row_maxima(z, shapes).astype(label_logit.dtype)
     # Like anything found in the rows, it varies over the mesh axes that they vary over.
     served = jnp.full_like(jnp.max(base), True, dtype=bool)
     return Found(base, sum_exp(shapes, z, origin(base), stored=False), Attempt(base, served))
@@ -125,7 +120,9 @@ def _unless(holds: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) ->
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attempted(shapes: Shapes, shapes_of_maxima: Shapes, z: Array, label_logit: Array) -> Found:
     near = _near_in_sample(z, label_logit)
-    tried = _unless(near, label_logit, lambda: _maxima(shapes_of_maxima, z, label_logit))
+    tried = _unless(
+        near, label_logit, lambda: row_maxima(z, shapes_of_maxima).astype(label_logit.dtype)
+    )
     total = sum_exp(shapes, z, _finite(tried))
     served = jnp.max(total) < _MOST
 

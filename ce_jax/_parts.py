@@ -48,7 +48,7 @@ def best_shapes(z: Float[Array, "*rows classes"], *, alone: bool, entropy: bool)
       alone: whether no derivative will be taken, so that there is nothing to share with one.
       entropy: whether that is asked for, which a narrow tile is widened for in any case.
     """
-    if _stays_whole(z):
+    if not is_own(z):
         return {}
     found = {}
     cpu = _best_on_cpu(z, alone and _is_tall(z), entropy)
@@ -87,22 +87,21 @@ def _is_tall(z: Float[Array, "*rows classes"]) -> bool:
     return is_own(z) and max(rows, default=1) > _LONGEST and classes >= _SHORTEST
 
 
-def is_own(z: Float[Array, "*rows classes"]) -> bool:
-    """Whether the rows of a tile are known to be on one device, and how many there are."""
-    return not _stays_whole(z)
-
-
 def coefficient_parts(z: Float[Array, "*rows classes"]) -> int:
     """In how many parts a CPU best reads rows that it multiplies by one number per class.
 
     From two on it takes half the time or less, for any length up to `_LONGEST`, and no longer for
     more. A narrow tile would be widened in memory.
     """
-    return 1 if z.dtype.itemsize < 4 or _stays_whole(z) else _divisor(z.shape[-1], 2)
+    return 1 if z.dtype.itemsize < 4 or not is_own(z) else _divisor(z.shape[-1], 2)
 
 
 def row_maxima(z: Float[Array, "*rows classes"], shapes: Shapes) -> Float[Array, "*rows"]:
-    """The largest logit of each row, found in `best_shapes`."""
+    """The largest logit of each row, found in `best_shapes`, as a constant.
+
+    No statistic depends on it, so its derivative is left out of forward mode and of second
+    derivatives too.
+    """
 
     def of_parts(cut: _Cut, z: Array) -> Array:
         parts = cut(z)
@@ -111,7 +110,7 @@ def row_maxima(z: Float[Array, "*rows classes"], shapes: Shapes) -> Float[Array,
         return jnp.max(maxima.reshape(*z.shape[:-1], z.shape[-1] // parts.shape[-1]), -1)
 
     maxima: Array = _by_platform(shapes, of_parts, lambda z: jnp.max(z, -1), z)
-    return maxima
+    return jax.lax.stop_gradient(maxima)
 
 
 def row_argmax(z: Float[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
@@ -124,7 +123,7 @@ def row_argmax(z: Float[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
     def of_rows(z: Array) -> Array:
         return jnp.argmax(z, -1).astype(jnp.int32)
 
-    count = 1 if _stays_whole(z) else _divisor_nearest_root(z.shape[-1])
+    count = 1 if not is_own(z) else _divisor_nearest_root(z.shape[-1])
     if count == 1 or z.shape[-1] < _LONG_TO_SEARCH:
         return of_rows(z)
 
@@ -185,7 +184,7 @@ def in_one_axis(function: Callable[..., Array], *arrays: Array | None) -> Array:
     """
     present = [x for x in arrays if x is not None]
     shape = present[0].shape
-    if any(_stays_whole(x) for x in present) or len(shape) < 2 or shape[-1] >= _SHORTEST:
+    if not all(is_own(x) for x in present) or len(shape) < 2 or shape[-1] >= _SHORTEST:
         return function(*arrays)
 
     def flat(*arrays: Array | None) -> Array:
@@ -199,7 +198,7 @@ def reduced(
     reduce: Callable[..., Array], join: Callable[[Array, Array], Array], x: Float[Array, "*rows n"]
 ) -> Float[Array, "*rows"]:
     """`reduce(x, -1)`, for a GPU of the two halves joined where it would cut rows itself."""
-    if _stays_whole(x) or x.shape[-1] % 2 or not 1 < x.shape[-1] / _LONGEST_ON_GPU <= 2:
+    if not is_own(x) or x.shape[-1] % 2 or not 1 < x.shape[-1] / _LONGEST_ON_GPU <= 2:
         return reduce(x, -1)
 
     def of_halves(x: Array) -> Array:
@@ -224,10 +223,13 @@ def apart(x: _Tree) -> _Tree:
     return barred
 
 
-def _stays_whole(z: Array) -> bool:
-    # To cut an axis that is sharded moves data, and a symbolic one has no divisors.
+def is_own(z: Array) -> bool:
+    """Whether all of an array is known to be on one device, and its axes to be of known length.
+
+    To cut an axis that is sharded moves data, and a symbolic one has no divisors.
+    """
     sharded = any(axis is not None for axis in jax.typeof(z).sharding.spec)
-    return sharded or _may_be_sharded() or not all(isinstance(size, int) for size in z.shape)
+    return not (sharded or _may_be_sharded()) and all(isinstance(size, int) for size in z.shape)
 
 
 def _may_be_sharded() -> bool:

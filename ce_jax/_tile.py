@@ -121,9 +121,7 @@ def partial_statistics(
     labels_only = target.probs is None and target.classes is None and not (entropy or argmax)
     if whole and labels_only and _from_label.is_worth_it(z):
         return _relative_to_labels(z, target.labels, shapes, alone)
-    # The statistics do not depend on the maximum, so its derivative is left out of forward mode
-    # and of second derivatives too.
-    local_max = jax.lax.stop_gradient(row_maxima(z, shapes)).astype(wide(z.dtype))
+    local_max = row_maxima(z, shapes).astype(wide(z.dtype))
     row_max = local_max if join_max is None else join_max(local_max)
     columns = target._replace(labels=ABSENT)
     found = sums(z, origin(row_max), columns, entropy=entropy, masked=masked, shapes=shapes)
@@ -226,8 +224,9 @@ def pullback(
     exponential costs more than memory traffic), a GPU recomputes it and holds nothing of this size.
     """
     shifted = shift(z, origin(part.base))
-    exp = jnp.exp(shifted)
-    if part.attempt is not None:
+    if part.attempt is None:
+        exp = jnp.exp(shifted)
+    else:
         exp = _from_label.exponentials(z, part.base, part.attempt)
     log_sum = jnp.log(part.sum_exp)
     onto_p = g.lse
