@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._parts import Shapes, is_own, row_maxima
 from ._sums import origin, shift, sum_exp
+from ._unless import unless
 
 # Sums above this are of losses above 31.9 nats.
 _MOST = 2.0**46
@@ -33,8 +33,6 @@ _MOST = 2.0**46
 _SAMPLED = 128
 # A tile of fewer elements is read faster by fewer kernels.
 _SMALL = 1 << 16
-
-_Tree = TypeVar("_Tree")
 
 
 class Attempt(NamedTuple):
@@ -103,24 +101,10 @@ def _by_maxima(shapes: Shapes, z: Array, label_logit: Array) -> Found:
     return Found(base, sum_exp(shapes, z, origin(base), stored=False), Attempt(base, served))
 
 
-def _unless(holds: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) -> _Tree:
-    """`value` if it holds, else `other()`.
-
-    A loop of one turn or none stands for `lax.cond`. XLA keeps what it starts from in the memory of
-    the result, where a branch that hands it on would copy; and under `vmap` there is a turn only if
-    some of the batch needs one, where both branches would always be computed. As a loop it has no
-    reverse mode: to be called from a rule of `jax.custom_jvp` or `jax.custom_vjp`.
-    """
-    found: tuple[Array, _Tree] = jax.lax.while_loop(
-        lambda found: ~found[0], lambda found: (found[0] | True, other()), (holds, value)
-    )
-    return found[1]
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attempted(shapes: Shapes, shapes_of_maxima: Shapes, z: Array, label_logit: Array) -> Found:
     near = _near_in_sample(z, label_logit)
-    tried = _unless(
+    tried = unless(
         near, label_logit, lambda: row_maxima(z, shapes_of_maxima).astype(label_logit.dtype)
     )
     total = sum_exp(shapes, z, _finite(tried))
@@ -129,7 +113,7 @@ def _attempted(shapes: Shapes, shapes_of_maxima: Shapes, z: Array, label_logit: 
     def again() -> tuple[Array, Array]:
         return _by_maxima(shapes_of_maxima, z, label_logit)[:2]
 
-    base, total = _unless(served, (tried, total), again)
+    base, total = unless(served, (tried, total), again)
     return Found(base, total, Attempt(tried, served))
 
 
@@ -164,7 +148,7 @@ def _attempted_jvp(
 def _exp_attempted(z: Array, base: Array, attempt: Attempt) -> Array:
     # Written as in the sums, which XLA then takes it from.
     first = jnp.exp(shift(z, _finite(attempt.tried)))
-    return _unless(attempt.served, first, lambda: _exp(z, base))
+    return unless(attempt.served, first, lambda: _exp(z, base))
 
 
 @_exp_attempted.defjvp

@@ -57,6 +57,11 @@ def reduce(
     return divide(total, denominator(loss.shape, loss.dtype, counts, sample_weight, label_weight))
 
 
+def of_sum(total: Float[Array, ""], shape: tuple[int, ...], reduction: str) -> Float[Array, ""]:
+    """The sum or the mean of losses of this shape that are added up already and all count."""
+    return total if reduction == "sum" else divide(total, denominator(shape, total.dtype, None))
+
+
 def divide(total: Float[Array, ""], by: Float[Array, ""]) -> Float[Array, ""]:
     """`total / by`, and 0 with gradient 0 where `by` is 0, unless `total` is NaN.
 

@@ -14,6 +14,7 @@ from . import _checks, _reduction, _target
 from ._numerics import linear, log1p_below_one
 from ._parts import in_one_axis
 from ._row_loss import silenced, weighted
+from ._unless import unless
 
 
 def sigmoid_binary_cross_entropy(
@@ -100,11 +101,13 @@ def _loss(
     forward_mode: bool,
 ) -> Array:
     z, y, counts = _target.elements("logits", logits, labels, where, label_smoothing, sample_weight)
-    pos_weight = _reduction.weights("pos_weight", pos_weight, y.shape, y.dtype)
     # With an option a CPU stores arrays in any case.
     options = (weight, pos_weight, sample_weight, where, label_smoothing)
-    summed = reduction != "none" and z.dtype == y.dtype and all(x is None for x in options)
-    loss = (_logistic if forward_mode else _fused)(summed, z, y, pos_weight)
+    if reduction != "none" and z.dtype == y.dtype and all(x is None for x in options):
+        total = (_logistic if forward_mode else _fused)(True, z, y)
+        return _reduction.of_sum(total, z.shape, reduction)
+    pos_weight = _reduction.weights("pos_weight", pos_weight, y.shape, y.dtype)
+    loss = (_logistic if forward_mode else _fused)(False, z, y, pos_weight)
     weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)
     sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if weight is not None:
@@ -117,20 +120,22 @@ def _loss_of(
     z: Float[Array, "*shape"],
     y: Float[Array, "*shape"],
     pos_weight: Float[Array, "*shape"] | None = None,
-) -> Float[Array, "*shape"]:
-    """`pos_weight * y * log(1 + exp(-z)) + (1 - y) * log(1 + exp(z))`, for any z.
+) -> Float[Array, "*shape"] | Float[Array, ""]:
+    """`pos_weight * y * log(1 + exp(-z)) + (1 - y) * log(1 + exp(z))`, for any z, or its sum.
 
-    Both logarithms are `log(1 + exp(-|z|))`, one of them plus `|z|`. `summed` says that the losses
-    will be added up, which a CPU can do as it computes them, and then stores none, if there is no
-    select. With one it stores them, and where it does so anyway, is faster.
+    Both logarithms are `log(1 + exp(-|z|))`, one of them plus `|z|`.
     """
-    if not summed:
-        return _with_select(z, y, pos_weight)
-    loss: Array = in_one_axis(_without_select, z, y, pos_weight)
+    loss: Array
+    if summed:
+        loss = jax.lax.platform_dependent(
+            z, y, cpu=_sum_on_cpu, default=lambda z, y: jnp.sum(_losses(z, y, None))
+        )
+    else:
+        loss = in_one_axis(_losses, z, y, pos_weight)
     return loss
 
 
-def _with_select(z: Array, y: Array, pos_weight: Array | None) -> Array:
+def _losses(z: Array, y: Array, pos_weight: Array | None) -> Array:
     z = z.astype(y.dtype)
     positive, negative = _coefficients(y, pos_weight)
     size = jnp.abs(z)
@@ -142,25 +147,40 @@ def _with_select(z: Array, y: Array, pos_weight: Array | None) -> Array:
     return jnp.where((size == jnp.inf) & (of_wrong == 0), 0, size * of_wrong + near)
 
 
-def _without_select(z: Array, y: Array, pos_weight: Array | None) -> Array:
-    # An infinite logit costs nothing if the coefficient of its side is 0, and infinitely much if
-    # not. A constant that the slopes have too XLA would store, as an array: so here 1 is -(-1), 0
-    # is -0.
-    positive, _ = _coefficients(y, pos_weight)
-    most = float(jnp.finfo(z.dtype).max)
-    finite = jnp.maximum(-jnp.maximum(-z, -most), -most)
-    above = jnp.maximum(finite, -0.0)
-    below = finite - above
-    minus_far = above * (y - 1) + below * positive
-    excess = jnp.minimum(jnp.abs(z - finite), most / 2)  # 0, or so much that a product overflows
-    near = jnp.log1p(jnp.exp(-jnp.abs(z)))
-    if pos_weight is not None:
-        near = (positive - (y - 1)) * near
-    return minus_far * (-1 - excess) + near
-
-
 def _coefficients(y: Array, pos_weight: Array | None) -> tuple[Array, Array]:
     return (y if pos_weight is None else y * pos_weight), 1 - y
+
+
+def _sum_on_cpu(z: Array, y: Array) -> Array:
+    """The sum of the losses, none of which is stored, as none is selected.
+
+    Infinite logits are NaN in the plain formula, and show in the sum: then it is found again.
+    """
+    total = jnp.sum(in_one_axis(_losses_if_finite, z, y))
+    return unless(jnp.isfinite(total), total, lambda: jnp.sum(in_one_axis(_losses_to_add, z, y)))
+
+
+def _losses_if_finite(z: Array, y: Array) -> Array:
+    return _far(z, y) + _near(z)
+
+
+def _losses_to_add(z: Array, y: Array) -> Array:
+    # An infinite logit costs nothing if the coefficient of its side is 0, and infinitely much if
+    # not: its finite substitute is multiplied by so much that a product overflows.
+    most = float(jnp.finfo(z.dtype).max)
+    finite = jnp.maximum(-jnp.maximum(-z, -most), -most)  # jnp.clip would be stored
+    excess = jnp.minimum(jnp.abs(z - finite), most / 2)
+    return _far(finite, y) * (1 + excess) + _near(z)
+
+
+def _far(z: Array, y: Array) -> Array:
+    # A constant that the slopes have too XLA would store, as an array: 1 - y is -(y - 1), 0 is -0.
+    above = jnp.maximum(z, -0.0)
+    return (above - z) * y - above * (y - 1)
+
+
+def _near(z: Array) -> Array:
+    return jnp.log1p(jnp.exp(-jnp.abs(z)))
 
 
 @jax.custom_jvp
@@ -222,7 +242,8 @@ def _logistic_jvp(
 ) -> tuple[Array, Array]:
     arrays = _arrays(elements)
     slopes = _slopes(*arrays)
-    return _logistic(summed, *arrays), linear(slopes, tangents[: len(slopes)])
+    tangent = linear(slopes, tangents[: len(slopes)])
+    return _logistic(summed, *arrays), jnp.sum(tangent) if summed else tangent
 
 
 _fused = jax.custom_vjp(_loss_of, nondiff_argnums=(0,))
