@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float
@@ -54,12 +56,21 @@ def reduce(
     total = jnp.sum(loss)
     if reduction == "sum":
         return total
-    return divide(total, denominator(loss.shape, loss.dtype, counts, sample_weight, label_weight))
+    return mean(total, loss.shape, counts, sample_weight, label_weight)
 
 
-def of_sum(total: Float[Array, ""], shape: tuple[int, ...], reduction: str) -> Float[Array, ""]:
-    """The sum or the mean of losses of this shape that are added up already and all count."""
-    return total if reduction == "sum" else divide(total, denominator(shape, total.dtype, None))
+def mean(
+    total: Float[Array, ""],
+    shape: tuple[int, ...],
+    counts: Bool[Array, "*rows"] | None = None,
+    *weights: Float[Array, "*rows"] | None,
+) -> Float[Array, ""]:
+    """The mean of losses of this shape, given their sum."""
+    size = math.prod(shape)
+    all_alike = counts is None and all(weight is None for weight in weights)
+    if all_alike and isinstance(size, int):  # may be symbolic
+        return total / max(size, 1)
+    return divide(total, denominator(shape, total.dtype, counts, *weights))
 
 
 def divide(total: Float[Array, ""], by: Float[Array, ""]) -> Float[Array, ""]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._parts import Shapes, apart, coefficient_parts, in_parts, reduced
+from ._parts import Shapes, apart, coefficient_parts, in_parts, reduced, sums_in_one
 
 # Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
 _FEW_CLASSES = 16
@@ -121,10 +121,6 @@ def _with_select(
         probs = target.probs.astype(shifted.dtype)
         return row_sum(probs * jnp.where(probs == 0, bounded, shifted))
 
-    def classes_dot() -> Array:
-        product = jnp.broadcast_to(target.classes, z.shape) * finite_part(shift(z, base))
-        return row_sum(jnp.where(z > -jnp.inf, product, 0))  # a weight may be NaN there
-
     def exp_dot() -> Array:
         shifted = shift(z, base)
         return row_sum(jnp.exp(shifted) * finite_part(shifted))
@@ -134,14 +130,27 @@ def _with_select(
         out["target_dot"] = target_dot
         out["target_sum"] = lambda: row_sum(target.probs.astype(base.dtype))
     if target.classes is not None:
-        out["classes_dot"] = classes_dot
-        out["classes_count"] = lambda: row_sum((z > -jnp.inf).astype(base.dtype))
-        if target.classes.ndim:
-            # By another comparison: a GPU would store the mask if this used it too.
-            classes = jnp.broadcast_to(target.classes, z.shape)
-            out["classes_sum"] = lambda: row_sum(jnp.where(z != -jnp.inf, classes, 0))
+        for name, of_classes in _of_allowed(z, base, target.classes).items():
+            out[name] = functools.partial(row_sum, of_classes)
     if entropy:
         out["exp_dot"] = exp_dot
+    return out
+
+
+def _of_allowed(
+    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], classes: Array
+) -> dict[str, Float[Array, "*rows classes"]]:
+    """What is added up over the classes with `z > -inf`."""
+    classes_of_rows = jnp.broadcast_to(classes, z.shape)
+    product = classes_of_rows * finite_part(shift(z, base))
+    allowed = z > -jnp.inf
+    out = {
+        "classes_dot": jnp.where(allowed, product, 0),  # a weight may be NaN there
+        "classes_count": allowed.astype(base.dtype),
+    }
+    if classes.ndim:
+        # By another comparison: a GPU would store the mask if this used it too.
+        out["classes_sum"] = jnp.where(z != -jnp.inf, classes_of_rows, 0)
     return out
 
 
@@ -202,9 +211,14 @@ def _select_where_masked(
     # One kernel less than `all`; finite numbers that add up to infinity cost time alone. Apart, or
     # XLA would add up the whole tile a second time.
     hold = jnp.isfinite(jnp.sum(apart(dots)))
-    for name, plain in found.items():  # in turns, so that no two arrays are held at once
-        if name != "target_sum":  # has no logits in it
-            found[name] = jax.lax.cond(hold, lambda plain=plain: plain, with_select[name])
+    for name in ("target_dot", "exp_dot"):  # in turns, so that no two arrays are held at once
+        if name in found:
+            found[name] = jax.lax.cond(hold, lambda plain=found[name]: plain, with_select[name])
+    if target.classes is not None:
+        plain = {name: x for name, x in found.items() if name.startswith("classes_")}
+        found |= jax.lax.cond(
+            hold, lambda: plain, lambda: sums_in_one(_of_allowed(z, base, target.classes))
+        )
     return found
 
 

@@ -127,7 +127,7 @@ def partial_statistics(
     found = sums(z, origin(row_max), columns, entropy=entropy, masked=masked, shapes=shapes)
     out = Partial(base=row_max, **found)
     if target.labels is not None:
-        logit = _label_logit(z, target.labels, first_class)
+        logit = _label_logit(z, target.labels, first_class, whole)
         out = out._replace(label_logit=logit.astype(row_max.dtype))
     if argmax:
         largest = row_argmax(z) + first_class
@@ -266,6 +266,7 @@ def _label_logit(
     z: Float[Array, "*rows classes"],
     labels: Integer[Array, "*rows"],
     first_class: int | Integer[Array, ""],
+    whole: bool,
 ) -> Float[Array, "*rows"]:
     """The logit of the label, 0 where the label is not in this tile."""
     spec = jax.typeof(z).sharding.spec
@@ -273,6 +274,8 @@ def _label_logit(
         # JAX refuses to gather along an axis that it knows to be sharded (explicit axis types).
         return jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
     # A gather of one element per row is far cheaper than comparing every class with the label.
+    if whole:
+        return _at_label(z, labels)
     local = labels - first_class
     inside = (local >= 0) & (local < z.shape[-1])
     return jnp.where(inside, _at_label(z, jnp.where(inside, local, 0)), 0)

@@ -239,11 +239,8 @@ def _linear_loss(
         if return_statistics:
             statistics = _by_label(found, x)
     if reduction == "mean":
-        total = _reduction.divide(
-            total,
-            _reduction.denominator(
-                x.label.ids.shape, dtype, x.label.counts, sample_weight, label_weight
-            ),
+        total = _reduction.mean(
+            total, x.label.ids.shape, x.label.counts, sample_weight, label_weight
         )
     return total if statistics is None else (total, statistics)
 

@@ -105,7 +105,7 @@ def _loss(
     options = (weight, pos_weight, sample_weight, where, label_smoothing)
     if reduction != "none" and z.dtype == y.dtype and all(x is None for x in options):
         total = (_logistic if forward_mode else _fused)(True, z, y)
-        return _reduction.of_sum(total, z.shape, reduction)
+        return total if reduction == "sum" else _reduction.mean(total, z.shape)
     pos_weight = _reduction.weights("pos_weight", pos_weight, y.shape, y.dtype)
     loss = (_logistic if forward_mode else _fused)(False, z, y, pos_weight)
     weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)

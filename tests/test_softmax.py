@@ -160,7 +160,8 @@ def test_labels_of_every_width(wide):
             value, slopes = found[dtype]
             wanted, wanted_slopes = as_int32[dtype]
             np.testing.assert_allclose(value, wanted, rtol=1e-6)
-            np.testing.assert_allclose(slopes, wanted_slopes, rtol=1e-6)
+            # Where p and the label nearly cancel, what is left of both is a rounding of p.
+            np.testing.assert_allclose(slopes, wanted_slopes, rtol=1e-6, atol=2**-23 * 1e-3)
             exact = reference.softmax_cross_entropy_with_integer_labels(
                 logits.astype(np.float64), labels, label_smoothing=0.1, reduction="mean"
             )
