@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from . import _sharded, _tile
 from ._parts import differs_alone
@@ -26,26 +27,61 @@ def row_statistics(
 
     Args:
       logits: the class axis is the last one.
-      target: what the rows are compared with; class ids must lie in the row.
+      target: what the rows are compared with; class ids must lie in the row. The statistics of
+        rows that do not count are 0, and their derivatives too.
       entropy: whether `entropy` is wanted.
       argmax: whether `argmax` is wanted.
       axis_name: mapped mesh axis over which the classes are sharded.
       forward_mode: leave the derivative to JAX, which then can also push tangents forward.
     """
     _sharded.check_sharded("logits", logits, axis_name)
+    counts = target.counts
     logits, target = _sharded.align((logits, target))
+    target = target._replace(counts=counts)  # statistics must not vary as what they are made of
     options = (entropy, argmax, axis_name)
+    if counts is not None:
+        if forward_mode:
+            logits = jnp.where(counts[..., None], logits, 0)
+        else:
+            logits = _constant_unless(counts, logits)
     if forward_mode:
         dtype = _tile.wide(logits.dtype)  # so that cotangents add up in it
         logits = logits.astype(dtype)
         if target.probs is not None:  # what is neither allowed nor wanted has derivative 0
             absent = (target.probs == 0) & (logits == -jnp.inf)
             target = target._replace(probs=jnp.where(absent, 0, target.probs.astype(dtype)))
-        return _statistics(options, False, logits, target)[0]
-    # The mesh as it is, but named: jax 0.10 names it in the rules of a custom_vjp alone, and traces
-    # again what it traced in another context.
-    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
-        return _fused(options, logits, target)
+        found = _statistics(options, False, logits, target)[0]
+    else:
+        # The mesh as it is, but named: jax 0.10 names it in the rules of a custom_vjp alone, and
+        # traces again what it traced in another context.
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            found = _fused(options, logits, target)
+    if counts is None:
+        return found
+    count = found.uniform_count  # is divided by
+    found = jax.tree.map(lambda x: jnp.where(counts, x, 0), found)
+    return found if count is None else found._replace(uniform_count=jnp.where(counts, count, 1))
+
+
+@jax.custom_jvp
+def _constant_unless(
+    counts: Bool[Array, "*rows"], logits: Float[Array, "*rows classes"]
+) -> Float[Array, "*rows classes"]:
+    """The logits, as constants in rows that do not count.
+
+    To set those to 0 would cost a CPU a copy of all logits. What derivative there is, of any order,
+    is set to 0 instead, where it is computed.
+    """
+    del counts
+    return logits
+
+
+@_constant_unless.defjvp
+def _constant_unless_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Any, Array]
+) -> tuple[Array, Array]:
+    (counts, logits), (_, d_logits) = primals, tangents
+    return _constant_unless(counts, logits), jnp.where(counts[..., None], d_logits, 0)
 
 
 _Options = tuple[bool, bool, str | None]
@@ -76,7 +112,7 @@ def _statistics(
         whole=axis_name is None,
     )
     part = _sharded.sum_across(part, axis_name)
-    return _tile.finish(part), part
+    return _tile.finish(part, target.counts), part
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -111,7 +147,9 @@ def _pulled_back(
     _, _, axis_name = options
     first_class = _sharded.first_class(logits.shape[-1], axis_name)
     dz, d_target = _tile.pullback(logits, target, part, g, first_class=first_class)
-    d_target = jax.tree.map(_sharded.with_sharding_of, d_target, target._replace(labels=ABSENT))
+    d_target = jax.tree.map(
+        _sharded.with_sharding_of, d_target, target._replace(labels=ABSENT, counts=ABSENT)
+    )
     return dz.astype(logits.dtype), d_target
 
 

@@ -58,6 +58,7 @@ def is_worth_it(z: Float[Array, "*rows classes"]) -> bool:
 def sums(
     z: Float[Array, "*rows classes"],
     label_logit: Float[Array, "*rows"],
+    counts: Bool[Array, "*rows"] | None,
     *,
     shapes: Shapes,
     shared: bool,
@@ -67,6 +68,7 @@ def sums(
     Args:
       z: the tile, in which rows are whole.
       label_logit: the logit of each row's label, in the dtype of the sums.
+      counts: whether the row counts; if not, its sum need not be right.
       shapes: those of `_parts.best_shapes`.
       shared: whether `exponentials` will be asked for in the same program. They are found along
         whole rows, and so the sums then are too.
@@ -74,6 +76,7 @@ def sums(
     found: Found = jax.lax.platform_dependent(
         z,
         jax.lax.stop_gradient(label_logit),
+        counts,
         cpu=functools.partial(_attempted, {} if shared else shapes, shapes),
         default=functools.partial(_by_maxima, shapes),
     )
@@ -94,7 +97,7 @@ def _exp(z: Float[Array, "*rows classes"], base: Float[Array, "*rows"]) -> Array
     return jnp.exp(shift(z, origin(base)))
 
 
-def _by_maxima(shapes: Shapes, z: Array, label_logit: Array) -> Found:
+def _by_maxima(shapes: Shapes, z: Array, label_logit: Array, _: Array | None) -> Found:
     base = row_maxima(z, shapes).astype(label_logit.dtype)
     # Like anything found in the rows, it varies over the mesh axes that they vary over.
     served = jnp.full_like(jnp.max(base), True, dtype=bool)
@@ -102,26 +105,38 @@ def _by_maxima(shapes: Shapes, z: Array, label_logit: Array) -> Found:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attempted(shapes: Shapes, shapes_of_maxima: Shapes, z: Array, label_logit: Array) -> Found:
-    near = _near_in_sample(z, label_logit)
+def _attempted(
+    shapes: Shapes,
+    shapes_of_maxima: Shapes,
+    z: Array,
+    label_logit: Array,
+    counts: Array | None,
+) -> Found:
+    near = _near_in_sample(z, label_logit, counts)
     tried = unless(
         near, label_logit, lambda: row_maxima(z, shapes_of_maxima).astype(label_logit.dtype)
     )
     total = sum_exp(shapes, z, _finite(tried))
-    served = jnp.max(total) < _MOST
+    served = jnp.max(_if(counts, total)) < _MOST
 
     def again() -> tuple[Array, Array]:
-        return _by_maxima(shapes_of_maxima, z, label_logit)[:2]
+        return _by_maxima(shapes_of_maxima, z, label_logit, counts)[:2]
 
     base, total = unless(served, (tried, total), again)
     return Found(base, total, Attempt(tried, served))
 
 
-def _near_in_sample(z: Array, label_logit: Array) -> Bool[Array, ""]:
+def _near_in_sample(z: Array, label_logit: Array, counts: Array | None) -> Bool[Array, ""]:
     count = label_logit.size // _SAMPLED
-    largest = jnp.max(z.reshape(-1, z.shape[-1])[:count], -1)
-    gaps = largest.astype(label_logit.dtype) - label_logit.reshape(-1)[:count]
-    return jnp.max(gaps) < math.log(_MOST)
+    z, label_logit, counts = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[label_logit.ndim :])[:count], (z, label_logit, counts)
+    )
+    gaps = jnp.max(z, -1).astype(label_logit.dtype) - label_logit
+    return jnp.max(_if(counts, gaps)) < math.log(_MOST)
+
+
+def _if(counts: Array | None, x: Array) -> Array:
+    return x if counts is None else jnp.where(counts, x, 0)
 
 
 def _finite(base: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
@@ -133,11 +148,11 @@ def _finite(base: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 def _attempted_jvp(
     shapes: Shapes,
     shapes_of_maxima: Shapes,
-    primals: tuple[Array, Array],
-    tangents: tuple[Array, Array],
+    primals: tuple[Array, Array, Array | None],
+    tangents: tuple[Array, Array, Any],
 ) -> tuple[Found, Found]:
-    (z, label_logit), (dz, _) = primals, tangents
-    found = _attempted(shapes, shapes_of_maxima, z, label_logit)
+    (z, *_), (dz, *_) = primals, tangents
+    found = _attempted(shapes, shapes_of_maxima, *primals)
     _, slope = jax.jvp(lambda z: sum_exp(shapes, z, origin(found.base)), (z,), (dz,))
     unmoved = jnp.zeros_like(found.base)
     served: Any = np.zeros(found.attempt.served.shape, jax.dtypes.float0)

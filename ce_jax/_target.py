@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from . import _checks, _reduction, _sharded
+from ._parts import is_own
 from ._tile import wide
+from ._unless import unless
 
 
 class Rows(NamedTuple):
@@ -99,25 +102,52 @@ def without_excluded(
     sample_weight: Float[Array, "*rows"] | None = None,
     axis_name: str | None = None,
 ) -> Float[Array, "*rows classes"]:
-    """Zeros the rows that do not count, so that no NaN or inf in them reaches any derivative.
+    """Zeros the rows that are not `effective`, so that no NaN or inf in them reaches anything."""
+    keep = effective(x, counts, sample_weight, axis_name)
+    return x if keep is None else jnp.where(keep[..., None], x, 0)
 
-    So it does with rows of weight 0, where logits hold a NaN or have no normaliser, or labels hold
-    a NaN or infinity. Other rows of weight 0 stay: the derivative with respect to their weight is
-    their loss.
+
+def effective(
+    x: Float[Array, "*rows classes"],
+    counts: Bool[Array, "*rows"] | None,
+    sample_weight: Float[Array, "*rows"] | None = None,
+    axis_name: str | None = None,
+) -> Bool[Array, "*rows"] | None:
+    """The rows that may have an effect on any derivative; None if nothing excludes any.
+
+    A row that does not count has none, nor has one of weight 0 where logits hold a NaN or have no
+    normaliser, or labels hold a NaN or infinity. Other rows of weight 0 may: the derivative with
+    respect to their weight is their loss.
     """
-    if counts is not None:
-        x = jnp.where(counts[..., None], x, 0)
-    if sample_weight is not None:
-        silent = (sample_weight == 0) & ~jnp.isfinite(_sharded.max_over(largest(x), axis_name))
-        x = jnp.where(silent[..., None], 0, x)
-    return x
+    if sample_weight is None:
+        return counts
+    heard = ~_silent(x, sample_weight, axis_name)
+    return heard if counts is None else counts & heard
+
+
+def _silent(
+    x: Float[Array, "*rows classes"], sample_weight: Float[Array, "*rows"], axis_name: str | None
+) -> Bool[Array, "*rows"]:
+    weightless = sample_weight == 0
+
+    def look() -> Array:
+        return weightless & ~jnp.isfinite(_sharded.max_over(largest(x), axis_name))
+
+    if not is_own(x) or axis_name is not None:
+        return look()
+    # A CPU looks only if some row weighs nothing.
+    nowhere = _sharded.align((weightless & False, largest(x[..., :1]) < 0))[0]
+    none = jnp.min(jnp.abs(sample_weight), initial=1) > 0
+    found: Array = jax.lax.platform_dependent(cpu=lambda: unless(none, nowhere, look), default=look)
+    return found
 
 
 def largest(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
-    """The largest number of each row, inf if one is NaN.
+    """The largest number of each row, inf if one is NaN, as a constant.
 
     On a CPU XLA's maximum of more than a few numbers passes over NaN, its sum does not.
     """
+    x = jax.lax.stop_gradient(x)
     return jnp.where(jnp.isnan(jnp.sum(jnp.abs(x), -1)), jnp.inf, jnp.max(x, -1))
 
 

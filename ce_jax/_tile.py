@@ -50,11 +50,14 @@ class Target(NamedTuple):
       probs: a weight for every class of the tile, instead of `labels`.
       classes: coefficients `a` of the part that is the same for all rows, one per class, or one for
         all classes.
+      counts: whether the row counts. Others may hold anything: no derivative reaches them or comes
+        from them, and their statistics are not to be used.
     """
 
     labels: Integer[Array, "*rows"] = ABSENT
     probs: Float[Array, "*rows classes"] = ABSENT
     classes: Float[Array, " classes"] | Float[Array, ""] = ABSENT
+    counts: Bool[Array, "*rows"] | None = ABSENT
 
 
 class Partial(NamedTuple):
@@ -120,10 +123,10 @@ def partial_statistics(
     shapes = best_shapes(z, alone=alone, entropy=entropy)
     labels_only = target.probs is None and target.classes is None and not (entropy or argmax)
     if whole and labels_only and _from_label.is_worth_it(z):
-        return _relative_to_labels(z, target.labels, shapes, alone)
+        return _relative_to_labels(z, target, shapes, alone)
     local_max = row_maxima(z, shapes).astype(wide(z.dtype))
     row_max = local_max if join_max is None else join_max(local_max)
-    columns = target._replace(labels=ABSENT)
+    columns = target._replace(labels=ABSENT, counts=ABSENT)
     found = sums(z, origin(row_max), columns, entropy=entropy, masked=masked, shapes=shapes)
     out = Partial(base=row_max, **found)
     if target.labels is not None:
@@ -138,12 +141,12 @@ def partial_statistics(
 
 
 def _relative_to_labels(
-    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"], shapes: Shapes, alone: bool
+    z: Float[Array, "*rows classes"], target: Target, shapes: Shapes, alone: bool
 ) -> Partial:
-    logit = _at_label(z, labels).astype(wide(z.dtype))
+    logit = _at_label(z, target.labels).astype(wide(z.dtype))
     # Where narrow rows are cut, they share nothing with the pull-back, on purpose.
     shared = not alone and (z.dtype == logit.dtype or "cpu" not in shapes)
-    found = _from_label.sums(z, logit, shapes=shapes, shared=shared)
+    found = _from_label.sums(z, logit, target.counts, shapes=shapes, shared=shared)
     attempt = found.attempt if shared else ABSENT
     return Partial(found.base, found.sum_exp, logit, attempt=attempt)
 
@@ -174,7 +177,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     return total._replace(base=row_max, argmax=argmax)
 
 
-def finish(part: Partial) -> RowStatistics:
+def finish(part: Partial, counts: Bool[Array, "*rows"] | None = None) -> RowStatistics:
     """Turns the sums over all classes of a row into its statistics."""
     log_sum = jnp.log(part.sum_exp)
     base = origin(part.base)
@@ -191,19 +194,21 @@ def finish(part: Partial) -> RowStatistics:
         )
     if part.exp_dot is not None:
         out = out._replace(entropy=log_sum - part.exp_dot / part.sum_exp)
-    return _batched_alike(out, part)
+    return _batched_alike(out, part, counts)
 
 
-def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
+def _batched_alike(
+    out: RowStatistics, part: Partial, counts: Bool[Array, "*rows"] | None
+) -> RowStatistics:
     """Adds a zero that depends on the whole target to each statistic.
 
     Under `vmap` over labels or weights alone, `lse` would be one for the whole batch. JAX from 0.12
     on takes no cotangent of such an output from a custom_vjp, as it could be counted too often.
     """
     zero = jnp.zeros((), out.lse.dtype)
-    for x in (part.label_logit, part.target_sum, part.classes_sum):
+    for x in (part.label_logit, part.target_sum, part.classes_sum, counts):
         if x is not None:
-            zero = zero + ((x == 0) & False).astype(zero.dtype)
+            zero = zero + ((x != x) & False).astype(zero.dtype)
     return jax.tree.map(lambda x: x + zero, out._replace(argmax=ABSENT))._replace(argmax=out.argmax)
 
 
@@ -228,6 +233,11 @@ def pullback(
         exp = jnp.exp(shifted)
     else:
         exp = _from_label.exponentials(z, part.base, part.attempt)
+    counts = target.counts
+    if counts is not None:
+        # Numbers that a cotangent of 0 makes 0, whatever the row holds.
+        exp, shifted = (jnp.where(counts[..., None], x, 0) for x in (exp, shifted))
+        part = jax.tree.map(lambda x: jnp.where(counts, x, 1), part._replace(attempt=ABSENT))
     log_sum = jnp.log(part.sum_exp)
     onto_p = g.lse
     if target.labels is not None:

@@ -139,9 +139,10 @@ def _integer_loss(
     spread = ABSENT
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, classes, dtype)
+    counts = _target.effective(z, label.counts, sample_weight, axis_name)
     statistics = row_statistics(
-        _target.without_excluded(z, label.counts, sample_weight, axis_name),
-        Target(labels=label.ids, classes=spread),
+        z,
+        Target(labels=label.ids, classes=spread, counts=counts),
         axis_name=axis_name,
         forward_mode=forward_mode,
     )
@@ -262,7 +263,7 @@ def _distribution_loss(
     classes = _sharded.all_classes(z.shape[-1], axis_name)
     weight = _target.class_weight(weight, z.shape[-1], dtype)
     sample_weight = _reduction.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
-    z = _target.without_excluded(z, rows.counts, sample_weight, axis_name)
+    counts = _target.effective(z, rows.counts, sample_weight, axis_name)
 
     # A tile widens narrow labels as it does narrow logits, and nobody holds a wide copy. Not those
     # that are broadcast: their cotangents add up over the rows.
@@ -278,7 +279,7 @@ def _distribution_loss(
         spread = smoothing_coefficients(weight, classes, dtype)
     statistics = row_statistics(
         z,
-        Target(probs=probs, classes=spread),
+        Target(probs=probs, classes=spread, counts=counts),
         axis_name=axis_name,
         forward_mode=forward_mode,
     )

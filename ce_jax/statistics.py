@@ -109,8 +109,8 @@ def _statistics(
     classes = _sharded.all_classes(z.shape[-1], axis_name)
     label = _target.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
     found = row_statistics(
-        _target.without_excluded(z, label.counts),
-        Target(labels=label.ids),
+        z,
+        Target(labels=label.ids, counts=label.counts),
         entropy=True,
         argmax=True,
         axis_name=axis_name,

@@ -67,12 +67,12 @@ def small_tiles_too(one_device, as_if_large, monkeypatch):
 
 @pytest.fixture
 def far_in_sample(monkeypatch):
-    monkeypatch.setattr(_from_label, "_near_in_sample", lambda z, _: jnp.zeros((), bool))
+    monkeypatch.setattr(_from_label, "_near_in_sample", lambda *_: jnp.zeros((), bool))
 
 
 @pytest.fixture
 def far_elsewhere(monkeypatch):
-    monkeypatch.setattr(_from_label, "_near_in_sample", lambda z, _: jnp.ones((), bool))
+    monkeypatch.setattr(_from_label, "_near_in_sample", lambda *_: jnp.ones((), bool))
     monkeypatch.setattr(_from_label, "_MOST", 0.0)
 
 
@@ -172,11 +172,23 @@ def test_what_is_tried(kind, tried, served):
     logits = BATCHES[kind].astype(np.float32)
     candidates = {"label": logits[np.arange(ROWS), LABELS], "maximum": logits.max(-1)}
     found = _from_label.sums(
-        jnp.asarray(logits), jnp.asarray(candidates["label"]), shapes={}, shared=True
+        jnp.asarray(logits), jnp.asarray(candidates["label"]), None, shapes={}, shared=True
     )
     np.testing.assert_array_equal(found.attempt.tried, candidates[tried])
     np.testing.assert_array_equal(found.base, candidates[tried if served else "maximum"])
     assert found.attempt.served == served
+
+
+@pytest.mark.parametrize("garbage", [-100.0, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [0, ROWS - 1])  # in the sample, and elsewhere
+def test_rows_that_do_not_count_have_no_say_in_what_is_tried(row, garbage):
+    logits = NEAR.astype(np.float32)
+    logits[row, LABELS[row]] = garbage
+    labels = jnp.asarray(logits[np.arange(ROWS), LABELS])
+    counts = jnp.arange(ROWS) != row
+    found = _from_label.sums(jnp.asarray(logits), labels, counts, shapes={}, shared=True)
+    np.testing.assert_array_equal(found.attempt.tried, labels)
+    assert found.attempt.served
 
 
 @pytest.mark.usefixtures("x64")

@@ -45,6 +45,57 @@ def test_softmax(name, labels, reduction):
     check(name, arguments, ("label_smoothing", "z_loss"))
 
 
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    ("name", "row_option"),
+    [
+        (INTEGER, "ignore_index"),
+        (INTEGER, "where"),
+        (INTEGER, "sample_weight"),
+        ("softmax_cross_entropy", "where"),
+        ("softmax_cross_entropy", "sample_weight"),
+    ],
+)
+@pytest.mark.parametrize("classes", [4, 400])
+@pytest.mark.usefixtures("one_device")
+def test_second_derivatives(name, row_option, garbage, classes):
+    """What a row holds that has no effect shows in no derivative of any order, by anything."""
+    draw = np.random.default_rng(2)
+    rows, out = 200, 3
+    clean = draw.normal(size=(rows, classes)).astype(np.float32)
+    clean[out] = 0
+    others = jnp.arange(rows) != out
+    if name == INTEGER:
+        labels = jnp.where(others, draw.integers(0, classes, rows), -100)
+    else:
+        labels = jnp.asarray(draw.dirichlet(np.ones(classes), rows), jnp.float32)
+    options = {row_option: -100 if row_option == "ignore_index" else others}
+    options |= {"label_smoothing": 0.1, "z_loss": 0.1}
+    spoilt = clean.copy()
+    spoilt[out, :2] = garbage
+    if garbage == -INF:
+        spoilt[out] = garbage  # or the row would have a normaliser
+    direction = jnp.asarray(draw.normal(size=clean.shape), jnp.float32)
+    weight = jnp.asarray(draw.uniform(0.5, 2.0, classes), jnp.float32)
+
+    @jax.jit
+    def derivatives(z):
+        slopes = jax.grad(
+            lambda z, w: getattr(ce_jax, name)(z, labels, weight=w, reduction="sum", **options),
+            (0, 1),
+        )
+
+        def along(z, w):
+            by_logits, by_weight = slopes(z, w)
+            return jnp.sum(by_logits * direction) + jnp.sum(by_weight * direction[0])
+
+        pushed = jax.jvp(lambda z: slopes(z, weight), (z,), (direction,))[1]
+        return slopes(z, weight), pushed, jax.grad(along, (0, 1))(z, weight)
+
+    found, wanted = derivatives(jnp.asarray(spoilt)), derivatives(jnp.asarray(clean))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), found, wanted)
+
+
 @pytest.mark.parametrize("first", [-INF, NAN, INF])
 def test_nll_loss(first):
     log_probs = np.log([[0.2, 0.3, 0.5], [0.1, 0.6, 0.3], [0.4, 0.4, 0.2]])
