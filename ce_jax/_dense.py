@@ -37,13 +37,12 @@ def row_statistics(
     _sharded.check_sharded("logits", logits, axis_name)
     counts = target.counts
     logits, target = _sharded.align((logits, target))
-    target = target._replace(counts=counts)  # statistics must not vary as what they are made of
+    target = target._replace(counts=counts)  # which statistics that devices agree on depend on
+    if counts is not None and not forward_mode:
+        logits = _constant_unless(counts, logits)
+    elif counts is not None:
+        logits = jnp.where(counts[..., None], logits, 0)
     options = (entropy, argmax, axis_name)
-    if counts is not None:
-        if forward_mode:
-            logits = jnp.where(counts[..., None], logits, 0)
-        else:
-            logits = _constant_unless(counts, logits)
     if forward_mode:
         dtype = _tile.wide(logits.dtype)  # so that cotangents add up in it
         logits = logits.astype(dtype)

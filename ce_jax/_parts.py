@@ -220,7 +220,8 @@ def sums_in_one(
     if not is_own(first):
         return {name: jnp.sum(x, -1) for name, x in summands.items()}
     classes = first.shape[-1]
-    width = next((k for k in range(_SHORTEST, 15, -1) if classes % k == 0), _SHORTEST)
+    width = next((k for k in range(_SHORTEST, 15, -1) if classes % k == 0), 0)
+    width = width or min(classes, _SHORTEST)
     parts = (*first.shape[:-1], classes // width, width)
     cut = classes - classes % width
     pieces = [

@@ -128,7 +128,7 @@ def effective(
 def _silent(
     x: Float[Array, "*rows classes"], sample_weight: Float[Array, "*rows"], axis_name: str | None
 ) -> Bool[Array, "*rows"]:
-    weightless = sample_weight == 0
+    x, weightless = jax.lax.stop_gradient(x), sample_weight == 0
 
     def look() -> Array:
         return weightless & ~jnp.isfinite(_sharded.max_over(largest(x), axis_name))
@@ -136,18 +136,19 @@ def _silent(
     if not is_own(x) or axis_name is not None:
         return look()
     # A CPU looks only if some row weighs nothing.
-    nowhere = _sharded.align((weightless & False, largest(x[..., :1]) < 0))[0]
-    none = jnp.min(jnp.abs(sample_weight), initial=1) > 0
-    found: Array = jax.lax.platform_dependent(cpu=lambda: unless(none, nowhere, look), default=look)
+    nowhere = _sharded.like(weightless & False, x)
+    heavy = jnp.min(jnp.abs(sample_weight), initial=1) > 0
+    found: Array = jax.lax.platform_dependent(
+        cpu=lambda: unless(heavy, nowhere, look), default=look
+    )
     return found
 
 
 def largest(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
-    """The largest number of each row, inf if one is NaN, as a constant.
+    """The largest number of each row, inf if one is NaN.
 
     On a CPU XLA's maximum of more than a few numbers passes over NaN, its sum does not.
     """
-    x = jax.lax.stop_gradient(x)
     return jnp.where(jnp.isnan(jnp.sum(jnp.abs(x), -1)), jnp.inf, jnp.max(x, -1))
 
 

@@ -46,6 +46,7 @@ class Operation(StrEnum):
     INTEGER = "integer"
     ONE_HOT = "one-hot"
     UNLIKELY = "unlikely"
+    IGNORED = "ignored"
     WEIGHTED = "weighted"
     SMOOTHED = "smoothed"
     SIGMOID = "sigmoid"

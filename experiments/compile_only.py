@@ -31,7 +31,7 @@ from experiments.benchmarking.problems import ARGUMENTS, Problem
 from experiments.errors import ExperimentError
 
 ROWS, FEATURES, CLASSES = 8192, 2304, 256000
-DENSE = ("integer", "smoothed", "weighted", "one-hot", "sigmoid")
+DENSE = ("integer", "ignored", "smoothed", "weighted", "one-hot", "sigmoid")
 
 _H200 = """
 gpu_device_info {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import ce_jax
-from experiments.benchmarking.problems import ENTROPY_BONUS, SMOOTHING
+from experiments.benchmarking.problems import ENTROPY_BONUS, IGNORED, SMOOTHING
 from experiments.benchmarking.programs import Loss, Peer, jax_program
 
 
@@ -26,6 +26,7 @@ def _ce_jax() -> dict[str, Loss]:
     return {
         "integer": integer,
         "one-hot": partial(ce_jax.softmax_cross_entropy, reduction="mean"),
+        "ignored": partial(integer, ignore_index=IGNORED),
         "weighted": lambda z, y, w: integer(z, y, weight=w),
         "smoothed": partial(integer, label_smoothing=SMOOTHING),
         "sigmoid": partial(ce_jax.sigmoid_binary_cross_entropy, reduction="mean"),
@@ -37,6 +38,10 @@ def _ce_jax() -> dict[str, Loss]:
 def _optax() -> dict[str, Loss]:
     integer = optax.losses.softmax_cross_entropy_with_integer_labels
     soft = optax.losses.softmax_cross_entropy
+
+    def ignored(z: jax.Array, y: jax.Array) -> jax.Array:
+        counts = y != IGNORED
+        return jnp.mean(integer(z, jnp.where(counts, y, 0)), where=counts)
 
     def weighted(z: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.sum(integer(z, y) * w[y]) / jnp.sum(w[y])
@@ -52,6 +57,7 @@ def _optax() -> dict[str, Loss]:
     return {
         "integer": lambda z, y: jnp.mean(integer(z, y)),
         "one-hot": lambda z, q: jnp.mean(soft(z, q)),
+        "ignored": ignored,
         "weighted": weighted,
         "smoothed": smoothed,
         "sigmoid": lambda z, t: jnp.mean(optax.losses.sigmoid_binary_cross_entropy(z, t)),
@@ -63,6 +69,11 @@ def _optax() -> dict[str, Loss]:
 def _plain() -> dict[str, Loss]:
     def picked(log_p: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.take_along_axis(log_p, y[:, None], axis=-1)[:, 0]
+
+    def ignored(z: jax.Array, y: jax.Array) -> jax.Array:
+        counts = y != IGNORED
+        loss = -picked(jax.nn.log_softmax(z), jnp.where(counts, y, 0))
+        return jnp.mean(loss, where=counts)
 
     def weighted(z: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
         return -jnp.sum(w[y] * picked(jax.nn.log_softmax(z), y)) / jnp.sum(w[y])
@@ -80,6 +91,7 @@ def _plain() -> dict[str, Loss]:
     return {
         "integer": lambda z, y: -jnp.mean(picked(jax.nn.log_softmax(z), y)),
         "one-hot": lambda z, q: -jnp.mean(jnp.sum(q * jax.nn.log_softmax(z), -1)),
+        "ignored": ignored,
         "weighted": weighted,
         "smoothed": smoothed,
         "sigmoid": lambda z, t: jnp.mean(jax.nn.softplus(z) - t * z),

@@ -12,6 +12,7 @@ ENTROPY_BONUS = 0.01
 ARGUMENTS = {
     "integer": (("logits", "labels"), 1),
     "one-hot": (("logits", "probs"), 1),
+    "ignored": (("logits", "labels"), 1),
     "weighted": (("logits", "labels", "weight"), 1),
     "smoothed": (("logits", "labels"), 1),
     "sigmoid": (("logits", "targets"), 1),
@@ -21,6 +22,8 @@ ARGUMENTS = {
 EAGER = "eager "
 # Class ids, one of them with a logit that is this much too low.
 UNLIKELY, TOO_LOW = "unlikely", 100.0
+# The label of rows that do not count, and how many of them there are.
+IGNORED, IGNORED_SHARE = -100, 0.2
 
 SHAPES = ((128, 10), (65536, 10), (16384, 100), (8192, 1000), (1024, 32768), (512, 131072))
 LINEAR_SHAPES = ((2048, 256, 32768), (1024, 512, 65536))
@@ -78,6 +81,8 @@ class Problem(NamedTuple):
         def normal(*shape: int) -> np.ndarray:
             return draw.standard_normal(shape, np.float32)
 
+        if self.operation == "ignored":
+            labels[draw.random(self.rows) < IGNORED_SHARE] = IGNORED
         arrays: dict[str, np.ndarray] = {"labels": labels}
         if "logits" in names:
             arrays["logits"] = 3 * normal(self.rows, self.classes)

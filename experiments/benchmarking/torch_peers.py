@@ -13,10 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmarking.problems import ARGUMENTS, ENTROPY_BONUS, SMOOTHING, Problem
+from experiments.benchmarking.problems import (
+    ARGUMENTS,
+    ENTROPY_BONUS,
+    IGNORED,
+    SMOOTHING,
+    Problem,
+)
 from experiments.benchmarking.programs import Loss, Peer, Program
 
-_DENSE = ("integer", "one-hot", "weighted", "smoothed", "sigmoid", "statistics")
+_DENSE = ("integer", "one-hot", "ignored", "weighted", "smoothed", "sigmoid", "statistics")
 
 
 def import_torch() -> Any:
@@ -52,7 +58,7 @@ def peers(*, compiled: bool) -> list[Peer]:
         Peer("torch chunked", frozenset({"linear"}), _build(_chunked), chunked_missing),
         Peer(
             "liger",
-            frozenset({"integer", "weighted", "smoothed", "linear"}),
+            frozenset({"integer", "ignored", "weighted", "smoothed", "linear"}),
             _build(_liger),
             _gpu_missing("liger_kernel", on_gpu),
         ),
@@ -92,6 +98,7 @@ def _torch(torch: Any) -> dict[str, Loss]:
     return {
         "integer": cross_entropy,
         "one-hot": cross_entropy,
+        "ignored": partial(cross_entropy, ignore_index=IGNORED),
         "weighted": cross_entropy,
         "smoothed": partial(cross_entropy, label_smoothing=SMOOTHING),
         "sigmoid": functional.binary_cross_entropy_with_logits,
@@ -118,6 +125,7 @@ def _liger(_: Any) -> dict[str, Loss]:
     # It writes the gradient over the logits, which every call needs again.
     return {
         "integer": lambda z, y: functional.liger_cross_entropy(z.clone(), y),
+        "ignored": lambda z, y: functional.liger_cross_entropy(z.clone(), y, ignore_index=IGNORED),
         "weighted": lambda z, y, w: functional.liger_cross_entropy(z.clone(), y, w),
         "smoothed": lambda z, y: functional.liger_cross_entropy(
             z.clone(), y, label_smoothing=SMOOTHING
