@@ -17,6 +17,8 @@ from experiments import language_model as lm
 LENGTH = 16
 ROWS = lm.rows_of(lm.README.read_bytes(), LENGTH)
 BATCH = jnp.asarray(ROWS[:8])
+# Easier to learn than the README, and it stays as it is.
+TABLES = "\n\n".join(f"{a} times {b} makes {a * b}." for a in range(1, 40) for b in range(1, 40))
 
 
 def dense(model, text):
@@ -66,15 +68,17 @@ def run(*options):
 @pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 def test_the_loss_falls_and_a_broken_run_goes_on(tmp_path):
-    options = ("--steps", 60, "--length", LENGTH, "--batch-size", 16, "--parts", 2)
+    text = tmp_path / "tables"
+    text.write_text(TABLES)
+    options = ("--text", text, "--steps", 60, "--length", LENGTH, "--batch-size", 16, "--parts", 2)
     options += ("--out", tmp_path / "run")
     result = run(*options)
     assert result.exit_code == 0, result.output
     losses = [float(found) for found in re.findall(r"loss ([\d.]+) nats", result.output)]
     assert 5.0 < losses[0] < 7.0
-    assert losses[-1] < 3.5
+    assert losses[-1] < 1.5
     accuracies = [float(found) for found in re.findall(r"accuracy ([\d.]+)%", result.output)]
-    assert accuracies[-1] > 15.0
+    assert accuracies[-1] > 50.0
 
     unbroken = (tmp_path / "run" / "metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
