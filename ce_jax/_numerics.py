@@ -81,9 +81,19 @@ def linear(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
     return functools.reduce(operator.add, terms)
 
 
+def _polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The polynomial with these coefficients, highest power first.
+
+    As `jnp.polyval`, which fails where `x` is sharded over explicit mesh axes: it begins with zeros
+    that are not.
+    """
+    highest, *others = coefficients
+    return functools.reduce(lambda y, c: y * x + c, others, jnp.full_like(x, highest))
+
+
 def expm1_ratio(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`(e^x - 1) / x` for |x| <= 1/2, by its series: it and its derivatives hold at 0 too."""
-    return jnp.polyval(jnp.asarray(_FIRST, x.dtype), x)
+    return _polynomial(_FIRST, x)
 
 
 def log1p_below_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -95,7 +105,7 @@ def log1p_below_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
     def series(x: Array) -> Array:
         s = x * (1 / (2 + x))  # so that XLA computes all of it at once
-        more = s * s * jnp.polyval(jnp.asarray(_ARTANH, x.dtype), s * s)
+        more = s * s * _polynomial(_ARTANH, s * s)
         return x - s * (x - 2 * more)
 
     cpu = series if x.dtype == jnp.float32 else jnp.log1p
@@ -114,7 +124,7 @@ def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`e^x - 1 - x`, without the cancellation near 0."""
     near = jnp.abs(x) <= 0.5
     small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)
-    series = jnp.square(small) * jnp.polyval(jnp.asarray(_SECOND, x.dtype), small)
+    series = jnp.square(small) * _polynomial(_SECOND, small)
     return jnp.where(near, series, jnp.expm1(large) - large)
 
 

@@ -346,6 +346,47 @@ def test_class_weights_under_plain_jit(problem, axis_type, of_logits, of_weight)
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("of_logits", [P("data", None), P("data", "model")])
+def test_rows_without_effect_under_plain_jit(problem, axis_type, of_logits):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    specs = {"logits": of_logits, "labels": P("data"), "sample_weight": P("data")}
+    arguments = {k: problem[k].copy() for k in ("logits", "labels")}
+    arguments["labels"][::3] = -7
+    arguments["sample_weight"] = np.arange(len(arguments["labels"])) % 2.0
+    name = "softmax_cross_entropy_with_integer_labels"
+    function, truth = getattr(ce_jax, name), getattr(reference, name)
+    options = {"ignore_index": -7, "label_smoothing": 0.1, "reduction": "mean"}
+    check_global(mesh, function, truth, arguments, specs, ("logits",), **options)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("spoilt", [0.5, np.inf])
+def test_elements_under_plain_jit(axis_type, reduction, spoilt):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    draw = np.random.default_rng(6)
+    arguments = {
+        "logits": draw.normal(size=(6, 8)).astype(np.float32),
+        "labels": draw.integers(2, size=(6, 8)).astype(np.float32),
+    }
+    arguments["logits"][2, 3], arguments["labels"][2, 3] = spoilt, 1.0
+    specs = dict.fromkeys(arguments, P("data", "model"))
+
+    def total(logits, labels):
+        loss = ce_jax.sigmoid_binary_cross_entropy(logits, labels, reduction=reduction)
+        return jnp.sum(loss), loss
+
+    found = jax.jit(jax.value_and_grad(total, has_aux=True))
+    with jax.set_mesh(mesh):
+        (_, loss), slope = found(*placed(mesh, arguments, specs).values())
+    exact = {k: np.float64(x) for k, x in arguments.items()}
+    close(loss, reference.sigmoid_binary_cross_entropy(**exact, reduction=reduction), 1e-6)
+    p_less_y = 1 / (1 + np.exp(-exact["logits"])) - exact["labels"]
+    close(slope, p_less_y if reduction == "none" else p_less_y / p_less_y.size, 1e-6)
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["forward", "backward"])
 @pytest.mark.parametrize(("of_logits", "of_classes"), PLACED)
 def test_noisy_labels_under_plain_jit(problem, name, of_logits, of_classes):
