@@ -37,7 +37,8 @@ def row_statistics(
     _sharded.check_sharded("logits", logits, axis_name)
     counts = target.counts
     logits, target = _sharded.align((logits, target))
-    target = target._replace(counts=counts)  # which statistics that devices agree on depend on
+    # As it came: statistics depend on it, and are alike on all devices of `axis_name`.
+    target = target._replace(counts=counts)
     if counts is not None and not forward_mode:
         logits = _constant_unless(counts, logits)
     elif counts is not None:

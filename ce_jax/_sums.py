@@ -130,8 +130,8 @@ def _with_select(
         out["target_dot"] = target_dot
         out["target_sum"] = lambda: row_sum(target.probs.astype(base.dtype))
     if target.classes is not None:
-        for name, of_classes in _of_allowed(z, base, target.classes).items():
-            out[name] = functools.partial(row_sum, of_classes)
+        for name, summand in _of_allowed(z, base, target.classes).items():
+            out[name] = functools.partial(lambda find: row_sum(find()), summand)
     if entropy:
         out["exp_dot"] = exp_dot
     return out
@@ -139,18 +139,19 @@ def _with_select(
 
 def _of_allowed(
     z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], classes: Array
-) -> dict[str, Float[Array, "*rows classes"]]:
-    """What is added up over the classes with `z > -inf`."""
-    classes_of_rows = jnp.broadcast_to(classes, z.shape)
-    product = classes_of_rows * finite_part(shift(z, base))
-    allowed = z > -jnp.inf
-    out = {
-        "classes_dot": jnp.where(allowed, product, 0),  # a weight may be NaN there
-        "classes_count": allowed.astype(base.dtype),
-    }
+) -> _Sums:
+    """What is added up over the classes with `z > -inf`, for each class of each row."""
+
+    def product() -> Array:
+        of_all = jnp.broadcast_to(classes, z.shape) * finite_part(shift(z, base))
+        return jnp.where(z > -jnp.inf, of_all, 0)  # a weight may be NaN there
+
+    out: _Sums = {"classes_dot": product}
+    out["classes_count"] = lambda: (z > -jnp.inf).astype(base.dtype)
     if classes.ndim:
         # By another comparison: a GPU would store the mask if this used it too.
-        out["classes_sum"] = jnp.where(z != -jnp.inf, classes_of_rows, 0)
+        of_rows = jnp.broadcast_to(classes, z.shape)
+        out["classes_sum"] = lambda: jnp.where(z != -jnp.inf, of_rows, 0)
     return out
 
 
@@ -217,7 +218,7 @@ def _select_where_masked(
     if target.classes is not None:
         plain = {name: x for name, x in found.items() if name.startswith("classes_")}
         found |= jax.lax.cond(
-            hold, lambda: plain, lambda: sums_in_one(_of_allowed(z, base, target.classes))
+            hold, lambda: plain, lambda: sums_in_one(_all(_of_allowed)(z, base, target.classes))
         )
     return found
 
