@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from . import _sharded, _tile
-from ._parts import differs_alone
+from ._parts import differs_alone, narrowed
 from ._tile import ABSENT
 
 
@@ -39,12 +39,10 @@ def row_statistics(
     logits, target = _sharded.align((logits, target))
     # As it came: statistics depend on it, and are alike on all devices of `axis_name`.
     target = target._replace(counts=counts)
-    if counts is not None and not forward_mode:
-        logits = _constant_unless(counts, logits)
-    elif counts is not None:
-        logits = jnp.where(counts[..., None], logits, 0)
     options = (entropy, argmax, axis_name)
     if forward_mode:
+        if counts is not None:
+            logits = jnp.where(counts[..., None], logits, 0)
         dtype = _tile.wide(logits.dtype)  # so that cotangents add up in it
         logits = logits.astype(dtype)
         if target.probs is not None:  # what is neither allowed nor wanted has derivative 0
@@ -61,27 +59,6 @@ def row_statistics(
     count = found.uniform_count  # is divided by
     found = jax.tree.map(lambda x: jnp.where(counts, x, 0), found)
     return found if count is None else found._replace(uniform_count=jnp.where(counts, count, 1))
-
-
-@jax.custom_jvp
-def _constant_unless(
-    counts: Bool[Array, "*rows"], logits: Float[Array, "*rows classes"]
-) -> Float[Array, "*rows classes"]:
-    """The logits, as constants in rows that do not count.
-
-    To set those to 0 would cost a CPU a copy of all logits. What derivative there is, of any order,
-    is set to 0 instead, where it is computed.
-    """
-    del counts
-    return logits
-
-
-@_constant_unless.defjvp
-def _constant_unless_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Any, Array]
-) -> tuple[Array, Array]:
-    (counts, logits), (_, d_logits) = primals, tangents
-    return _constant_unless(counts, logits), jnp.where(counts[..., None], d_logits, 0)
 
 
 _Options = tuple[bool, bool, str | None]
@@ -122,12 +99,35 @@ def _fused(
     return _statistics(options, differs_alone(logits), logits, target)[0]
 
 
+@jax.custom_jvp
+def _constant_unless(
+    counts: Bool[Array, "*rows"], logits: Float[Array, "*rows classes"]
+) -> Float[Array, "*rows classes"]:
+    """The logits, as constants in rows that do not count.
+
+    To set those to 0 would cost a CPU a copy of all logits. What derivative there is, of any order,
+    is set to 0 instead, where it is computed: the first one in `_tile.pullback`, others here.
+    """
+    del counts
+    return logits
+
+
+@_constant_unless.defjvp
+def _constant_unless_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Any, Array]
+) -> tuple[Array, Array]:
+    (counts, logits), (_, d_logits) = primals, tangents
+    return _constant_unless(counts, logits), jnp.where(counts[..., None], d_logits, 0)
+
+
 _Residuals = tuple[ArrayLike, _tile.Target, _tile.Partial]
 
 
 def _fused_fwd(
     options: _Options, logits: Array, target: _tile.Target
 ) -> tuple[_tile.RowStatistics, _Residuals]:
+    if target.counts is not None:
+        logits = _constant_unless(target.counts, logits)
     statistics, part = _statistics(options, False, logits, target)
     return statistics, (logits, target, part)
 
@@ -150,7 +150,7 @@ def _pulled_back(
     d_target = jax.tree.map(
         _sharded.with_sharding_of, d_target, target._replace(labels=ABSENT, counts=ABSENT)
     )
-    return dz.astype(logits.dtype), d_target
+    return narrowed(dz, logits.dtype), d_target
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

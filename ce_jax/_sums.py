@@ -17,10 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._parts import Shapes, apart, coefficient_parts, in_parts, reduced, sums_in_one
-
-# Above this, a sum that fuses with what it adds up is as fast as a product, and holds less.
-_FEW_CLASSES = 16
+from ._parts import FEW_CLASSES, Shapes, apart, coefficient_parts, in_parts, reduced, sums_in_one
 
 # A tile of fewer elements is read with selects at once: a CPU stores little then, and has less to
 # compile and to start.
@@ -247,7 +244,7 @@ def row_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
     """The sum over the classes; a CPU sums a few of them twice as fast by a matrix product."""
     sharding = jax.typeof(x).sharding.spec
     sharded = sharding and sharding[-1] is not None  # no product of a sharded axis without advice
-    few = isinstance(x.shape[-1], int) and x.shape[-1] <= _FEW_CLASSES  # may be symbolic
+    few = isinstance(x.shape[-1], int) and x.shape[-1] <= FEW_CLASSES  # may be symbolic
     if not few or x.dtype != jnp.float32 or sharded:
         return _reduced_sum(x)
 
