@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from . import _sharded, _tile
-from ._parts import differs_alone, narrowed
+from ._parts import alone_in_one_axis, differs_alone
 from ._tile import ABSENT
 
 
@@ -150,7 +150,9 @@ def _pulled_back(
     d_target = jax.tree.map(
         _sharded.with_sharding_of, d_target, target._replace(labels=ABSENT, counts=ABSENT)
     )
-    return narrowed(dz, logits.dtype), d_target
+    if dz.dtype != logits.dtype:
+        dz = alone_in_one_axis(lambda dz: dz.astype(logits.dtype), dz)
+    return dz, d_target
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 _LONGEST = 1 << 15
@@ -197,23 +196,26 @@ def in_one_axis(function: Callable[..., Array], *arrays: Array | None) -> Array:
     return found
 
 
-def narrowed(x: Float[Array, "*rows classes"], dtype: DTypeLike) -> Float[Array, "*rows classes"]:
-    """`x` in a dtype that may be narrower.
+def alone_in_one_axis(function: Callable[..., Array], *arrays: Array | None) -> Array:
+    """`in_one_axis` where the result is kept, as a gradient is; arrays may be scalars too.
 
-    XLA would convert in the kernel that finds `x`, row by row. If those are short, and something is
-    chosen for each, that takes a CPU three times as long. It does not fuse across a branch.
+    XLA would return to the shape of the result, and fuse what precedes with it. Along rows of a few
+    numbers, most of all narrow ones, a CPU then takes up to three times as long. It does not look
+    across a branch, so one is put between: for short rows, as it keeps arrays apart too.
     """
-    if not is_own(x) or x.dtype == dtype or x.shape[-1] > FEW_CLASSES:
-        return x.astype(dtype)
+    present = [x for x in arrays if x is not None]
+    shape = present[0].shape
+    if not all(map(is_own, present)) or len(shape) < 2 or shape[-1] > FEW_CLASSES:
+        return function(*arrays)
 
-    def converted(x: Array) -> Array:
-        return x.reshape(-1).astype(dtype)
+    def flat(*arrays: Array | None) -> Array:
+        return function(*jax.tree.map(lambda x: x.reshape(-1) if x.ndim else x, arrays))
 
-    def alone(x: Array) -> Array:
-        either: Array = jax.lax.cond(apart(jnp.array(True)), converted, converted, x)
-        return either.reshape(x.shape)
+    def alone(*arrays: Array | None) -> Array:
+        found: Array = jax.lax.cond(apart(jnp.array(True)), flat, flat, *arrays)
+        return found.reshape(shape)
 
-    found: Array = jax.lax.platform_dependent(x, cpu=alone, default=lambda x: x.astype(dtype))
+    found: Array = jax.lax.platform_dependent(*arrays, cpu=alone, default=function)
     return found
 
 
