@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from . import _sharded, _tile
-from ._parts import alone_in_one_axis, differs_alone
+from ._parts import differs_alone, in_long_rows
 from ._tile import ABSENT
 
 
@@ -151,7 +151,7 @@ def _pulled_back(
         _sharded.with_sharding_of, d_target, target._replace(labels=ABSENT, counts=ABSENT)
     )
     if dz.dtype != logits.dtype:
-        dz = alone_in_one_axis(lambda dz: dz.astype(logits.dtype), dz)
+        dz = in_long_rows(lambda dz: dz.astype(logits.dtype), dz)
     return dz, d_target
 
 

@@ -7,6 +7,10 @@ differences `z_c - z_y`, which float32 rounds by half of 2e-6 above 16. So where
 exceeds 32 nats, all are read again relative to their maxima; and if that shows in the first few
 rows, the maxima are looked for to begin with.
 
+In rows of a few classes even to subtract a number is dear. There the exponentials are taken of the
+logits as they are, and what they sum up to is divided by the label's, with no difference to round:
+unless one is out of range, which sends all to their maxima.
+
 That saves one pass over the logits of five: on two cores a quarter of the time for value and
 gradient. A batch that has to be read again takes twice the time. Off the CPU XLA reads a row once
 for its maximum and its sum, and nothing would be gained.
@@ -16,30 +20,47 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Integer
 
-from ._parts import Shapes, is_own, row_maxima
-from ._sums import origin, shift, sum_exp
+from ._parts import FEW_CLASSES, Shapes, in_long_rows, is_own, row_maxima
+from ._sums import origin, row_sum, shift, sum_exp
 from ._unless import unless
 
 # Sums above this are of losses above 31.9 nats.
 _MOST = 2.0**46
+# Sums of bare exponentials, the inverse of the label's, and their product: all digits below this.
+_MOST_BARE = 2.0**100
 # One row of so many is looked at first; where there are fewer, the maxima serve.
 _SAMPLED = 128
 # A tile of fewer elements is read faster by fewer kernels.
 _SMALL = 1 << 16
 
 
-class Attempt(NamedTuple):
-    """What the exponentials in memory are relative to: `tried`, and whether it served all rows."""
+class Bare(NamedTuple):
+    """What a label's logit is relative to the `base` of its row: `log(own) + gap`.
 
-    tried: Float[Array, "*rows"]
+    `own` is the label's exponential where it is one of the logit as it is, and `gap` then is 0.
+    """
+
+    own: Float[Array, "*rows"]
+    gap: Float[Array, "*rows"]
+
+
+class Attempt(NamedTuple):
+    """The exponentials in memory: of `z - tried`, or of `z` as it is, and if that served all rows.
+
+    One of `tried` and `bare` is there.
+    """
+
+    tried: Float[Array, "*rows"] | None
     served: Bool[Array, ""]
+    bare: Bare | None = None
 
 
 class Found(NamedTuple):
@@ -55,8 +76,16 @@ def is_worth_it(z: Float[Array, "*rows classes"]) -> bool:
     return is_own(z) and z.size >= _SMALL and math.prod(z.shape[:-1]) >= _SAMPLED
 
 
+def at_label(
+    x: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]
+) -> Float[Array, "*rows"]:
+    """The number in the column of each row's label, which is in this tile."""
+    return jnp.take_along_axis(x, labels[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+
+
 def sums(
     z: Float[Array, "*rows classes"],
+    labels: Integer[Array, "*rows"],
     label_logit: Float[Array, "*rows"],
     counts: Bool[Array, "*rows"] | None,
     *,
@@ -67,18 +96,22 @@ def sums(
 
     Args:
       z: the tile, in which rows are whole.
+      labels: the label of each row.
       label_logit: the logit of each row's label, in the dtype of the sums.
       counts: whether the row counts; if not, its sum need not be right.
       shapes: those of `_parts.best_shapes`.
       shared: whether `exponentials` will be asked for in the same program. They are found along
         whole rows, and so the sums then are too.
     """
+    bare = shared and z.shape[-1] <= FEW_CLASSES
+    attempted = _attempted_bare if bare else _attempted
     found: Found = jax.lax.platform_dependent(
         z,
-        jax.lax.stop_gradient(label_logit),
+        labels,
+        label_logit if bare else jax.lax.stop_gradient(label_logit),
         counts,
-        cpu=functools.partial(_attempted, {} if shared else shapes, shapes),
-        default=functools.partial(_by_maxima, shapes),
+        cpu=functools.partial(attempted, {} if shared else shapes, shapes),
+        default=functools.partial(_by_maxima, shapes, bare),
     )
     return found
 
@@ -97,11 +130,21 @@ def _exp(z: Float[Array, "*rows classes"], base: Float[Array, "*rows"]) -> Array
     return jnp.exp(shift(z, origin(base)))
 
 
-def _by_maxima(shapes: Shapes, z: Array, label_logit: Array, _: Array | None) -> Found:
-    base = row_maxima(z, shapes).astype(label_logit.dtype)
+def _by_maxima(
+    shapes: Shapes, bare: bool, z: Array, _: Array, label_logit: Array, __: Array | None
+) -> Found:
+    base, total = _sums_by_maxima(shapes, z, label_logit.dtype)
     # Like anything found in the rows, it varies over the mesh axes that they vary over.
     served = jnp.full_like(jnp.max(base), True, dtype=bool)
-    return Found(base, sum_exp(shapes, z, origin(base), stored=False), Attempt(base, served))
+    if not bare:
+        return Found(base, total, Attempt(base, served))
+    gap = label_logit - origin(base)
+    return Found(base, total, Attempt(None, served, Bare(jnp.ones_like(gap), gap)))
+
+
+def _sums_by_maxima(shapes: Shapes, z: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    base = row_maxima(z, shapes).astype(dtype)
+    return base, sum_exp(shapes, z, origin(base), stored=False)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -109,6 +152,7 @@ def _attempted(
     shapes: Shapes,
     shapes_of_maxima: Shapes,
     z: Array,
+    _: Array,
     label_logit: Array,
     counts: Array | None,
 ) -> Found:
@@ -118,12 +162,38 @@ def _attempted(
     )
     total = sum_exp(shapes, z, _finite(tried))
     served = jnp.max(_if(counts, total)) < _MOST
-
-    def again() -> tuple[Array, Array]:
-        return _by_maxima(shapes_of_maxima, z, label_logit, counts)[:2]
-
+    again = functools.partial(_sums_by_maxima, shapes_of_maxima, z, label_logit.dtype)
     base, total = unless(served, (tried, total), again)
     return Found(base, total, Attempt(tried, served))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attempted_bare(
+    _: Shapes,
+    shapes_of_maxima: Shapes,
+    z: Array,
+    labels: Array,
+    label_logit: Array,
+    counts: Array | None,
+) -> Found:
+    exp = _bare_exp(z, label_logit.dtype)
+    total, own = row_sum(exp), at_label(exp, labels)
+    largest = jnp.maximum(jnp.maximum(total, total / own), 1 / own)
+    served = jnp.max(_if(counts, largest)) < _MOST_BARE
+
+    def again() -> tuple[Array, Array, Bare]:
+        base, total = _sums_by_maxima(shapes_of_maxima, z, label_logit.dtype)
+        # Read here: where it is not needed, a second gather is dear.
+        gap = at_label(z, labels).astype(base.dtype) - origin(base)
+        return base, total, Bare(jnp.ones_like(gap), gap)
+
+    nothing = jnp.zeros_like(total)
+    base, total, bare = unless(served, (nothing, total, Bare(own, nothing)), again)
+    return Found(base, total, Attempt(None, served, bare))
+
+
+def _bare_exp(z: Array, dtype: jnp.dtype) -> Array:
+    return in_long_rows(jnp.exp, z.astype(dtype))
 
 
 def _near_in_sample(z: Array, label_logit: Array, counts: Array | None) -> Bool[Array, ""]:
@@ -144,25 +214,36 @@ def _finite(base: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     return jnp.maximum(base, jnp.finfo(base.dtype).min)
 
 
-@_attempted.defjvp
-def _attempted_jvp(
-    shapes: Shapes,
-    shapes_of_maxima: Shapes,
-    primals: tuple[Array, Array, Array | None],
-    tangents: tuple[Array, Array, Any],
-) -> tuple[Found, Found]:
-    (z, *_), (dz, *_) = primals, tangents
-    found = _attempted(shapes, shapes_of_maxima, *primals)
-    _, slope = jax.jvp(lambda z: sum_exp(shapes, z, origin(found.base)), (z,), (dz,))
-    unmoved = jnp.zeros_like(found.base)
-    served: Any = np.zeros(found.attempt.served.shape, jax.dtypes.float0)
-    return found, Found(unmoved, slope, Attempt(unmoved, served))
+def _jvp_of(attempted: Callable[..., Found]) -> Callable[..., tuple[Found, Found]]:
+    def jvp(
+        shapes: Shapes,
+        shapes_of_maxima: Shapes,
+        primals: tuple[Array, Array, Array, Array | None],
+        tangents: tuple[Array, Any, Array, Any],
+    ) -> tuple[Found, Found]:
+        (z, labels, *_), (dz, *_) = primals, tangents
+        found = attempted(shapes, shapes_of_maxima, *primals)
+        _, slope = jax.jvp(lambda z: sum_exp(shapes, z, origin(found.base)), (z,), (dz,))
+        unmoved = jnp.zeros_like(found.base)
+        served: Any = np.zeros(found.attempt.served.shape, jax.dtypes.float0)
+        moved = Attempt(unmoved, served)
+        if found.attempt.bare is not None:
+            gap = at_label(dz, labels).astype(unmoved.dtype)
+            moved = Attempt(None, served, Bare(unmoved, gap))
+        return found, Found(unmoved, slope, moved)
+
+    return jvp
+
+
+_attempted.defjvp(_jvp_of(_attempted))
+_attempted_bare.defjvp(_jvp_of(_attempted_bare))
 
 
 @jax.custom_jvp
 def _exp_attempted(z: Array, base: Array, attempt: Attempt) -> Array:
     # Written as in the sums, which XLA then takes it from.
-    first = jnp.exp(shift(z, _finite(attempt.tried)))
+    tried = attempt.tried
+    first = _bare_exp(z, base.dtype) if tried is None else jnp.exp(shift(z, _finite(tried)))
     return unless(attempt.served, first, lambda: _exp(z, base))
 
 

@@ -31,6 +31,8 @@ _LONG_IF_NARROW = 1 << 13
 _SHORTEST = 1 << 8
 # Rows up to this length are short: what a CPU does row by row, such as adding up, is slow there.
 FEW_CLASSES = 16
+# About how many numbers make a long one.
+_LONG = 1 << 10
 # Rows from which on it pays to look for the part that holds the maximum.
 _LONG_TO_SEARCH = 1 << 6
 
@@ -196,24 +198,27 @@ def in_one_axis(function: Callable[..., Array], *arrays: Array | None) -> Array:
     return found
 
 
-def alone_in_one_axis(function: Callable[..., Array], *arrays: Array | None) -> Array:
-    """`in_one_axis` where the result is kept, as a gradient is; arrays may be scalars too.
+def in_long_rows(function: Callable[..., Array], *arrays: Array | None) -> Array:
+    """`function`, element by element, of arrays of one shape and scalars.
 
-    XLA would return to the shape of the result, and fuse what precedes with it. Along rows of a few
-    numbers, most of all narrow ones, a CPU then takes up to three times as long. It does not look
-    across a branch, so one is put between: for short rows, as it keeps arrays apart too.
+    Along rows of a few numbers, most of all narrow ones, a CPU takes up to three times as long. So
+    it finds the result as rows of more numbers; in a branch, as XLA would return to the shape of
+    what precedes and follows to fuse it with that. Longer rows cost less than to keep it apart.
     """
     present = [x for x in arrays if x is not None]
-    shape = present[0].shape
-    if not all(map(is_own, present)) or len(shape) < 2 or shape[-1] > FEW_CLASSES:
+    *rows, classes = present[0].shape or (FEW_CLASSES + 1,)
+    if not all(map(is_own, present)) or not rows or classes > FEW_CLASSES:
         return function(*arrays)
+    count = math.prod(rows)
+    joined = next((k for k in range(_LONG // classes, 0, -1) if count % k == 0), 1)
 
-    def flat(*arrays: Array | None) -> Array:
-        return function(*jax.tree.map(lambda x: x.reshape(-1) if x.ndim else x, arrays))
+    def long(*arrays: Array | None) -> Array:
+        shape = (count // joined, joined * classes)
+        return function(*jax.tree.map(lambda x: x.reshape(shape) if x.ndim else x, arrays))
 
     def alone(*arrays: Array | None) -> Array:
-        found: Array = jax.lax.cond(apart(jnp.array(True)), flat, flat, *arrays)
-        return found.reshape(shape)
+        found: Array = jax.lax.cond(apart(jnp.array(True)), long, long, *arrays)
+        return found.reshape(*rows, classes)
 
     found: Array = jax.lax.platform_dependent(*arrays, cpu=alone, default=function)
     return found

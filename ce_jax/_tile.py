@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from . import _from_label
+from ._from_label import at_label
 from ._parts import Shapes, best_shapes, row_argmax, row_maxima
 from ._sums import finite_part, origin, shift, spread, sums
 
@@ -143,10 +144,10 @@ def partial_statistics(
 def _relative_to_labels(
     z: Float[Array, "*rows classes"], target: Target, shapes: Shapes, alone: bool
 ) -> Partial:
-    logit = _at_label(z, target.labels).astype(wide(z.dtype))
+    logit = at_label(z, target.labels).astype(wide(z.dtype))
     # Where narrow rows are cut, they share nothing with the pull-back, on purpose.
     shared = not alone and (z.dtype == logit.dtype or "cpu" not in shapes)
-    found = _from_label.sums(z, logit, target.counts, shapes=shapes, shared=shared)
+    found = _from_label.sums(z, target.labels, logit, target.counts, shapes=shapes, shared=shared)
     attempt = found.attempt if shared else ABSENT
     return Partial(found.base, found.sum_exp, logit, attempt=attempt)
 
@@ -184,6 +185,9 @@ def finish(part: Partial, counts: Bool[Array, "*rows"] | None = None) -> RowStat
     out = RowStatistics(lse=base + log_sum, argmax=part.argmax)
     if part.label_logit is not None:
         cross = log_sum - (part.label_logit - base)
+        if part.attempt is not None and part.attempt.bare is not None:
+            own, gap = part.attempt.bare
+            cross = jnp.log(part.sum_exp / own) - gap
         out = out._replace(cross=cross, label_logit=part.label_logit)
     if part.target_dot is not None:
         out = out._replace(cross=part.target_sum * log_sum - part.target_dot)
@@ -285,17 +289,10 @@ def _label_logit(
         return jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
     # A gather of one element per row is far cheaper than comparing every class with the label.
     if whole:
-        return _at_label(z, labels)
+        return at_label(z, labels)
     local = labels - first_class
     inside = (local >= 0) & (local < z.shape[-1])
-    return jnp.where(inside, _at_label(z, jnp.where(inside, local, 0)), 0)
-
-
-def _at_label(
-    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]
-) -> Float[Array, "*rows"]:
-    """The logit of the label, which is in this tile."""
-    return jnp.take_along_axis(z, labels[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+    return jnp.where(inside, at_label(z, jnp.where(inside, local, 0)), 0)
 
 
 def is_label(

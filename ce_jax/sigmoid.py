@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _target
 from ._numerics import linear, log1p_below_one
-from ._parts import alone_in_one_axis, in_one_axis
+from ._parts import in_long_rows, in_one_axis
 from ._row_loss import silenced, weighted
 from ._unless import unless
 
@@ -262,10 +262,9 @@ def _fused_bwd(_: bool, elements: _Elements, g: Array) -> tuple[Array | None, ..
     def by_logits(z: Array, y: Array, pos_weight: Array | None, g: Array) -> Array:
         return (g * _slopes(z, y, pos_weight)[0]).astype(z.dtype)
 
-    dz = alone_in_one_axis(by_logits, *arrays, g)
-    _, *others = _slopes(*arrays)
+    dz = in_long_rows(by_logits, *arrays, g)
     # An infinite slope by a label must not turn a loss that weighs nothing into NaN.
-    gradients = (dz, *(weighted(g, d) for d in others))
+    gradients = (dz, *(weighted(g, d) for d in _slopes(*arrays)[1:]))
     return (*gradients, None) if elements[2] is None else gradients
 
 

@@ -58,11 +58,12 @@ CASES = covering(
 )
 
 
-@pytest.fixture(autouse=True)
-def small_tiles_too(one_device, as_if_large, monkeypatch):
-    """Any tile is worth it, and the first half of the rows is looked at first."""
+@pytest.fixture(autouse=True, params=["labels", "nothing"])
+def small_tiles_too(request, one_device, as_if_large, monkeypatch):
+    """Any tile is worth it, read relative to the one or the other, and half of the rows first."""
     monkeypatch.setattr(_from_label, "_SMALL", 0)
     monkeypatch.setattr(_from_label, "_SAMPLED", 2)
+    monkeypatch.setattr(_from_label, "FEW_CLASSES", 0 if request.param == "labels" else 10**6)
 
 
 @pytest.fixture
@@ -74,6 +75,7 @@ def far_in_sample(monkeypatch):
 def far_elsewhere(monkeypatch):
     monkeypatch.setattr(_from_label, "_near_in_sample", lambda *_: jnp.ones((), bool))
     monkeypatch.setattr(_from_label, "_MOST", 0.0)
+    monkeypatch.setattr(_from_label, "_MOST_BARE", 0.0)
 
 
 def check_case(case):
@@ -170,11 +172,18 @@ def test_the_normaliser_beside_an_unlikely_label(size):
 )
 def test_what_is_tried(kind, tried, served):
     logits = BATCHES[kind].astype(np.float32)
-    candidates = {"label": logits[np.arange(ROWS), LABELS], "maximum": logits.max(-1)}
+    label, maximum = logits[np.arange(ROWS), LABELS], logits.max(-1)
     found = _from_label.sums(
-        jnp.asarray(logits), jnp.asarray(candidates["label"]), None, shapes={}, shared=True
+        jnp.asarray(logits), jnp.asarray(LABELS), jnp.asarray(label), None, shapes={}, shared=True
     )
-    np.testing.assert_array_equal(found.attempt.tried, candidates[tried])
+    candidates = {"label": label, "maximum": maximum, "nothing": np.zeros_like(label)}
+    if found.attempt.bare is not None:
+        tried, served = "nothing", kind == "near"
+        own, gap = found.attempt.bare
+        np.testing.assert_allclose(own, np.exp(label) if served else 1.0, rtol=1e-6)
+        np.testing.assert_array_equal(gap, 0.0 if served else label - maximum)
+    else:
+        np.testing.assert_array_equal(found.attempt.tried, candidates[tried])
     np.testing.assert_array_equal(found.base, candidates[tried if served else "maximum"])
     assert found.attempt.served == served
 
@@ -184,10 +193,13 @@ def test_what_is_tried(kind, tried, served):
 def test_rows_that_do_not_count_have_no_say_in_what_is_tried(row, garbage):
     logits = NEAR.astype(np.float32)
     logits[row, LABELS[row]] = garbage
-    labels = jnp.asarray(logits[np.arange(ROWS), LABELS])
+    own = jnp.asarray(logits[np.arange(ROWS), LABELS])
     counts = jnp.arange(ROWS) != row
-    found = _from_label.sums(jnp.asarray(logits), labels, counts, shapes={}, shared=True)
-    np.testing.assert_array_equal(found.attempt.tried, labels)
+    found = _from_label.sums(
+        jnp.asarray(logits), jnp.asarray(LABELS), own, counts, shapes={}, shared=True
+    )
+    if found.attempt.tried is not None:
+        np.testing.assert_array_equal(found.attempt.tried, own)
     assert found.attempt.served
 
 
