@@ -36,6 +36,8 @@ from ._unless import unless
 _MOST = 2.0**46
 # Sums of bare exponentials, the inverse of the label's, and their product: all digits below this.
 _MOST_BARE = 2.0**100
+# Sums above its inverse leave probabilities down to 2^-96 above the smallest normal number.
+_MOST_INVERSE = 2.0**30
 # One row of so many is looked at first; where there are fewer, the maxima serve.
 _SAMPLED = 128
 # A tile of fewer elements is read faster by fewer kernels.
@@ -178,8 +180,10 @@ def _attempted_bare(
 ) -> Found:
     exp = _bare_exp(z, label_logit.dtype)
     total, own = row_sum(exp), at_label(exp, labels)
-    largest = jnp.maximum(jnp.maximum(total, total / own), 1 / own)
-    served = jnp.max(_if(counts, largest)) < _MOST_BARE
+    most = functools.reduce(
+        jnp.maximum, (total, total / own, 1 / own, _MOST_BARE / _MOST_INVERSE / total)
+    )
+    served = jnp.max(_if(counts, most)) < _MOST_BARE
 
     def again() -> tuple[Array, Array, Bare]:
         base, total = _sums_by_maxima(shapes_of_maxima, z, label_logit.dtype)

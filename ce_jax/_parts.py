@@ -207,7 +207,7 @@ def in_long_rows(function: Callable[..., Array], *arrays: Array | None) -> Array
     """
     present = [x for x in arrays if x is not None]
     *rows, classes = present[0].shape or (FEW_CLASSES + 1,)
-    if not all(map(is_own, present)) or not rows or classes > FEW_CLASSES:
+    if not all(map(is_own, present)) or not rows or not 0 < classes <= FEW_CLASSES:
         return function(*arrays)
     count = math.prod(rows)
     joined = next((k for k in range(_LONG // classes, 0, -1) if count % k == 0), 1)

@@ -150,6 +150,20 @@ def test_losses_of_any_size(size):
     np.testing.assert_allclose(pull(jnp.ones(rows))[0], slope, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("offset", [-80.0, -60.0, -15.0, 0.0, 60.0, 80.0, 1e4])
+def test_small_probabilities_wherever_logits_are(offset):
+    rows, classes = 300, 10
+    logits = np.random.default_rng(5).normal(size=(rows, classes)) - 45 * (np.arange(classes) > 6)
+    logits = (logits + offset).astype(np.float32)
+    labels = np.arange(rows) % 7
+    exact = logits.astype(np.float64)
+    exact -= exact.max(-1, keepdims=True)
+    probs = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
+    losses, pull = jax.vjp(lambda z: loss(z, labels), logits)
+    np.testing.assert_allclose(losses, -np.log(probs[np.arange(rows), labels]), rtol=6e-7)
+    np.testing.assert_allclose(pull(jnp.ones(rows))[0][:, 7:], probs[:, 7:], rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [12.0, 28.0, 70.0])
 def test_the_normaliser_beside_an_unlikely_label(size):
     rows, classes = 200, 10
