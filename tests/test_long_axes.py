@@ -66,7 +66,7 @@ def test_parts_as_on_a_gpu(longest, monkeypatch):
     """In an axis of their own, halves joined; here a CPU runs what a GPU would."""
     monkeypatch.setattr(_parts, "_LONGEST_ON_GPU", longest)
     monkeypatch.setattr(_parts, "_SHORTEST", 1)
-    monkeypatch.setattr(_sums, "_FEW_CLASSES", 0)
+    monkeypatch.setattr(_sums, "FEW_CLASSES", 0)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, **own: own.get("cuda", own["default"])(*args)
     )
