@@ -174,9 +174,9 @@ def _losses_to_add(z: Array, y: Array) -> Array:
 
 
 def _far(z: Array, y: Array) -> Array:
-    # A constant that the slopes have too XLA would store, as an array: 1 - y is -(y - 1), 0 is -0.
-    above = jnp.maximum(z, -0.0)
-    return (above - z) * y - above * (y - 1)
+    # The greater one is that of the logit's sign, as they differ by z. A constant that the slopes
+    # have too XLA would store, as an array: so 1 - y is -(y - 1).
+    return -jnp.minimum(z * (y - 1), z * y)
 
 
 def _near(z: Array) -> Array:
