@@ -75,11 +75,6 @@ def tile(
     return jnp.where(real[None], z, -jnp.inf), pull
 
 
-def masked(options: Options, head: Head) -> bool:
-    """Whether a logit may be -inf."""
-    return head.bias is not None or _padded(options, head)
-
-
 def _padded(options: Options, head: Head) -> bool:
     """Whether a block may hold padding. Devices differ in theirs; one device leaves it out."""
     local = head.kernel.shape[options.class_axis]
@@ -118,7 +113,6 @@ def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) 
             _target_of(target, first, size),
             entropy=options.entropy,
             argmax=options.argmax,
-            masked=masked(options, head),
             first_class=_first_class(options, head, first),
         )
 
@@ -168,9 +162,7 @@ def _pulled_back(
         z, pull = tile(options, hidden, head, first, size)
         first_class = _first_class(options, head, first)
         of_block = _target_of(target, first, size)
-        dz, d_target = _tile.pullback(
-            z, of_block, part, g, masked=masked(options, head), first_class=first_class
-        )
+        dz, d_target = _tile.pullback(z, of_block, part, g, first_class=first_class)
         more_hidden, block = pull(dz)
         d_head = Head(
             kernel=put(d_head.kernel, block.kernel, first, options.class_axis),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from . import _budget, _sharded, _tile
+from ._from_label import is_label
 from ._head import First, Head, logits, over_blocks, put, take
 from ._recomputed import WHOLE, Form, over_columns
 from ._sides import Sides
@@ -223,7 +224,7 @@ def _row_losses(
     if fixed.column_counts is not None:
         exists = take(fixed.column_counts, first, z.shape[1])[None]
     losses = sigmoid_binary_cross_entropy(
-        z, _tile.is_label(rows, z, first), where=exists, forward_mode=forward_mode
+        z, is_label(rows, z, first), where=exists, forward_mode=forward_mode
     )
     return jnp.sum(losses, -1)
 

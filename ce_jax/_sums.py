@@ -1,30 +1,20 @@
 """Sums over the classes of a tile in which 0 may meet -inf, and counts for nothing.
 
-A select keeps the two apart, and to a CPU it is dear: XLA computes a sum there together with the
+A select keeps the two apart. To a CPU it would be dear: XLA finds a sum there together with the
 arithmetic that feeds it, but not with a select, and stores an array of the size of the tile first.
-So a CPU first finds the sums without selects, and those with them only where the first came out
-infinite or NaN; for a small tile it is not worth that. Other platforms fuse selects like anything
-else, and begin with them.
+So a CPU finds two sums or more of what is selected at once (see `_parts.sums_in_one`), which XLA
+compiles in another way. Other platforms fuse selects like anything else.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._parts import FEW_CLASSES, Shapes, apart, coefficient_parts, in_parts, reduced, sums_in_one
-
-# A tile of fewer elements is read with selects at once: a CPU stores little then, and has less to
-# compile and to start.
-_SMALL = 1 << 11
-
-# Fields of `_tile.Partial`, and how to compute each.
-_Sums = dict[str, Callable[[], Array]]
+from ._parts import FEW_CLASSES, Shapes, apart, in_parts, reduced, sums_in_one
 
 
 @runtime_checkable
@@ -43,24 +33,23 @@ def sums(
     target: _Target,
     *,
     entropy: bool,
-    masked: bool,
     shapes: Shapes,
 ) -> dict[str, Any]:
     """The sums of `_tile.Partial` that `target` and `entropy` ask for.
 
-    They are relative to `base`, the `origin` of each row. `masked` says whether some `z` may be
-    -inf, `shapes` are those of `_parts.best_shapes`.
+    They are relative to `base`, the `origin` of each row. `shapes` are those of
+    `_parts.best_shapes`.
     """
-    dots = functools.partial(_dots, entropy, masked)
-    if target.probs is None and target.classes is None and not entropy:
-        return {"sum_exp": sum_exp(shapes, z, base)}
-    if target.classes is not None and target.classes.ndim:
-        # A CPU would first store them for each row, to cut them like the tile.
-        cheap = {platform: shape for platform, shape in shapes.items() if platform != "cpu"}
-        return {"sum_exp": sum_exp(shapes, z, base)} | in_parts(dots, cheap, z, base, target)
-    exp = functools.partial(_sum_exp, row_sum)
-    found = in_parts(lambda *tile: exp(*tile) | dots(*tile), shapes, z, base, target)
-    if target.classes is not None:
+    # A CPU reads long rows as fast where it finds several sums of them.
+    others = {platform: shape for platform, shape in shapes.items() if platform != "cpu"}
+    if entropy:
+        found = in_parts(_of_exp, others, z, base, None)
+    else:
+        found = {"sum_exp": sum_exp(shapes, z, base)}
+    if target.probs is not None or target.classes is not None:
+        found |= in_parts(_of_target, others, z, base, target)
+    if target.classes is not None and target.classes.ndim == 0:
+        found["classes_dot"] *= target.classes
         found["classes_sum"] = target.classes * found["classes_count"]
     return found
 
@@ -73,159 +62,58 @@ def sum_exp(
     stored: bool = True,
 ) -> Float[Array, "*rows"]:
     """The first of the `sums`, that of the exponentials; `stored` says whether those may be."""
-    of_parts = functools.partial(_sum_exp, row_sum if stored else _reduced_sum)
+    add_up = row_sum if stored else _reduced_sum
+
+    def of_parts(z: Array, base: Array, _: Any) -> dict[str, Array]:
+        return {"sum_exp": add_up(jnp.exp(shift(z, base)))}
+
     return in_parts(of_parts, shapes, z, base, None)["sum_exp"]
 
 
-def _sum_exp(
-    add_up: Callable[[Array], Array],
-    z: Float[Array, "*rows classes"],
-    base: Float[Array, "*rows"],
-    _: Any,
+def _of_exp(
+    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], _: Any
 ) -> dict[str, Array]:
-    return {"sum_exp": add_up(jnp.exp(shift(z, base)))}
+    shifted = shift(z, base)
+    exp = jnp.exp(shifted)
+    return _row_sums({"sum_exp": exp, "exp_dot": exp * finite_exponent(shifted)})
 
 
-def _dots(
-    entropy: bool,
-    masked: bool,
-    z: Float[Array, "*rows classes"],
-    base: Float[Array, "*rows"],
-    target: _Target,
+def _of_target(
+    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], target: _Target
 ) -> dict[str, Array]:
-    if masked:
-        cpu: Callable[..., dict[str, Array]] = functools.partial(_select_where_masked, entropy)
-        default = _all(functools.partial(_with_select, entropy))
-        if all(isinstance(n, int) for n in z.shape) and z.size < _SMALL:  # may be symbolic
-            return default(z, base, target)
-    else:
-        cpu = _all(functools.partial(_without_select, entropy, apart))
-        default = _all(functools.partial(_without_select, entropy, lambda x: x))
-    found: dict[str, Array] = jax.lax.platform_dependent(z, base, target, cpu=cpu, default=default)
-    return found
-
-
-def _all(sums_of: Callable[..., _Sums]) -> Callable[..., dict[str, Array]]:
-    return lambda *arguments: {name: find() for name, find in sums_of(*arguments).items()}
-
-
-def _with_select(
-    entropy: bool, z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], target: _Target
-) -> _Sums:
-    def target_dot() -> Array:
-        shifted = shift(z, base)
-        bounded = jnp.maximum(shifted, jnp.finfo(shifted.dtype).min)
-        probs = target.probs.astype(shifted.dtype)
-        return row_sum(probs * jnp.where(probs == 0, bounded, shifted))
-
-    def exp_dot() -> Array:
-        shifted = shift(z, base)
-        return row_sum(jnp.exp(shifted) * finite_part(shifted))
-
-    out: _Sums = {}
+    found: dict[str, Array] = {}
+    # Apart, or a CPU would store the difference for these sums and that of exponentials.
+    shifted = shift(z, apart(base))
     if target.probs is not None:
-        out["target_dot"] = target_dot
-        out["target_sum"] = lambda: row_sum(target.probs.astype(base.dtype))
+        probs = target.probs.astype(base.dtype)
+        dot = probs * jnp.where(probs == 0, _bounded(shifted), shifted)
+        found |= _row_sums({"target_dot": dot, "target_sum": probs})
     if target.classes is not None:
-        for name, summand in _of_allowed(z, base, target.classes).items():
-            out[name] = functools.partial(lambda find: row_sum(find()), summand)
-    if entropy:
-        out["exp_dot"] = exp_dot
-    return out
+        found |= _row_sums(_of_allowed(z, shifted, target.classes))
+    return found
 
 
 def _of_allowed(
-    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], classes: Array
-) -> _Sums:
-    """What is added up over the classes with `z > -inf`, for each class of each row."""
-
-    def product() -> Array:
-        of_all = jnp.broadcast_to(classes, z.shape) * finite_part(shift(z, base))
-        return jnp.where(z > -jnp.inf, of_all, 0)  # a weight may be NaN there
-
-    out: _Sums = {"classes_dot": product}
-    out["classes_count"] = lambda: (z > -jnp.inf).astype(base.dtype)
-    if classes.ndim:
-        # By another comparison: a GPU would store the mask if this used it too.
-        of_rows = jnp.broadcast_to(classes, z.shape)
-        out["classes_sum"] = lambda: jnp.where(z != -jnp.inf, of_rows, 0)
-    return out
-
-
-def _without_select(
-    entropy: bool,
-    own: Callable[[Array], Array],
-    z: Float[Array, "*rows classes"],
-    base: Float[Array, "*rows"],
-    target: _Target,
-) -> _Sums:
-    # `own(x)` stands for `x` in one of the sums. What XLA finds in several of them it computes once
-    # and stores, while a CPU is faster if each sum reads the tile and computes what it needs.
-    def shifted() -> Array:
-        return shift(own(z), own(base))
-
-    def classes_dot() -> Array:
-        if target.classes.ndim == 0:
-            return target.classes * row_sum(shifted())
-        count = coefficient_parts(z)
-        if count == 1:
-            return row_sum(jnp.broadcast_to(own(target.classes), z.shape) * shifted())
-        parts = own(z).reshape(*z.shape[:-1], count, z.shape[-1] // count)
-        bases = jnp.broadcast_to(own(base)[..., None], parts.shape[:-1])
-        classes = own(target.classes)
-        classes = classes.reshape(*classes.shape[:-1], *parts.shape[-2:])
-        product = jnp.broadcast_to(classes, parts.shape) * shift(parts, bases)
-        return jnp.sum(product, (-2, -1))
-
-    def in_all_rows(x: ArrayLike) -> Array:
-        # The maximum of a tile varies over the mesh axes that the tile varies over, as a sum must.
-        return jnp.full_like(jnp.max(z, -1), x, dtype=base.dtype)
-
-    out: _Sums = {}
-    if target.probs is not None:
-        out["target_dot"] = lambda: row_sum(own(target.probs).astype(base.dtype) * shifted())
-        out["target_sum"] = lambda: row_sum(target.probs.astype(base.dtype))
-    if target.classes is not None:
-        out["classes_dot"] = classes_dot
-        out["classes_count"] = lambda: in_all_rows(z.shape[-1])
-        if target.classes.ndim:
-            out["classes_sum"] = lambda: in_all_rows(jnp.sum(target.classes, -1))
-    if entropy:
-        # 0 times a bounded number: right for -inf too, which unmasked logits overflow to.
-        least = float(jnp.finfo(base.dtype).min)
-        out["exp_dot"] = lambda: row_sum(jnp.exp(shift(z, base)) * jnp.maximum(shifted(), least))
-    return out
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _select_where_masked(
-    entropy: bool, z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], target: _Target
+    z: Float[Array, "*rows classes"], shifted: Float[Array, "*rows classes"], classes: Array
 ) -> dict[str, Array]:
-    with_select = _with_select(entropy, z, base, target)
-    found = _all(_without_select)(entropy, apart, z, base, target)
-    dots: Any = sum(
-        found[name] for name in ("target_dot", "classes_dot", "exp_dot") if name in found
-    )
-    # One kernel less than `all`; finite numbers that add up to infinity cost time alone. Apart, or
-    # XLA would add up the whole tile a second time.
-    hold = jnp.isfinite(jnp.sum(apart(dots)))
-    for name in ("target_dot", "exp_dot"):  # in turns, so that no two arrays are held at once
-        if name in found:
-            found[name] = jax.lax.cond(hold, lambda plain=found[name]: plain, with_select[name])
-    if target.classes is not None:
-        plain = {name: x for name, x in found.items() if name.startswith("classes_")}
-        found |= jax.lax.cond(
-            hold, lambda: plain, lambda: sums_in_one(_all(_of_allowed)(z, base, target.classes))
-        )
+    """What is added up over the classes with `z > -inf`; as if a single coefficient were 1."""
+    allowed = z > -jnp.inf
+    dot = _bounded(shifted)  # a coefficient may be 0 where that overflowed
+    summands = {"classes_count": allowed.astype(shifted.dtype)}
+    if classes.ndim:
+        of_rows = jnp.broadcast_to(classes, z.shape)
+        dot = of_rows * dot
+        # By another comparison: a GPU would store the mask if this used it too.
+        summands["classes_sum"] = jnp.where(z != -jnp.inf, of_rows, 0)
+    return summands | {"classes_dot": jnp.where(allowed, dot, 0)}  # a coefficient may be NaN there
+
+
+def _row_sums(summands: dict[str, Array]) -> dict[str, Array]:
+    def each(summands: dict[str, Array]) -> dict[str, Array]:
+        return jax.tree.map(_reduced_sum, summands)
+
+    found: dict[str, Array] = jax.lax.platform_dependent(summands, cpu=sums_in_one, default=each)
     return found
-
-
-# The derivative of sums that are not taken, times 0, would be NaN.
-@_select_where_masked.defjvp
-def _select_where_masked_jvp(
-    entropy: bool, primals: Any, tangents: Any
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    return jax.jvp(_all(functools.partial(_with_select, entropy)), primals, tangents)
 
 
 def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
@@ -258,17 +146,20 @@ def _reduced_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
     return reduced(jnp.sum, jnp.add, x)
 
 
-def finite_part(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`, with 0 for -inf."""
-    return jnp.where(x == -jnp.inf, 0, x)
+def finite_exponent(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, or a finite number of which the exponential is 0 as well."""
+    return jnp.maximum(x, -1e4)  # with a larger one a derivative of 0 times it would overflow
+
+
+def _bounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, with the least finite number for -inf, which unmasked logits may overflow to."""
+    return jnp.maximum(x, jnp.finfo(x.dtype).min)
 
 
 def spread(
-    classes: Float[ArrayLike, "..."], z: Float[Array, "*rows classes"], masked: bool
+    classes: Float[ArrayLike, "..."], z: Float[Array, "*rows classes"]
 ) -> tuple[Float[Array, "*rows classes"], Bool[Array, "*rows classes"]]:
     """The class coefficients in each row, 0 where a class is not allowed, and which are."""
     classes = jnp.broadcast_to(classes, z.shape)
-    if not masked:
-        return classes, jnp.ones(z.shape, bool)
     allowed = z > -jnp.inf
     return jnp.where(allowed, classes, 0), allowed

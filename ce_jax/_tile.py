@@ -33,9 +33,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from . import _from_label
-from ._from_label import at_label
+from ._from_label import at_label, is_label
 from ._parts import Shapes, best_shapes, row_argmax, row_maxima
-from ._sums import finite_part, origin, shift, spread, sums
+from ._sums import finite_exponent, origin, shift, spread, sums
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -109,7 +109,6 @@ def partial_statistics(
     *,
     entropy: bool = False,
     argmax: bool = False,
-    masked: bool = True,
     first_class: int | Integer[Array, ""] = 0,
     join_max: Callable[[Array], Array] | None = None,
     alone: bool = False,
@@ -117,9 +116,8 @@ def partial_statistics(
 ) -> Partial:
     """Reads one tile, whose first column is class `first_class` of the row.
 
-    `masked` says whether some `z` may be -inf; without that a CPU needs fewer passes. `join_max`
-    turns the maxima of a tile into those of whole rows, which the sums then are relative to.
-    `alone` says that no derivative will be taken, `whole` that rows are, and hold their labels.
+    `join_max` turns the maxima of a tile into those of whole rows, which the sums then are relative
+    to. `alone` says that no derivative will be taken, `whole` that rows are, and hold their labels.
     """
     shapes = best_shapes(z, alone=alone, entropy=entropy)
     labels_only = target.probs is None and target.classes is None and not (entropy or argmax)
@@ -128,7 +126,7 @@ def partial_statistics(
     local_max = row_maxima(z, shapes).astype(wide(z.dtype))
     row_max = local_max if join_max is None else join_max(local_max)
     columns = target._replace(labels=ABSENT, counts=ABSENT)
-    found = sums(z, origin(row_max), columns, entropy=entropy, masked=masked, shapes=shapes)
+    found = sums(z, origin(row_max), columns, entropy=entropy, shapes=shapes)
     out = Partial(base=row_max, **found)
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class, whole)
@@ -185,8 +183,8 @@ def finish(part: Partial, counts: Bool[Array, "*rows"] | None = None) -> RowStat
     out = RowStatistics(lse=base + log_sum, argmax=part.argmax)
     if part.label_logit is not None:
         if part.attempt is not None and part.attempt.bare is not None:
-            own, gap = part.attempt.bare
-            cross = jnp.log(part.sum_exp / own) - gap
+            own, rest, gap = part.attempt.bare
+            cross = jnp.log1p(rest / own) - gap
         else:
             cross = log_sum - (part.label_logit - base)
         out = out._replace(cross=cross, label_logit=part.label_logit)
@@ -223,7 +221,6 @@ def pullback(
     part: Partial,
     g: RowStatistics,
     *,
-    masked: bool = True,
     first_class: int | Integer[Array, ""] = 0,
 ) -> tuple[Float[Array, "*rows classes"], Target]:
     """Cotangents of a tile and of its target, from those of the statistics of the whole row.
@@ -263,7 +260,7 @@ def pullback(
         absent = ((target.probs == 0) | (g.cross == 0)[..., None]) & (shifted == -jnp.inf)
         d_target = d_target._replace(probs=jnp.where(absent, 0, d_probs).astype(target.probs.dtype))
     if target.classes is not None:
-        classes, allowed = spread(target.classes, z, masked)
+        classes, allowed = spread(target.classes, z)
         dz = dz - g.uniform[..., None] * classes
         surprise = jnp.where(allowed, log_sum[..., None] - shifted, 0)
         d_classes = g.uniform[..., None] * surprise
@@ -273,7 +270,7 @@ def pullback(
         # log p + H is (z - base) - exp_dot / sum_exp: the logarithm of the sum cancels.
         mean = part.exp_dot / part.sum_exp
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
-        dz = dz - exp * onto_log_p * (finite_part(shifted) - mean[..., None])
+        dz = dz - exp * onto_log_p * (finite_exponent(shifted) - mean[..., None])
     return dz, d_target
 
 
@@ -294,13 +291,3 @@ def _label_logit(
     local = labels - first_class
     inside = (local >= 0) & (local < z.shape[-1])
     return jnp.where(inside, at_label(z, jnp.where(inside, local, 0)), 0)
-
-
-def is_label(
-    labels: Integer[Array, "*rows"],
-    z: Float[Array, "*rows classes"],
-    first_class: int | Integer[Array, ""],
-) -> Bool[Array, "*rows classes"]:
-    """True in the column of each row's label, by comparison: a scatter is slow off the CPU."""
-    columns = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
-    return columns == (labels - first_class)[..., None]

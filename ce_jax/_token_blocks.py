@@ -97,8 +97,7 @@ def _fused_fwd(
         z, pull = _class_blocks.tile(
             options.head, part(hidden), head, 0, head.kernel.shape[options.head.class_axis]
         )
-        masked = _class_blocks.masked(options.head, head)
-        partial = _tile.partial_statistics(z, of_block, masked=masked)
+        partial = _tile.partial_statistics(z, of_block)
 
         def block_loss(statistics: _tile.RowStatistics, scales: Any, shared: Any) -> Array:
             inputs = block._replace(scales=scales, shared=shared)
@@ -107,7 +106,7 @@ def _fused_fwd(
         statistics = _tile.finish(partial)
         loss, pull_loss = jax.vjp(block_loss, statistics, block.scales, rows.shared)
         g, d_scales, d_shared = pull_loss(jnp.ones_like(loss))
-        dz, d_target = _tile.pullback(z, of_block, partial, g, masked=masked)
+        dz, d_target = _tile.pullback(z, of_block, partial, g)
         d_hidden, d_head = pull(dz)
         return total + loss, _Inputs(
             hidden=put(grads.hidden, d_hidden.T, first),

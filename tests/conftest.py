@@ -12,7 +12,7 @@ import hypothesis
 import jax
 import pytest
 
-from ce_jax import _parts, _sums
+from ce_jax import _parts
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,15 +42,6 @@ def one_device(monkeypatch):
     """As on one, where long rows are read in parts: over the eight here they might be sharded."""
     monkeypatch.setattr(_parts, "_may_be_sharded", lambda: False)
     jax.clear_caches()  # it is asked when a loss is traced
-    yield
-    jax.clear_caches()
-
-
-@pytest.fixture
-def as_if_large(monkeypatch):
-    """Tiles are read as large ones are: on a CPU with selects only where a logit is -inf."""
-    monkeypatch.setattr(_sums, "_SMALL", 0)
-    jax.clear_caches()
     yield
     jax.clear_caches()
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
-def all_long(monkeypatch, as_if_large):
+def all_long(monkeypatch):
     """Limits so small that every row is cut and rows are stacked."""
     monkeypatch.setattr(_parts, "_LONGEST", 2)
     monkeypatch.setattr(_parts, "_SHORTEST", 1)
@@ -244,3 +244,35 @@ def test_narrow_logits_are_not_widened_in_memory():
     for function in (loss, jax.value_and_grad(loss)):
         compiled = jax.jit(function).lower(*arguments).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < rows * classes / 16
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 16, 17, 31, 63, 64, 65, 100, 257, 1000, 1024, 2003, 50257])
+@pytest.mark.parametrize("count", [2, 3])
+def test_sums_in_one_are_sums(n, count):
+    """Of integers, so that no order of additions makes a difference."""
+    draw = np.random.default_rng(n)
+    arrays = {str(k): draw.integers(-9, 9, (3, 2, n)).astype(np.float32) for k in range(count)}
+    tangents = {k: 2 * x + 1 for k, x in arrays.items()}
+    found = jax.jit(_parts.sums_in_one)(arrays)
+    assert found.keys() == arrays.keys()
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(found[name], x.sum(-1))
+    found, slopes = jax.jvp(_parts.sums_in_one, (arrays,), (tangents,))
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(found[name], x.sum(-1))
+        np.testing.assert_array_equal(slopes[name], tangents[name].sum(-1))
+
+
+def test_sums_in_one_hold_partial_sums_alone():
+    """The selected numbers themselves are stored by XLA where one sum is taken of them."""
+
+    def summands(x):
+        return {"dot": jnp.where(x > -jnp.inf, x, 0), "count": (x > -jnp.inf).astype(x.dtype)}
+
+    def temporaries(function):
+        x = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
+        return jax.jit(function).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    size = 4 * 64 * 4096
+    assert temporaries(lambda x: _parts.sums_in_one(summands(x))) <= 1.05 * size / 8
+    assert temporaries(lambda x: jax.tree.map(lambda s: jnp.sum(s, -1), summands(x))) >= size

@@ -63,12 +63,16 @@ def test_the_gradient_takes_no_more_than_optax(name, dtype):
 @pytest.mark.parametrize("row_option", [None, "ignore_index", "where", "sample_weight"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
 def test_the_loss_of_ids_and_its_gradient_build_nothing_of_the_logits_size(row_option, options):
-    """Neither one-hot targets nor probabilities nor a copy in which rows are left out."""
+    """Neither one-hot targets nor probabilities nor a copy in which rows are left out.
+
+    Smoothing has two kinds of partial sums, each of sixteen logits.
+    """
     logits = ((ROWS, CLASSES), jnp.float32)
 
     def loss(z, y):
         rows = {"ignore_index": -1, "where": y % 3 > 0, "sample_weight": (y % 3).astype(z.dtype)}
         return integer(z, y, **options, **{k: v for k, v in rows.items() if k == row_option})
 
-    assert temporaries(loss, logits, IDS) < ALL / 16
-    assert temporaries(jax.value_and_grad(loss), logits, IDS) < ALL / 16
+    limit = ALL / (7 if options else 16)
+    assert temporaries(loss, logits, IDS) < limit
+    assert temporaries(jax.value_and_grad(loss), logits, IDS) < limit
