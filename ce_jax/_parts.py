@@ -309,9 +309,10 @@ def is_own(z: Array) -> bool:
 
 
 def _has_own_classes(z: Array) -> bool:
-    """Whether the last axis of an array that is on one device is of known length."""
+    """Whether an array is known to be on one device, and its last axis to be of known length."""
     sharded = any(axis is not None for axis in jax.typeof(z).sharding.spec)
-    return not (sharded or _may_be_sharded()) and isinstance(z.shape[-1], int)
+    known = all(isinstance(size, int) for size in z.shape[-1:])
+    return known and not (sharded or _may_be_sharded())
 
 
 def _may_be_sharded() -> bool:
