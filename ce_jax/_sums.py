@@ -49,7 +49,6 @@ def sums(
     if target.probs is not None or target.classes is not None:
         found |= in_parts(_of_target, others, z, base, target)
     if target.classes is not None and target.classes.ndim == 0:
-        found["classes_dot"] *= target.classes
         found["classes_sum"] = target.classes * found["classes_count"]
     return found
 
@@ -96,16 +95,18 @@ def _of_target(
 def _of_allowed(
     z: Float[Array, "*rows classes"], shifted: Float[Array, "*rows classes"], classes: Array
 ) -> dict[str, Array]:
-    """What is added up over the classes with `z > -inf`; as if a single coefficient were 1."""
+    """What is added up over the classes with `z > -inf`."""
     allowed = z > -jnp.inf
-    dot = _bounded(shifted)  # a coefficient may be 0 where that overflowed
-    summands = {"classes_count": allowed.astype(shifted.dtype)}
+    of_rows = jnp.broadcast_to(classes, z.shape)
+    dot = of_rows * _bounded(shifted)  # a coefficient may be 0 where that overflowed
+    summands = {
+        "classes_dot": jnp.where(allowed, dot, 0),  # a coefficient may be NaN there
+        "classes_count": allowed.astype(shifted.dtype),
+    }
     if classes.ndim:
-        of_rows = jnp.broadcast_to(classes, z.shape)
-        dot = of_rows * dot
         # By another comparison: a GPU would store the mask if this used it too.
         summands["classes_sum"] = jnp.where(z != -jnp.inf, of_rows, 0)
-    return summands | {"classes_dot": jnp.where(allowed, dot, 0)}  # a coefficient may be NaN there
+    return summands
 
 
 def _row_sums(summands: dict[str, Array]) -> dict[str, Array]:
