@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._parts import FEW_CLASSES, Shapes, in_long_rows, is_own, row_maxima, sums_in_one
-from ._sums import origin, shift, sum_exp
+from ._sums import bounded, origin, shift, sum_exp
 from ._unless import unless
 
 # Sums above this are of losses above 31.9 nats.
@@ -177,7 +177,8 @@ def _attempted(
     tried = unless(
         near, label_logit, lambda: row_maxima(z, shapes_of_maxima).astype(label_logit.dtype)
     )
-    total = sum_exp(shapes, z, _finite(tried))
+    # Beside a label at -inf the sum becomes infinite, unless all of the row is at -inf.
+    total = sum_exp(shapes, z, bounded(tried))
     served = jnp.max(_if(counts, total)) < _MOST
     again = functools.partial(_sums_by_maxima, shapes_of_maxima, z, label_logit.dtype)
     base, total = unless(served, (tried, total), again)
@@ -231,11 +232,6 @@ def _if(counts: Array | None, x: Array) -> Array:
     return x if counts is None else jnp.where(counts, x, 0)
 
 
-def _finite(base: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    # Beside a label at -inf the sum becomes infinite, unless all of the row is at -inf.
-    return jnp.maximum(base, jnp.finfo(base.dtype).min)
-
-
 def _jvp_of(attempted: Callable[..., Found]) -> Callable[..., tuple[Found, Found]]:
     def jvp(
         shapes: Shapes,
@@ -265,7 +261,7 @@ _attempted_bare.defjvp(_jvp_of(_attempted_bare))
 def _exp_attempted(z: Array, base: Array, attempt: Attempt) -> Array:
     # Written as in the sums, which XLA then takes it from.
     tried = attempt.tried
-    first = _bare_exp(z, base.dtype) if tried is None else jnp.exp(shift(z, _finite(tried)))
+    first = _bare_exp(z, base.dtype) if tried is None else jnp.exp(shift(z, bounded(tried)))
     return unless(attempt.served, first, lambda: _exp(z, base))
 
 

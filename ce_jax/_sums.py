@@ -85,7 +85,7 @@ def _of_target(
     shifted = shift(z, apart(base))
     if target.probs is not None:
         probs = target.probs.astype(base.dtype)
-        dot = probs * jnp.where(probs == 0, _bounded(shifted), shifted)
+        dot = probs * jnp.where(probs == 0, bounded(shifted), shifted)
         found |= _row_sums({"target_dot": dot, "target_sum": probs})
     if target.classes is not None:
         found |= _row_sums(_of_allowed(z, shifted, target.classes))
@@ -98,7 +98,7 @@ def _of_allowed(
     """What is added up over the classes with `z > -inf`."""
     allowed = z > -jnp.inf
     of_rows = jnp.broadcast_to(classes, z.shape)
-    dot = of_rows * _bounded(shifted)  # a coefficient may be 0 where that overflowed
+    dot = of_rows * bounded(shifted)  # a coefficient may be 0 where that overflowed
     summands = {
         "classes_dot": jnp.where(allowed, dot, 0),  # a coefficient may be NaN there
         "classes_count": allowed.astype(shifted.dtype),
@@ -152,7 +152,7 @@ def finite_exponent(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.maximum(x, -1e4)  # with a larger one a derivative of 0 times it would overflow
 
 
-def _bounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def bounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x`, with the least finite number for -inf, which unmasked logits may overflow to."""
     return jnp.maximum(x, jnp.finfo(x.dtype).min)
 
