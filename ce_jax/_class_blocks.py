@@ -50,7 +50,7 @@ def row_statistics(
     _sharded.check_sharded("kernel", head.kernel, options.axis_name)
     hidden, head, target = _sharded.align((hidden, head, target))
     if forward_mode:
-        return _tile.finish(_partial(options, hidden, head, target))
+        return _tile.finish(_partial(options, hidden, head, target, differentiated=True))
     return _fused(options, hidden, head, target)
 
 
@@ -101,10 +101,19 @@ def _extent(options: Options, head: Head) -> tuple[int, int]:
     return total, min(options.block, total)
 
 
-def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) -> _tile.Partial:
-    # In forward mode JAX adds up the cotangents of `hidden` over the blocks, in the dtype that the
-    # blocks find it in. The detour through the accumulation dtype changes no value.
-    widened = hidden.astype(_tile.wide(hidden.dtype))
+def _partial(
+    options: Options,
+    hidden: Array,
+    head: Head,
+    target: _tile.Target,
+    *,
+    differentiated: bool = False,
+) -> _tile.Partial:
+    # Where JAX derives the derivative, it adds up the cotangents of `hidden` over the blocks, in
+    # the dtype that the blocks find it in. The detour through the accumulation dtype changes no
+    # value.
+    found_in = _tile.wide(hidden.dtype) if differentiated else hidden.dtype
+    widened = hidden.astype(found_in)
 
     def of_block(first: First, size: int) -> _tile.Partial:
         z, _ = tile(options, widened.astype(hidden.dtype), head, first, size)

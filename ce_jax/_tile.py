@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from . import _from_label
 from ._from_label import at_label, is_label
+from ._one_reading import maxima_and_sums
 from ._parts import Shapes, best_shapes, row_argmax, row_maxima
 from ._sums import finite_exponent, origin, shift, spread, sums
 
@@ -123,11 +124,15 @@ def partial_statistics(
     labels_only = target.probs is None and target.classes is None and not (entropy or argmax)
     if whole and labels_only and _from_label.is_worth_it(z):
         return _relative_to_labels(z, target, shapes, alone)
-    local_max = row_maxima(z, shapes).astype(wide(z.dtype))
-    row_max = local_max if join_max is None else join_max(local_max)
     columns = target._replace(labels=ABSENT, counts=ABSENT)
-    found = sums(z, origin(row_max), columns, entropy=entropy, shapes=shapes)
-    out = Partial(base=row_max, **found)
+    if join_max is None and columns == Target() and not entropy:
+        row_max, total = maxima_and_sums(shapes, z, wide(z.dtype))
+        out = Partial(base=row_max, sum_exp=total)
+    else:
+        local_max = row_maxima(z, shapes).astype(wide(z.dtype))
+        row_max = local_max if join_max is None else join_max(local_max)
+        found = sums(z, origin(row_max), columns, entropy=entropy, shapes=shapes)
+        out = Partial(base=row_max, **found)
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class, whole)
         out = out._replace(label_logit=logit.astype(row_max.dtype))

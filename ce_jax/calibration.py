@@ -351,7 +351,7 @@ def _fit_temperature(
         return jnp.sum(weight * mean), jnp.sum(weight * spread)
 
     def step(state: _State) -> _State:
-        least, most, inverse, _, steps = state
+        least, most, inverse, change, steps = state
         slope, curvature = slope_and_curvature(inverse)
         # With every prediction right, the slope underflows long before the bound is reached.
         vanished = (slope == 0) & (curvature == 0) & informative
@@ -359,7 +359,9 @@ def _fit_temperature(
         most = jnp.where(slope > 0, inverse, most)
         newton = inverse - slope / jnp.where(curvature > 0, curvature, 1)
         inside = (curvature > 0) & (newton > least) & (newton < most)
-        better = jnp.where(inside, newton, jnp.sqrt(least * most))
+        # Towards a bound Newton's steps do not become shorter, and would be too many.
+        shorter = jnp.abs(newton - inverse) < change / 2
+        better = jnp.where(inside & shorter, newton, jnp.sqrt(least * most))
         better = jnp.where((slope == 0) & ~vanished, inverse, better)
         return least, most, better, jnp.abs(better - inverse), steps + 1
 

@@ -249,6 +249,9 @@ def _logistic_jvp(
 _fused = jax.custom_vjp(_loss_of, nondiff_argnums=(0,))
 
 
+# Both as a whole for those who differentiate outside `jit`, where conditionals would be compiled in
+# each call.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _fused_fwd(
     summed: bool, z: Array, y: Array, pos_weight: Array | None = None
 ) -> tuple[Array, _Elements]:
@@ -256,6 +259,7 @@ def _fused_fwd(
     return _logistic(summed, z, y, pos_weight), (z, y, pos_weight)
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _fused_bwd(_: bool, elements: _Elements, g: Array) -> tuple[Array | None, ...]:
     arrays = _arrays(elements)
 

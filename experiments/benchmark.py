@@ -57,6 +57,7 @@ class Operation(StrEnum):
     EAGER = "eager"
     IMPORT = "import"
     COMPILE = "compile"
+    SCALING = "scaling"
 
 
 # Bytes that malloc gets before the first call.
@@ -179,7 +180,10 @@ def run(
         print_rows(console, found)
         rows += found
         report.save(folder, rows, about)
-    title = f"{about['processor']}, {about['cores']} cores, jax {jax.__version__}"
+    device = f"{about['processor']}, {about['cores']} cores"
+    if jax.default_backend() != "cpu":
+        device = ", ".join(about["devices"])
+    title = f"{device}, jax {jax.__version__}"
     pictures.save_all(folder, rows, title)
     for row in report.slower(rows):
         problem = row.problem
@@ -215,7 +219,8 @@ def parts(
         losses = [o for o in operations if o in problems.ARGUMENTS] or list(problems.ARGUMENTS)
         names = losses[:1] if quick else losses
         yield "compile", lambda: startup.compile_rows(names, 3 if quick else 7)
-    for problem in problems.table(operations, quick):
+    on_accelerator = jax.default_backend() != "cpu"
+    for problem in problems.table(operations, quick, on_accelerator=on_accelerator):
         yield (
             f"{problem.operation} {problem.shape} {problem.dtype}",
             partial(measure, problem, peers, effort),
@@ -226,7 +231,7 @@ def parts(
         yield Operation.VOCAB_PARALLEL, lambda: sharded.rows(effort, quick=quick, kept=kept)
     # Compiling for each of many sizes would take longer than all the rest.
     curves = [peer for peer in peers if peer.name != "torch.compile"]
-    for problem in problems.scaling(operations, quick):
+    for problem in problems.scaling(quick) if Operation.SCALING in operations else ():
         yield (
             f"scaling {problem.group}: {problem.operation} {problem.shape}",
             partial(measure, problem, curves, effort),

@@ -23,6 +23,15 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, data
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "cpu":
+        return
+    skip = pytest.mark.skip(reason="needs CPU devices, and JAX has others here")
+    for item in items:
+        if item.get_closest_marker("cpu"):
+            item.add_marker(skip)
+
+
 def pytest_collection_finish():
     # What is imported stays, and each full collection would look through all of it again.
     gc.collect()

@@ -169,6 +169,7 @@ def mesh():
     return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "reduction"), [*((name, "mean") for name in PAIRS), ("clip_loss", "none")]
@@ -205,6 +206,7 @@ def test_sharded_batch(name, reduction, mesh):
         close(gradient, slope, 1e-11, key, np.max(np.abs(expected)))
 
 
+@pytest.mark.cpu
 @every_loss
 def test_what_would_be_silently_wrong_raises(name, mesh):
     """Gradients without JAX's record of what varies, and embeddings that are not sharded."""

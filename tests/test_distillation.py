@@ -155,6 +155,7 @@ def test_transformations():
     np.testing.assert_allclose(backward, product, rtol=0, atol=1e-8)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("given", [False, True], ids=["two layers", "logits given"])
 def test_no_logits_are_held(given):
     """Value and the student's gradients; the logits of one alone would take 134 MB.
@@ -250,6 +251,7 @@ def test_extremes(reverse):
     assert empty == 0
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("linear", [False, True])
 def test_sharded_classes(linear):
@@ -286,6 +288,7 @@ def test_sharded_classes(linear):
         unchecked(smooth)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_global_logits_under_plain_jit(axis_type):
     """Sharded over rows and classes, without a mesh argument."""

@@ -16,7 +16,14 @@ SMALL = {"memory_budget": 1 << 16}  # several blocks
 LOSSES = {
     "class ids": lambda h: ce_jax.softmax_cross_entropy_with_integer_labels(h, LABELS % 3),
     "statistics": lambda h: ce_jax.softmax_statistics(h, LABELS % 3).entropy,
+    "soft labels": lambda h: ce_jax.softmax_cross_entropy(h, jnp.ones_like(h) / 3),
+    "smoothed": lambda h: ce_jax.softmax_cross_entropy_with_integer_labels(
+        h, LABELS % 3, label_smoothing=0.1
+    ),
     "sigmoid": lambda h: ce_jax.sigmoid_binary_cross_entropy(h, jnp.ones_like(h)),
+    "sigmoid mean": lambda h: ce_jax.sigmoid_binary_cross_entropy(
+        h, jnp.ones_like(h), reduction="mean"
+    ),
     "linear": lambda h: ce_jax.linear_softmax_cross_entropy(h, KERNEL, LABELS, **SMALL),
     "linear mean": lambda h: ce_jax.linear_softmax_cross_entropy(
         h, KERNEL, LABELS, reduction="mean", **SMALL
@@ -31,8 +38,12 @@ LOSSES = {
 }
 
 
+@pytest.mark.parametrize("devices", ["eight", "one"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_compile_once(name):
+def test_gradients_compile_once(name, devices, request):
+    if devices == "one":
+        request.getfixturevalue("one_device")
+
     def gradient():
         return jax.value_and_grad(lambda h: jnp.mean(LOSSES[name](h)))(jnp.asarray(HIDDEN))
 

@@ -177,6 +177,7 @@ def test_the_normaliser_beside_an_unlikely_label(size):
     np.testing.assert_allclose(found.lse, lse, rtol=0, atol=1.3e-6)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("kind", "tried", "served"),
     [
@@ -206,6 +207,7 @@ def test_what_is_tried(kind, tried, served):
     assert found.attempt.served == served
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("garbage", [-100.0, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", [0, ROWS - 1])  # in the sample, and elsewhere
 def test_rows_that_do_not_count_have_no_say_in_what_is_tried(row, garbage):
@@ -276,6 +278,7 @@ def test_batches_of_both_kinds():
         close(slopes, reference.vjp(getattr(reference, IDS), exact, "logits", COTANGENT), 4e-6)
 
 
+@pytest.mark.cpu
 def test_devices_of_both_kinds():
     """Each device reads its rows in its own way, and asks no other."""
     layout = Layout({"data": 2}, rows="data")
@@ -289,6 +292,7 @@ def test_devices_of_both_kinds():
     assert all(found.bytes <= 8 for found in collectives(program.lower(logits).compile()))
 
 
+@pytest.mark.cpu
 def test_the_maximum_is_looked_for_in_loops_alone(small_tiles_too):
     """The program itself reads the logits twice, and the exponentials are where the slopes go."""
     shape = (256, 4096)

@@ -8,6 +8,8 @@ import ce_jax
 from ce_jax import _budget
 from tests.test_memory import temporaries
 
+pytestmark = pytest.mark.cpu
+
 SHAPES = {"2048x256x32768": (2048, 256, 32768), "1024x512x65536": (1024, 512, 65536)}
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 LIMIT = 18 * 10**6

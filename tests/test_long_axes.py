@@ -17,7 +17,7 @@ from tests.helpers import LAYOUTS, covering, softmax_arguments
 IDS = "softmax_cross_entropy_with_integer_labels"
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_which_tiles_are_cut():
 def test_a_program_has_the_shapes_of_its_platform():
     loss = jax.jit(ce_jax.softmax_cross_entropy_with_integer_labels)
     logits, labels = jnp.zeros((8, 65536)), jnp.zeros(8, jnp.int32)
-    own = {"cpu": {"16x32768"}, "cuda": {"8x2x32768", "8x2x16384"}, "tpu": set()}
+    own = {"cpu": {"16x32768"}, "cuda": {"8x2x32768"}, "tpu": set()}
     for platform, shapes in own.items():
         text = loss.trace(logits, labels).lower(lowering_platforms=(platform,)).as_text()
         found = set(re.findall(r"tensor<([0-9x]*\d{5})xf32>", text))

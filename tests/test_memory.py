@@ -7,7 +7,7 @@ import pytest
 
 import ce_jax
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_device")]
 
 ROWS, CLASSES = 256, 4096
 ALL = ROWS * CLASSES * 4

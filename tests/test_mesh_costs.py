@@ -14,6 +14,8 @@ import ce_jax
 from tests import hlo
 from tests.mesh import LAYOUTS, Layout
 
+pytestmark = pytest.mark.cpu
+
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 SECTION = README.split("\n## Many devices\n")[1].split("\n## ")[0]
 FLOAT = 4

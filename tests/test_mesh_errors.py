@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import ce_jax
 
+pytestmark = pytest.mark.cpu
+
 LOSS = ce_jax.linear_softmax_cross_entropy
 DENSE = ce_jax.softmax_cross_entropy_with_integer_labels
 

@@ -292,6 +292,7 @@ def test_gradients_of_one_class_add_up_in_float32():
     np.testing.assert_allclose(np.float32(gradient).ravel(), expected, rtol=2**-8)
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("x64")
 def test_a_batch_over_devices():
     """Rows sharded, kernel and negatives the same everywhere: the kernel's gradient is whole."""

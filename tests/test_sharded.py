@@ -13,6 +13,8 @@ import ce_jax
 from tests import hlo, reference, reference_linear
 from tests.comparison import close
 
+pytestmark = pytest.mark.cpu
+
 ROWS, CLASSES, WIDTH = 8, 20, 6
 REAL_CLASSES = 17  # the last of the four shards is padding but for two classes
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.05, "ignore_index": 3}

@@ -164,6 +164,7 @@ def test_log1p_below_one():
     np.testing.assert_allclose(jax.jit(log1p_below_one)(x), exact, rtol=1e-7)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("shape", [(2048, 4), (8, 1024)])
 @pytest.mark.usefixtures("one_device")
 def test_sums_hold_no_losses(shape):

@@ -140,7 +140,9 @@ def test_estimate_prior_of_weighted_batches():
     both = jax.vmap(lambda z: ce_jax.estimate_prior(z, PRIOR))(batches)
     alone = [ce_jax.estimate_prior(z, PRIOR) for z in batches]
     np.testing.assert_allclose(both.prior, jnp.stack([x.prior for x in alone]), rtol=1e-5)
-    np.testing.assert_array_equal(both.steps, [x.steps for x in alone])
+    # Off the CPU a product of one batch is not added up as that of both is.
+    rounding = 0 if jax.default_backend() == "cpu" else 1
+    np.testing.assert_allclose(both.steps, [x.steps for x in alone], rtol=0, atol=rounding)
 
 
 def test_estimate_prior_whatever_precision_products_have_by_default():

@@ -4,7 +4,7 @@ Images are random bytes of MNIST's size: what they show does not change the time
 them on the device as bytes, shuffle, scale, and take a step of Adam for each 128 of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -54,8 +54,7 @@ def rows(effort: Effort, everybody: Sequence[Peer], *, quick: bool) -> list[Row]
         torch_peer("torch", compiled=False),
         torch_peer("torch.compile", compiled=True),
     ]
-    empty: Mapping[str, np.ndarray] = {}
-    found, programs = prepare(problem, peers, lambda peer: peer.build(problem, empty))
+    found, programs = prepare(problem, peers, lambda peer: peer.build(problem, {}))
     return found + compare(problem, programs, effort)
 
 

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -123,16 +123,24 @@ def _keras() -> dict[str, Loss]:
     }
 
 
-def _tokamax() -> dict[str, Loss]:
+def _tokamax(**options: Any) -> dict[str, Loss]:
     function: Any = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
+    if options and "chunked_xla" not in (function.__doc__ or ""):
+        raise NotImplementedError("this version has no chunked_xla")
     importlib.import_module("absl.flags").FLAGS([""])  # or it would read our command line as its
-    return {"linear": lambda h, k, y: function(h, y, k, reduction="mean")}
+    return {"linear": lambda h, k, y: function(h, y, k, reduction="mean", **options)}
 
 
-# The operations of the last two are named here, as a library that is missing cannot tell them.
-_OPTIONAL = {
-    "keras": (_keras, {"integer", "one-hot", "smoothed", "sigmoid"}),
-    "tokamax": (_tokamax, {"linear"}),
+# The modules and operations of the optional are named here: what is missing cannot tell them.
+_OPTIONAL: dict[str, tuple[str, Callable[[], dict[str, Loss]], set[str]]] = {
+    "keras": ("keras", _keras, {"integer", "one-hot", "smoothed", "sigmoid"}),
+    "tokamax": ("tokamax", _tokamax, {"linear"}),
+    # The one that does not hold the logits, which it takes by default on a TPU alone.
+    "tokamax chunked": (
+        "tokamax",
+        partial(_tokamax, implementation="chunked_xla"),
+        {"linear"},
+    ),
 }
 
 
@@ -144,14 +152,14 @@ def losses() -> dict[str, Mapping[str, Loss]]:
 def peers() -> list[Peer]:
     """All JAX peers, those that are not installed among them."""
     found = [_peer(name, functions) for name, functions in losses().items()]
-    for name, (load, operations) in _OPTIONAL.items():
-        if importlib.util.find_spec(name) is None:
+    for name, (module, load, operations) in _OPTIONAL.items():
+        if importlib.util.find_spec(module) is None:
             found.append(Peer(name, frozenset(operations), _never, "not installed"))
             continue
         try:
             found.append(_peer(name, load()))
         except Exception as error:  # Whatever keeps a foreign library from loading is its result.
-            reason = f"cannot be imported: {type(error).__name__}: {error}"
+            reason = f"cannot be used: {type(error).__name__}: {error}"
             found.append(Peer(name, frozenset(operations), _never, reason))
     return found
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.benchmarking.problems import Problem
-from experiments.benchmarking.programs import Peer, Program, kind_of_device, limit
+from experiments.benchmarking.programs import Peer, Program, kind_of_device, limit, on_device
 from experiments.benchmarking.timing import Effort, Samples, interleave
 
 OURS, BASELINE, LIMIT = "ce_jax", "optax", "limit"
@@ -60,7 +60,7 @@ def measure(problem: Problem, peers: Iterable[Peer], effort: Effort) -> list[Row
 
     A peer that fails is a row that says why, as is one that is missing; `ce_jax` must not fail.
     """
-    inputs = problem.inputs()
+    inputs = on_device(problem)
     floor, times = limit(problem, inputs)
     floor()
 

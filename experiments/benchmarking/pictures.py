@@ -18,8 +18,10 @@ _STYLES = {
     "torch chunked": ("#8c510a", "P"),
     "keras": ("#762a83", "X"),
     "tokamax": ("#1b7837", "^"),
+    "tokamax chunked": ("#a6dba0", "^"),
     "liger": ("#7fbc41", "<"),
     "cut-cross-entropy": ("#c51b7d", ">"),
+    "cut-cross-entropy exact": ("#f1b6da", ">"),
     LIMIT: ("#777777", ""),
 }
 _DOTS_PER_INCH = 130

@@ -12,6 +12,8 @@ from experiments.benchmarking.timing import Call
 
 # A mean loss, or (for statistics) a pair of that and what is not differentiated.
 Loss = Callable[..., Any]
+# The arrays that a problem is about, by name.
+Inputs = Mapping[str, jax.Array]
 
 
 class Program(NamedTuple):
@@ -43,31 +45,27 @@ class Peer(NamedTuple):
 
     name: str
     operations: frozenset[str]
-    build: Callable[[Problem, Mapping[str, np.ndarray]], Program]
+    build: Callable[[Problem, Inputs], Program]
     missing: str = ""
 
 
-def on_device(array: np.ndarray, dtype: str) -> jax.Array:
-    """An input on JAX's default device, floats in the dtype of the problem."""
-    is_float = np.issubdtype(array.dtype, np.floating)
-    return jnp.asarray(array, jnp.dtype(dtype) if is_float else array.dtype)
+def on_device(problem: Problem) -> Inputs:
+    """The inputs on JAX's default device, floats in the dtype of the problem but class weights."""
+
+    def placed(name: str, array: np.ndarray) -> jax.Array:
+        is_float = np.issubdtype(array.dtype, np.floating) and name != "weight"
+        return jnp.asarray(array).astype(problem.dtype if is_float else array.dtype)
+
+    return {name: placed(name, array) for name, array in problem.inputs().items()}
 
 
-def arguments(problem: Problem, inputs: Mapping[str, np.ndarray]) -> list[jax.Array]:
-    """The inputs of a problem as JAX arrays; class weights stay float32."""
-    return [
-        on_device(array, "float32" if name == "weight" else problem.dtype)
-        for name, array in inputs.items()
-    ]
-
-
-def jax_program(loss: Loss, problem: Problem, inputs: Mapping[str, np.ndarray]) -> Program:
+def jax_program(loss: Loss, problem: Problem, inputs: Inputs) -> Program:
     """The program of a JAX function, compiled unless the problem is about eager calls."""
     _, differentiated = ARGUMENTS[problem.formula]
     gradient_of = jax.value_and_grad(
         loss, tuple(range(differentiated)), has_aux=problem.formula == "statistics"
     )
-    return of_functions(loss, gradient_of, arguments(problem, inputs), eager=problem.is_eager)
+    return of_functions(loss, gradient_of, list(inputs.values()), eager=problem.is_eager)
 
 
 def of_functions(
@@ -97,20 +95,21 @@ def kind_of_device() -> str:
     return "CPU" if device.platform == "cpu" else device.device_kind
 
 
-def limit(problem: Problem, inputs: Mapping[str, np.ndarray]) -> tuple[Call, float]:
+def limit(problem: Problem, inputs: Inputs) -> tuple[Call, float]:
     """What no program can beat by much: a call, and how many times its time.
 
     Without a linear layer, a read and a write of the logits: `-z`. With one, three matmuls at the
-    rate of a large one, as value and gradient need them.
+    rate of a large one, as value and gradient need them; on a CPU of so many classes, as the
+    product would fill its memory, on an accelerator of all, as it works best on many.
     """
-    args = arguments(problem, inputs)
     if problem.formula == "linear":
-        block = min(problem.classes, 8192)
-        hidden, kernel = args[0], args[1][:, :block]
+        on_cpu = jax.default_backend() == "cpu"
+        block = min(problem.classes, 8192) if on_cpu else problem.classes
+        hidden, kernel = inputs["hidden"], inputs["kernel"][:, :block]
         multiply = jax.jit(jnp.matmul)
         return (
             lambda: jax.block_until_ready(multiply(hidden, kernel)),
             3 * problem.classes / block,
         )
-    negate = jax.jit(jnp.negative)
-    return lambda: jax.block_until_ready(negate(args[0])), 1.0
+    negate, logits = jax.jit(jnp.negative), inputs["logits"]
+    return lambda: jax.block_until_ready(negate(logits)), 1.0

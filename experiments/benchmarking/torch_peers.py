@@ -20,7 +20,7 @@ from experiments.benchmarking.problems import (
     SMOOTHING,
     Problem,
 )
-from experiments.benchmarking.programs import Loss, Peer, Program
+from experiments.benchmarking.programs import Inputs, Loss, Peer, Program
 
 _DENSE = ("integer", "one-hot", "ignored", "weighted", "smoothed", "sigmoid", "statistics")
 
@@ -66,6 +66,12 @@ def peers(*, compiled: bool) -> list[Peer]:
             "cut-cross-entropy",
             frozenset({"linear"}),
             _build(_cut),
+            _gpu_missing("cut_cross_entropy", on_gpu),
+        ),
+        Peer(
+            "cut-cross-entropy exact",
+            frozenset({"linear"}),
+            _build(partial(_cut, filter_eps=None)),
             _gpu_missing("cut_cross_entropy", on_gpu),
         ),
     ]
@@ -134,21 +140,23 @@ def _liger(_: Any) -> dict[str, Loss]:
     }
 
 
-def _cut(_: Any) -> dict[str, Loss]:
-    return {"linear": importlib.import_module("cut_cross_entropy").linear_cross_entropy}
+def _cut(_: Any, **options: Any) -> dict[str, Loss]:
+    # By default it leaves out blocks of the gradient in which no probability is above 2^-12.
+    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return {"linear": partial(function, **options)}
 
 
 def _build(
     functions: Callable[[Any], Mapping[str, Loss]],
-) -> Callable[[Problem, Mapping[str, np.ndarray]], Program]:
-    def build(problem: Problem, inputs: Mapping[str, np.ndarray]) -> Program:
+) -> Callable[[Problem, Inputs], Program]:
+    def build(problem: Problem, inputs: Inputs) -> Program:
         torch = import_torch()
         return _program(torch, functions(torch)[problem.formula], problem, inputs)
 
     return build
 
 
-def _program(torch: Any, loss: Loss, problem: Problem, inputs: Mapping[str, np.ndarray]) -> Program:
+def _program(torch: Any, loss: Loss, problem: Problem, inputs: Inputs) -> Program:
     device = torch_device(torch)
     args = [_tensor(torch, name, array, problem, device) for name, array in inputs.items()]
     _, differentiated = ARGUMENTS[problem.formula]
@@ -175,12 +183,13 @@ def _program(torch: Any, loss: Loss, problem: Problem, inputs: Mapping[str, np.n
     return Program(forward, gradient, temporaries, name)
 
 
-def _tensor(torch: Any, name: str, array: np.ndarray, problem: Problem, device: str) -> Any:
+def _tensor(torch: Any, name: str, array: jax.Array, problem: Problem, device: str) -> Any:
+    if device == "cpu":
+        array = jax.device_put(array, jax.devices("cpu")[0])
+    tensor = torch.from_dlpack(array)
     if name == "kernel":
-        array = np.ascontiguousarray(array.T)  # torch's layers hold [classes, features]
-    tensor = torch.from_numpy(array)
-    dtype = torch.int64 if name == "labels" else getattr(torch, problem.dtype)
-    return tensor.to(device, dtype)
+        tensor = tensor.T.contiguous()  # torch's layers hold [classes, features]
+    return tensor.to(torch.int64 if name == "labels" else getattr(torch, problem.dtype))
 
 
 def _temporaries(torch: Any, call: Callable[[], Any], results: Sequence[Any], device: str) -> int:

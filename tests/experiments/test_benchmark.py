@@ -21,7 +21,7 @@ from experiments.benchmarking import (
     torch_peers,
 )
 from experiments.benchmarking.problems import ARGUMENTS, Problem
-from experiments.benchmarking.programs import Peer, Program
+from experiments.benchmarking.programs import Peer, Program, on_device
 from experiments.benchmarking.timing import Effort, Samples, interleave
 
 TINY = Effort(0.001, 2, 2)
@@ -33,10 +33,12 @@ def tiny(operation):
 
 def outputs(peer, problem):
     """Loss and first gradient, as a peer computed them."""
-    loss, gradients = peer.build(problem, problem.inputs()).gradient()
+    loss, gradients = peer.build(problem, on_device(problem)).gradient()
     if isinstance(loss, tuple):
         loss, _ = loss
-    as_array = [x.detach().numpy() if hasattr(x, "detach") else x for x in (loss, gradients[0])]
+    as_array = [
+        x.detach().cpu().numpy() if hasattr(x, "detach") else x for x in (loss, gradients[0])
+    ]
     return [np.asarray(x, np.float64) for x in as_array]
 
 
@@ -186,7 +188,7 @@ def test_temporaries_of_torch_leave_the_results_out():
     pytest.importorskip("torch", reason="torch is not installed")
     torch_peer, *_ = torch_peers.peers(compiled=False)
     problem = Problem("integer", 64, 1000)
-    used = torch_peer.build(problem, problem.inputs()).temporaries()
+    used = torch_peer.build(problem, on_device(problem)).temporaries()
     logits = 64 * 1000 * 4
     # The log-probabilities and their gradient; not the logits' gradient, which is the result.
     assert 2 * logits <= used < 2.1 * logits
@@ -202,7 +204,10 @@ def test_shapes_and_dtypes_of_the_table():
     linear = {(p.rows, p.features, p.classes) for p in found if p.operation == "linear"}
     assert linear == {(2048, 256, 32768), (1024, 512, 65536)}
     assert all(p.is_eager and p.formula in ARGUMENTS for p in found if "eager" in p.operation)
-    curves = problems.scaling(["integer", "linear"], quick=False)
+    on_accelerator = problems.table(["integer", "linear"], quick=False, on_accelerator=True)
+    assert max(p.rows * p.classes for p in on_accelerator) == 8192 * 256000
+    assert {p.dtype for p in on_accelerator if p.operation == "linear"} == {"bfloat16"}
+    curves = problems.scaling(quick=False)
     assert {p.classes for p in curves if p.group == "classes"} == {2**k for k in range(10, 20)}
 
 
@@ -210,11 +215,17 @@ def test_shapes_and_dtypes_of_the_table():
 def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
     few = [tiny("integer"), tiny("integer")._replace(dtype="bfloat16"), tiny("sigmoid")]
     curve = [Problem("integer", 4, v, group="classes") for v in (8, 16)]
-    monkeypatch.setattr(problems, "table", lambda *_: few)
+    monkeypatch.setattr(problems, "table", lambda *_, **__: few)
     monkeypatch.setattr(problems, "scaling", lambda *_: curve)
     out = tmp_path / "run"
-    options = ["--quick", "--seconds", "0.01", "--only", "integer", "--out", str(out)]
-    options += ["--without", "jax.nn", "--fresh-memory"]  # no later test is to notice
+    options = ["--quick", "--seconds", "0.01", "--only", "integer", "--only", "scaling"]
+    options += [
+        "--without",
+        "jax.nn",
+        "--out",
+        str(out),
+        "--fresh-memory",
+    ]  # no later test is to notice
     result = CliRunner().invoke(benchmark.app, options)
     assert result.exit_code == 0, result.output
 
