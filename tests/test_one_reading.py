@@ -69,7 +69,7 @@ def test_any_number_of_classes(classes):
 
 
 def read(x, shape=None):
-    base, total = _one_reading._at_once(shape, jnp.float32, jnp.asarray(x, jnp.float32))
+    base, total = _one_reading._at_once(shape, jnp.dtype("float32"), jnp.asarray(x, jnp.float32))
     return np.asarray(base), np.asarray(total)
 
 
