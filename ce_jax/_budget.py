@@ -30,8 +30,10 @@ _ON_A_CPU = 17 * 10**6
 def default_budget(kernel_bytes: int) -> int:
     """Bytes of temporaries: a third of the kernel's, within 256 MB and 1 GB; 17 MB on a CPU.
 
-    An accelerator needs blocks large enough to keep its matrix units busy; a CPU does not. Where
-    one CPU plays several devices, they share its cache.
+    An accelerator needs blocks large enough to keep its matrix units busy; a CPU does not. On an
+    H200 8192 bfloat16 tokens of width 2304 with 256000 classes take 74, 71, 68 and 66 ms in blocks
+    of 1920, 3200, 6400 (the default) and 12800 classes. Blocks of 1024 and 2048 tokens take 52 and
+    50, and 3.0 and 4.5 GB. Where one CPU plays several devices, they share its cache.
     """
     if jax.default_backend() == "cpu":
         mesh = jax.sharding.get_abstract_mesh()

@@ -282,6 +282,15 @@ def test_fit_temperature_at_its_bounds():
     assert jnp.isnan(ce_jax.fit_temperature(right, jnp.array([0, 5])))
 
 
+@pytest.mark.usefixtures("x64")
+def test_fit_temperature_where_slopes_get_small_for_long():
+    """On the way to a bound each of Newton's steps is as short as the one before."""
+    right = jnp.array([[5.0, 0.0], [0.0, 3.0]])
+    for low in (0.01, 1e-4):
+        found = ce_jax.fit_temperature(right, jnp.array([0, 1]), low=low)
+        np.testing.assert_allclose(found, low, rtol=1e-12)
+
+
 @pytest.mark.parametrize("kind", [float, np.float32, np.float64, jnp.float32])
 def test_a_bound_is_within_the_bounds(kind):
     """In float32 1e-6 is below 1e-6."""
