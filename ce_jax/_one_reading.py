@@ -1,10 +1,10 @@
-"""The maximum of a row and the sum of exponentials relative to it, which a GPU reads it once for.
+"""The maximum of a row and the sum of exponentials relative to it, for which a GPU reads it once.
 
-As two reductions they take two readings. As one of pairs, which moves both sums to the larger
-maximum, they take one, and more arithmetic, which hides behind it: on an H200 a little more than
-half of the time for 8192 rows of 32768 float32 logits, and three quarters for value and gradient
-of the cross-entropy. With other sums in the same reduction XLA stores arrays of the size of the
-logits, so those are found the other way.
+As two reductions they take two readings. As one reduction of pairs, which moves both sums to the
+larger maximum, they take one, and more arithmetic, which hides behind it: for 8192 rows of 32768
+float32 logits on an H200 0.53 of the time of the loss, and 0.77 of that of value and gradient.
+With other sums in the same reduction XLA stores arrays of the size of the logits, as it does for a
+TPU with these two, so there they are found one by one.
 """
 
 from __future__ import annotations

@@ -121,16 +121,16 @@ def partial_statistics(
     to. `alone` says that no derivative will be taken, `whole` that rows are, and hold their labels.
     """
     shapes = best_shapes(z, alone=alone, entropy=entropy)
-    labels_only = target.probs is None and target.classes is None and not (entropy or argmax)
-    if whole and labels_only and _from_label.is_worth_it(z):
+    sum_exp_only = target.probs is None and target.classes is None and not entropy
+    if whole and sum_exp_only and not argmax and _from_label.is_worth_it(z):
         return _relative_to_labels(z, target, shapes, alone)
-    columns = target._replace(labels=ABSENT, counts=ABSENT)
-    if join_max is None and columns == Target() and not entropy:
+    if sum_exp_only and join_max is None:
         row_max, total = maxima_and_sums(shapes, z, wide(z.dtype))
         out = Partial(base=row_max, sum_exp=total)
     else:
         local_max = row_maxima(z, shapes).astype(wide(z.dtype))
         row_max = local_max if join_max is None else join_max(local_max)
+        columns = target._replace(labels=ABSENT, counts=ABSENT)
         found = sums(z, origin(row_max), columns, entropy=entropy, shapes=shapes)
         out = Partial(base=row_max, **found)
     if target.labels is not None:
