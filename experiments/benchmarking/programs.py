@@ -98,9 +98,9 @@ def kind_of_device() -> str:
 def limit(problem: Problem, inputs: Inputs) -> tuple[Call, float]:
     """What no program can beat by much: a call, and how many times its time.
 
-    Without a linear layer, a read and a write of the logits: `-z`. With one, three matmuls at the
-    rate of a large one, as value and gradient need them; on a CPU of so many classes, as the
-    product would fill its memory, on an accelerator of all, as it works best on many.
+    Without a linear layer, a read and a write of the logits: `-z`. With one, three matmuls, as
+    value and gradient need them: on an accelerator the whole product, as those work best on large
+    ones; on a CPU, the memory of which that might fill, at the rate of a large part of it.
     """
     if problem.formula == "linear":
         on_cpu = jax.default_backend() == "cpu"
