@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import _sharded, _tile
-from ._head import First, Head, Pull, logits, over_blocks, put, take, take_classes
+from ._head import First, Head, Pull, logits, over_blocks, put, read_by_all, take, take_classes
 from ._tile import ABSENT
 
 
@@ -50,7 +50,7 @@ def row_statistics(
     _sharded.check_sharded("kernel", head.kernel, options.axis_name)
     hidden, head, target = _sharded.align((hidden, head, target))
     if forward_mode:
-        return _tile.finish(_partial(options, hidden, head, target, differentiated=True))
+        return _tile.finish(_partial(options, hidden, head, target))
     return _fused(options, hidden, head, target)
 
 
@@ -101,22 +101,11 @@ def _extent(options: Options, head: Head) -> tuple[int, int]:
     return total, min(options.block, total)
 
 
-def _partial(
-    options: Options,
-    hidden: Array,
-    head: Head,
-    target: _tile.Target,
-    *,
-    differentiated: bool = False,
-) -> _tile.Partial:
-    # Where JAX derives the derivative, it adds up the cotangents of `hidden` over the blocks, in
-    # the dtype that the blocks find it in. The detour through the accumulation dtype changes no
-    # value.
-    found_in = _tile.wide(hidden.dtype) if differentiated else hidden.dtype
-    widened = hidden.astype(found_in)
+def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) -> _tile.Partial:
+    hidden_of_block = read_by_all(hidden)
 
     def of_block(first: First, size: int) -> _tile.Partial:
-        z, _ = tile(options, widened.astype(hidden.dtype), head, first, size)
+        z, _ = tile(options, hidden_of_block(), head, first, size)
         return _tile.partial_statistics(
             z,
             _target_of(target, first, size),
@@ -165,10 +154,11 @@ def _pulled_back(
     options: Options, residuals: _Residuals, g: _tile.RowStatistics
 ) -> tuple[Array, Head, _tile.Target]:
     hidden, head, target, part = residuals
+    hidden_of_block = read_by_all(hidden)
 
     def step(carry: tuple[Array, Head, Any], first: First, size: int) -> tuple[Array, Head, Any]:
         d_hidden, d_head, d_classes = carry
-        z, pull = tile(options, hidden, head, first, size)
+        z, pull = tile(options, hidden_of_block(), head, first, size)
         first_class = _first_class(options, head, first)
         of_block = _target_of(target, first, size)
         dz, d_target = _tile.pullback(z, of_block, part, g, first_class=first_class)

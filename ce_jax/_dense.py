@@ -146,7 +146,9 @@ def _pulled_back(
     logits, target, part = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
     _, _, axis_name = options
     first_class = _sharded.first_class(logits.shape[-1], axis_name)
-    dz, d_target = _tile.pullback(logits, target, part, g, first_class=first_class)
+    dz, d_target = _tile.pullback(
+        logits, target, part, g, first_class=first_class, whole=axis_name is None
+    )
     d_target = jax.tree.map(
         _sharded.with_sharding_of, d_target, target._replace(labels=ABSENT, counts=ABSENT)
     )

@@ -3,18 +3,18 @@
 With `z_y` in place of the maximum, `sum_c exp(z_c - z_y)` is `1 / p_y`. It is at least 1, the
 label's own share, so no class that matters underflows, and its logarithm is the cross-entropy, with
 all the digits that it has relative to the maximum. It grows with the loss, and with it the
-differences `z_c - z_y`, which float32 rounds by half of 2e-6 above 16. So where the loss of any row
-exceeds 32 nats, all are read again relative to their maxima; and if that shows in the first few
-rows, the maxima are looked for to begin with.
+differences `z_c - z_y`, which float32 rounds by half of 2e-6 above 16. So where the loss of a row
+exceeds 32 nats, the block of rows that it is in is read again relative to their maxima; and if that
+shows in the first few rows, the maxima are looked for to begin with.
 
 In rows of a few classes even to subtract a number is dear. There the exponentials are taken of the
 logits as they are, and what the others sum up to is divided by the label's, with no difference to
-round, so that a loss near 0 has all digits too: unless one is out of range, which sends all to
-their maxima. On two cores that takes 0.6 of optax's time for 65536 rows of 10, where the way by
+round, so that a loss near 0 has all digits too: unless one is out of range, which sends its block
+to the maxima. On two cores that takes 0.6 of optax's time for 65536 rows of 10, where the way by
 labels takes 0.78.
 
 That saves one pass over the logits of five: on two cores a quarter of the time for value and
-gradient. A batch that has to be read again takes twice the time. A GPU reads a row once for its
+gradient. What has to be read again takes twice the time. A GPU reads a row once for its
 maximum and its sum (see `_one_reading`), and nothing would be gained.
 """
 
@@ -30,10 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._one_reading import maxima_and_sums
-from ._parts import FEW_CLASSES, Shapes, in_long_rows, is_own, row_maxima, sums_in_one
-from ._sums import bounded, origin, shift, sum_exp
-from ._unless import unless
+from ._one_reading import maxima_and_sums, one_by_one
+from ._parts import FEW_CLASSES, Shapes, best_shapes, in_long_rows, is_own, row_maxima, sums_in_one
+from ._sums import are_unrolled, bounded, exp_shifted, origin, shift, sum_exp
+from ._unless import mended, unless
 
 # Sums above this are of losses above 31.9 nats.
 _MOST = 2.0**46
@@ -45,6 +45,10 @@ _MOST_INVERSE = 2.0**30
 _SAMPLED = 128
 # A tile of fewer elements is read faster by fewer kernels.
 _SMALL = 1 << 16
+# One of fewer is read again as a whole: parts of it are not worth a longer compilation.
+_MEDIUM = 1 << 21
+# Blocks to read again, at most: one for each bit of an integer.
+_BLOCKS = 32
 
 
 class Bare(NamedTuple):
@@ -61,13 +65,13 @@ class Bare(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """The exponentials in memory: of `z - tried`, or of `z` as it is, and if that served all rows.
+    """The exponentials in memory: of `z - tried`, or of `z` as it is, and where that did not do.
 
-    One of `tried` and `bare` is there.
+    Bit k of `missed` is set for block k of the first axis. One of `tried` and `bare` is there.
     """
 
     tried: Float[Array, "*rows"] | None
-    served: Bool[Array, ""]
+    missed: Integer[Array, ""]
     bare: Bare | None = None
 
 
@@ -81,7 +85,9 @@ class Found(NamedTuple):
 
 def is_worth_it(z: Float[Array, "*rows classes"]) -> bool:
     """Whether a tile with whole rows may be faster to read relative to labels."""
-    return is_own(z) and z.size >= _SMALL and math.prod(z.shape[:-1]) >= _SAMPLED
+    if not is_own(z) or z.size < _SMALL or math.prod(z.shape[:-1]) < _SAMPLED:
+        return False
+    return z.shape[-1] <= FEW_CLASSES or not are_unrolled(z)
 
 
 def at_label(
@@ -137,7 +143,7 @@ def sums(
 def exponentials(
     z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], attempt: Attempt
 ) -> Float[Array, "*rows classes"]:
-    """`exp(z - base)`, which a CPU has in memory already if the attempt served."""
+    """`exp(z - base)`, which a CPU has in memory already, but for the blocks that were missed."""
     exp: Array = jax.lax.platform_dependent(
         z, base, attempt, cpu=_exp_attempted, default=lambda z, base, _: _exp(z, base)
     )
@@ -145,7 +151,7 @@ def exponentials(
 
 
 def _exp(z: Float[Array, "*rows classes"], base: Float[Array, "*rows"]) -> Array:
-    return jnp.exp(shift(z, origin(base)))
+    return exp_shifted(z, origin(base), own_max=True)
 
 
 def _by_maxima(
@@ -154,7 +160,7 @@ def _by_maxima(
     dtype = label_logit.dtype
     if not bare:
         base, total = maxima_and_sums(shapes, z, dtype, stored=False)
-        return Found(base, total, Attempt(base, _always(base)))
+        return Found(base, total, Attempt(base, _nowhere(base)))
     # Of the others, which the label's 1 would swallow where a loss is near 0.
     others = jnp.where(is_label(labels, z), -jnp.inf, z)
     most, rest = maxima_and_sums(shapes, others, dtype, stored=False)
@@ -162,12 +168,28 @@ def _by_maxima(
     rest = rest * jnp.exp(most - origin(base))
     gap = label_logit - origin(base)
     sums = Bare(jnp.ones_like(rest), rest + jnp.expm1(gap), gap)
-    return Found(base, rest + jnp.exp(gap), Attempt(None, _always(base), sums))
+    return Found(base, rest + jnp.exp(gap), Attempt(None, _nowhere(base), sums))
 
 
-def _always(base: Array) -> Bool[Array, ""]:
+def _nowhere(base: Float[Array, "*rows"]) -> Integer[Array, ""]:
     # Like anything found in the rows, it varies over the mesh axes that they vary over.
-    return jnp.full_like(jnp.max(base), True, dtype=bool)
+    return jnp.full_like(jnp.max(base), 0, dtype=jnp.uint32)
+
+
+def _missed(
+    x: Float[Array, "*rows"], limit: float, z: Float[Array, "*rows classes"]
+) -> Integer[Array, ""]:
+    """The blocks in which some row of the tile has a number that is not below the limit."""
+    count = _block_count(z)
+    missed = ~(jnp.max(x.reshape(count, -1), -1) < limit)
+    bits = np.left_shift(np.uint32(1), np.arange(count, dtype=np.uint32))
+    return jnp.sum(jnp.where(missed, bits, 0), dtype=jnp.uint32)
+
+
+def _block_count(z: Float[Array, "*rows classes"]) -> int:
+    if z.size < _MEDIUM:
+        return 1
+    return next(k for k in range(_BLOCKS, 0, -1) if z.shape[0] % k == 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -185,19 +207,24 @@ def _attempted(
     )
     # Beside a label at -inf the sum becomes infinite, unless all of the row is at -inf.
     total = sum_exp(shapes, z, bounded(tried))
-    served = jnp.max(_if(counts, total)) < _MOST
+    missed = _missed(_if(counts, total), _MOST, z)
 
-    def again() -> tuple[Array, Array]:
-        return maxima_and_sums(shapes_of_maxima, z, label_logit.dtype, stored=False)
+    def again(cut: Callable[[Array], Array]) -> tuple[Array, Array]:
+        return _by_own_maxima(cut(z), label_logit.dtype)
 
-    base, total = unless(served, (tried, total), again)
-    return Found(base, total, Attempt(tried, served))
+    base, total = mended(missed, _block_count(z), (tried, total), again)
+    return Found(base, total, Attempt(tried, missed))
+
+
+def _by_own_maxima(z: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    shapes = best_shapes(z, alone=False, entropy=False)
+    return one_by_one(shapes, z, dtype, stored=False)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attempted_bare(
     _: Shapes,
-    shapes_of_maxima: Shapes,
+    __: Shapes,
     z: Array,
     labels: Array,
     label_logit: Array,
@@ -211,17 +238,18 @@ def _attempted_bare(
     most = functools.reduce(
         jnp.maximum, (total, total / own, 1 / own, _MOST_BARE / _MOST_INVERSE / total)
     )
-    served = jnp.max(_if(counts, most)) < _MOST_BARE
+    missed = _missed(_if(counts, most), _MOST_BARE, z)
 
-    def again() -> tuple[Array, Array, Bare]:
-        base, total = maxima_and_sums(shapes_of_maxima, z, label_logit.dtype, stored=False)
+    def again(cut: Callable[[Array], Array]) -> tuple[Array, Array, Bare]:
+        base, total = _by_own_maxima(cut(z), label_logit.dtype)
         # Read here: where it is not needed, a second gather is dear.
-        gap = at_label(z, labels).astype(base.dtype) - origin(base)
+        gap = at_label(cut(z), cut(labels)).astype(base.dtype) - origin(base)
         return base, total, Bare(jnp.ones_like(total), total - 1, gap)
 
     nothing = jnp.zeros_like(total)
-    base, total, bare = unless(served, (nothing, total, Bare(own, rest, nothing)), again)
-    return Found(base, total, Attempt(None, served, bare))
+    value = (nothing, total, Bare(own, rest, nothing))
+    base, total, bare = mended(missed, _block_count(z), value, again)
+    return Found(base, total, Attempt(None, missed, bare))
 
 
 def _bare_exp(z: Array, dtype: jnp.dtype) -> Array:
@@ -252,11 +280,11 @@ def _jvp_of(attempted: Callable[..., Found]) -> Callable[..., tuple[Found, Found
         found = attempted(shapes, shapes_of_maxima, *primals)
         _, slope = jax.jvp(lambda z: sum_exp(shapes, z, origin(found.base)), (z,), (dz,))
         unmoved = jnp.zeros_like(found.base)
-        served: Any = np.zeros(found.attempt.served.shape, jax.dtypes.float0)
-        moved = Attempt(unmoved, served)
+        missed: Any = np.zeros(found.attempt.missed.shape, jax.dtypes.float0)
+        moved = Attempt(unmoved, missed)
         if found.attempt.bare is not None:
             gap = at_label(dz, labels).astype(unmoved.dtype)
-            moved = Attempt(None, served, Bare(unmoved, slope, gap))
+            moved = Attempt(None, missed, Bare(unmoved, slope, gap))
         return found, Found(unmoved, slope, moved)
 
     return jvp
@@ -271,7 +299,7 @@ def _exp_attempted(z: Array, base: Array, attempt: Attempt) -> Array:
     # Written as in the sums, which XLA then takes it from.
     tried = attempt.tried
     first = _bare_exp(z, base.dtype) if tried is None else jnp.exp(shift(z, bounded(tried)))
-    return unless(attempt.served, first, lambda: _exp(z, base))
+    return mended(attempt.missed, _block_count(z), first, lambda cut: _exp(cut(z), cut(base)))
 
 
 @_exp_attempted.defjvp

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Integer
 from ._tile import ABSENT, wide
 
 _Carry = TypeVar("_Carry")
+_Tree = TypeVar("_Tree")
 First = int | Integer[Array, ""]
 
 
@@ -87,6 +88,36 @@ def take_classes(head: Head, first: First, size: int, class_axis: int) -> Head:
     """The part of the head that gives the logits of some classes."""
     bias = ABSENT if head.bias is None else take(head.bias, first, size)
     return head._replace(kernel=take(head.kernel, first, size, class_axis), bias=bias)
+
+
+def read_by_all(inputs: _Tree) -> Callable[[], _Tree]:
+    """How each block finds arrays that all blocks read: as they are.
+
+    Where JAX derives a derivative of the loop (forward mode, second derivatives), it adds up their
+    cotangents over the blocks in the dtype in which the blocks find them. Those of narrow arrays
+    therefore go to a wide copy, which nothing else reads, so that no program has it but these.
+    """
+    copies = jax.tree.map(lambda x: x.astype(wide(x.dtype)), inputs)
+    constants = jax.lax.stop_gradient(inputs)
+
+    def of_block(copy: Array, x: Array) -> Array:
+        return copy if copy.dtype == x.dtype else _with_slope_of(copy, x)
+
+    return lambda: jax.tree.map(of_block, copies, constants)
+
+
+@jax.custom_jvp
+def _with_slope_of(copy: Array, x: Array) -> Array:
+    del copy
+    return x
+
+
+@_with_slope_of.defjvp
+def _with_slope_of_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (copy, x), (slope, _) = primals, tangents
+    return _with_slope_of(copy, x), slope.astype(x.dtype)
 
 
 def over_blocks(

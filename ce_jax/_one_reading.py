@@ -30,16 +30,20 @@ def maxima_and_sums(
 
     `shapes` are those of `_parts.best_shapes`; `stored` is for `_sums.sum_exp`.
     """
-
-    def one_by_one(z: Array) -> tuple[Array, Array]:
-        base = row_maxima(z, shapes).astype(dtype)
-        return base, sum_exp(shapes, z, origin(base), stored=stored)
-
+    twice = functools.partial(one_by_one, shapes, dtype=dtype, stored=stored)
     if not is_own(z) or not z.size:
-        return one_by_one(z)
-    at_once = functools.partial(_at_once, shapes.get("cuda"), dtype)
-    base, total = jax.lax.platform_dependent(z, cuda=at_once, default=one_by_one)
+        return twice(z)
+    once = functools.partial(_at_once, shapes.get("cuda"), dtype)
+    base, total = jax.lax.platform_dependent(z, cuda=once, default=twice)
     return jax.lax.stop_gradient(base), total  # or devices would join slopes of maxima, all 0
+
+
+def one_by_one(
+    shapes: Shapes, z: Float[Array, "*rows classes"], dtype: jnp.dtype, *, stored: bool
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """The same by two readings, for what no GPU runs."""
+    base = row_maxima(z, shapes).astype(dtype)
+    return base, sum_exp(shapes, z, origin(base), own_max=True, stored=stored)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -50,7 +54,8 @@ def _at_once(
     cut = shape is not None and shape[-1] % _SIDE_BY_SIDE == 0
     beside = [x.astype(dtype) for x in _side_by_side(z.reshape(shape) if cut else z)]
     base = functools.reduce(jnp.maximum, beside)
-    total = functools.reduce(jnp.add, (jnp.exp(x - origin(base)) for x in beside))
+    zero = origin(base)
+    total = functools.reduce(jnp.add, (jnp.exp(x - zero) for x in beside))
     found = _joined(base, total)
     if not cut:
         return found
@@ -76,7 +81,8 @@ def _joined(
 
 def _join(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
     base = jnp.maximum(a[0], b[0])
-    of_a, of_b = (total * jnp.exp(old - origin(base)) for old, total in (a, b))
+    zero = origin(base)
+    of_a, of_b = (total * jnp.exp(old - zero) for old, total in (a, b))
     return base, of_a + of_b
 
 

@@ -279,7 +279,7 @@ def _blocks(n: int, most: int) -> list[tuple[int, int, int]]:
     for rows, columns in itertools.product(range(most, 7, -1), (*range(32, 15, -1), 8)):
         if n % (rows * columns) == 0:
             return [(n // (rows * columns), rows, columns)]
-    columns = 8 if n >= 8 * 8 else 1
+    columns = 8 if n >= 3 * 8 else 1
     blocks, rest = divmod(n // columns, most)
     shapes = [(blocks, most, columns), (1, rest, columns), (1, n % columns, 1)]
     return [shape for shape in shapes if math.prod(shape)]

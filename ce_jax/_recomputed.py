@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import _sharded
-from ._head import First, over_blocks, put
+from ._head import First, over_blocks, put, read_by_all
 from ._tile import wide
 
 # For an input of which every block reads all.
@@ -57,13 +57,10 @@ def over_columns(form: Form, inputs: Any, fixed: Any, *, forward_mode: bool = Fa
 
 
 def _sums(form: Form, inputs: Any, fixed: Any) -> Any:
-    # Where JAX derives the derivative, it adds up cotangents over the blocks in the dtype in which
-    # the blocks find an input. The detour through the accumulation dtype changes no value.
-    widened = jax.tree.map(lambda x: x.astype(wide(x.dtype)), inputs)
+    inputs_of_block = read_by_all(inputs)
 
     def step(sums: Any, first: First, size: int) -> Any:
-        narrowed = jax.tree.map(lambda x, like: x.astype(like.dtype), widened, inputs)
-        return form.fold(narrowed, fixed, sums, first, size)
+        return form.fold(inputs_of_block(), fixed, sums, first, size)
 
     start = _sharded.like(form.start(inputs, fixed), jax.tree.leaves(inputs)[0])
     return form.across(over_blocks(step, start, form.columns, form.block))
@@ -83,6 +80,7 @@ def _fused_fwd(form: Form, inputs: Any, fixed: Any) -> tuple[Any, Any]:
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None]:
     inputs, fixed, sums = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
+    inputs_of_block = read_by_all(inputs)
 
     def step(carry: Any, first: First, size: int) -> Any:
         def add(d: Array, new: Array, axis: int) -> Array:
@@ -90,7 +88,7 @@ def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None]:
                 return d + new
             return new.astype(d.dtype) if new.shape == d.shape else put(d, new, first, axis)
 
-        block = form.pull(inputs, fixed, sums, g, first, size)
+        block = form.pull(inputs_of_block(), fixed, sums, g, first, size)
         return jax.tree.map(add, carry, block, form.axes)
 
     # What every block adds to adds up in the wide dtype; what is written once need not.

@@ -36,7 +36,7 @@ from . import _from_label
 from ._from_label import at_label, is_label
 from ._one_reading import maxima_and_sums
 from ._parts import Shapes, best_shapes, row_argmax, row_maxima
-from ._sums import finite_exponent, origin, shift, spread, sums
+from ._sums import exp_shifted, finite_exponent, origin, shift, spread, sums
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -131,7 +131,8 @@ def partial_statistics(
         local_max = row_maxima(z, shapes).astype(wide(z.dtype))
         row_max = local_max if join_max is None else join_max(local_max)
         columns = target._replace(labels=ABSENT, counts=ABSENT)
-        found = sums(z, origin(row_max), columns, entropy=entropy, shapes=shapes)
+        own_max = join_max is None
+        found = sums(z, origin(row_max), columns, entropy=entropy, shapes=shapes, own_max=own_max)
         out = Partial(base=row_max, **found)
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class, whole)
@@ -227,17 +228,19 @@ def pullback(
     g: RowStatistics,
     *,
     first_class: int | Integer[Array, ""] = 0,
+    whole: bool = False,
 ) -> tuple[Float[Array, "*rows classes"], Target]:
     """Cotangents of a tile and of its target, from those of the statistics of the whole row.
 
-    `part` is the merged one. `z - base` and its exponential are written as in
-    `partial_statistics`, so that XLA merges them when forward and backward are compiled together,
-    and then keeps or recomputes the exponential as suits the platform: a CPU keeps it (an
-    exponential costs more than memory traffic), a GPU recomputes it and holds nothing of this size.
+    `part` is the merged one; `whole` says that there was but one tile. `z - base` and its
+    exponential are written as in `partial_statistics`, so that XLA merges them when forward and
+    backward are compiled together, and then keeps or recomputes the exponential as suits the
+    platform: a CPU keeps it (an exponential costs more than memory traffic), a GPU recomputes it
+    and holds nothing of this size.
     """
     shifted = shift(z, origin(part.base))
     if part.attempt is None:
-        exp = jnp.exp(shifted)
+        exp = exp_shifted(z, origin(part.base), own_max=whole)
     else:
         exp = _from_label.exponentials(z, part.base, part.attempt)
     counts = target.counts

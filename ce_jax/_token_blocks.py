@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import _class_blocks, _sharded, _tile
-from ._head import First, Head, over_blocks, put, take, take_classes
+from ._head import First, Head, over_blocks, put, read_by_all, take, take_classes
 
 
 class RowInputs(NamedTuple):
@@ -89,8 +89,11 @@ class _Inputs(NamedTuple):
 def _fused_fwd(
     options: Options, hidden: Array, head: Head, target: _tile.Target, rows: RowInputs
 ) -> tuple[Array, tuple[_Inputs, _Inputs]]:
+    head_of_block = read_by_all(head)
+
     def step(carry: tuple[Array, _Inputs], first: First, size: int) -> tuple[Array, _Inputs]:
         total, grads = carry
+        head = head_of_block()
         part = functools.partial(take, first=first, size=size)
         of_block = target._replace(labels=part(target.labels))
         block = jax.tree.map(part, rows._replace(shared=()))

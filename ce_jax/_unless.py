@@ -1,4 +1,4 @@
-"""A second way to a value, taken only where the first one failed."""
+"""A second way to a value, or to some of its blocks, taken only where the first one failed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-from jaxtyping import Array, Bool
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Integer
+
+from ._parts import apart
 
 _Tree = TypeVar("_Tree")
 
@@ -20,6 +24,45 @@ def unless(holds: Bool[Array, ""], value: _Tree, other: Callable[[], _Tree]) -> 
     reverse mode: for what has no derivative, or has a rule of its own.
     """
     found: tuple[Array, _Tree] = jax.lax.while_loop(
-        lambda found: ~found[0], lambda found: (found[0] | True, other()), (holds, value)
+        lambda found: found[0], lambda found: (found[0] & False, other()), (~holds, value)
     )
     return found[1]
+
+
+def mended(
+    missed: Integer[Array, ""],
+    count: int,
+    value: _Tree,
+    other: Callable[[Callable[[Array], Array]], _Tree],
+) -> _Tree:
+    """`value`, but `other(cut)` for each of `count` blocks of the first axis whose bit is set.
+
+    `cut` takes that block of an array with the same first axis. A loop for the same reasons, with a
+    turn for each such block.
+    """
+    if count == 1:
+        return unless(missed == 0, value, lambda: other(lambda x: x))
+
+    def mend(state: tuple[Array, _Tree]) -> tuple[Array, _Tree]:
+        missed, value = state
+        highest = 31 - jax.lax.clz(missed)
+
+        def first(x: Array, size: int) -> list[Array | np.int32]:
+            return [highest.astype(jnp.int32) * size, *[np.int32(0)] * (x.ndim - 1)]
+
+        def cut(x: Array) -> Array:
+            shape = (x.shape[0] // count, *x.shape[1:])
+            start = first(x, shape[0])
+            # Narrow ones as integers, or XLA would hold all of the array in float32.
+            kind = jnp.uint16 if x.dtype.itemsize == 2 else x.dtype
+            bits = jax.lax.bitcast_convert_type(apart((x, missed))[0], kind)
+            block = jax.lax.dynamic_slice(bits, start, shape, allow_negative_indices=False)
+            return jax.lax.bitcast_convert_type(block, x.dtype)
+
+        def put(x: Array, block: Array) -> Array:
+            start = first(x, block.shape[0])
+            return jax.lax.dynamic_update_slice(x, block, start, allow_negative_indices=False)
+
+        return missed ^ (jnp.uint32(1) << highest), jax.tree.map(put, value, other(cut))
+
+    return jax.lax.while_loop(lambda state: state[0] != 0, mend, (missed, value))[1]

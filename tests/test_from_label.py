@@ -13,12 +13,15 @@ from ce_jax import _from_label
 from ce_jax._dense import row_statistics
 from ce_jax._tile import Target
 from tests import reference
-from tests.comparison import check, close, together
+from tests.comparison import accuracy, check, close, together
 from tests.helpers import LAYOUTS, compilations, covering, softmax_arguments
 from tests.hlo import collectives
 from tests.mesh import Layout
 
 IDS = "softmax_cross_entropy_with_integer_labels"
+
+LIMITS = ("_SMALL", "_MEDIUM", "_SAMPLED", "FEW_CLASSES")
+LIMITS = {name: getattr(_from_label, name) for name in LIMITS}
 
 ROWS, CLASSES = 4, 6
 draw = np.random.default_rng(31)
@@ -60,8 +63,12 @@ CASES = covering(
 
 @pytest.fixture(autouse=True, params=["labels", "nothing"])
 def small_tiles_too(request, one_device, monkeypatch):
-    """Any tile is worth it, read relative to the one or the other, and half of the rows first."""
+    """Any tile is worth it, read relative to the one or the other, and half of the rows first.
+
+    What has to be read again is so in blocks, of one row each if the first axis is one of rows.
+    """
     monkeypatch.setattr(_from_label, "_SMALL", 0)
+    monkeypatch.setattr(_from_label, "_MEDIUM", 0)
     monkeypatch.setattr(_from_label, "_SAMPLED", 2)
     monkeypatch.setattr(_from_label, "FEW_CLASSES", 0 if request.param == "labels" else 10**6)
     return request.param
@@ -178,33 +185,36 @@ def test_the_normaliser_beside_an_unlikely_label(size):
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "tried", "served"),
-    [
-        ("near", "label", True),
-        ("far in sample", "maximum", True),
-        ("far elsewhere", "label", False),
-    ],
+    ("kind", "tried", "far"),
+    [("near", "label", None), ("far in sample", "maximum", 1), ("far elsewhere", "label", 2)],
 )
-def test_what_is_tried(kind, tried, served):
+def test_what_is_tried(kind, tried, far, whole, monkeypatch):
+    if whole:
+        monkeypatch.setattr(_from_label, "_MEDIUM", 10**6)
     logits = BATCHES[kind].astype(np.float32)
     label, maximum = logits[np.arange(ROWS), LABELS], logits.max(-1)
     found = _from_label.sums(
         jnp.asarray(logits), jnp.asarray(LABELS), jnp.asarray(label), None, shapes={}, shared=True
     )
-    candidates = {"label": label, "maximum": maximum, "nothing": np.zeros_like(label)}
-    if found.attempt.bare is not None:
-        tried, served = "nothing", kind == "near"
-        own, rest, gap = found.attempt.bare
-        np.testing.assert_allclose(own, np.exp(label) if served else 1.0, rtol=1e-6)
-        relative = logits if served else logits - maximum[:, None]
-        others = np.exp(relative.astype(np.float64)).sum(-1) - own
-        np.testing.assert_allclose(rest, others, rtol=1e-6)
-        np.testing.assert_array_equal(gap, 0.0 if served else label - maximum)
+    bare = found.attempt.bare
+    if bare is not None:
+        tried = np.zeros_like(label)
     else:
-        np.testing.assert_array_equal(found.attempt.tried, candidates[tried])
-    np.testing.assert_array_equal(found.base, candidates[tried if served else "maximum"])
-    assert found.attempt.served == served
+        tried = {"label": label, "maximum": maximum}[tried]
+        np.testing.assert_array_equal(found.attempt.tried, tried)
+    missed = np.arange(ROWS) == far if np.any(tried != maximum) else np.zeros(ROWS, bool)
+    if whole:
+        missed[:] = missed.any()
+    bits = missed.any() if whole else (2 ** np.arange(ROWS))[missed].sum()
+    assert int(found.attempt.missed) == bits
+    np.testing.assert_array_equal(found.base, np.where(missed, maximum, tried))
+    if bare is not None:
+        np.testing.assert_allclose(bare.own, np.where(missed, 1.0, np.exp(label)), rtol=1e-6)
+        relative = (logits - np.where(missed, maximum, 0.0)[:, None]).astype(np.float64)
+        np.testing.assert_allclose(bare.rest, np.exp(relative).sum(-1) - bare.own, rtol=1e-6)
+        np.testing.assert_array_equal(bare.gap, np.where(missed, label - maximum, 0.0))
 
 
 @pytest.mark.cpu
@@ -220,7 +230,36 @@ def test_rows_that_do_not_count_have_no_say_in_what_is_tried(row, garbage):
     )
     if found.attempt.tried is not None:
         np.testing.assert_array_equal(found.attempt.tried, own)
-    assert found.attempt.served
+    assert found.attempt.missed == 0
+
+
+@pytest.mark.parametrize("small_tiles_too", ["labels"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(64, 33, 1000), (1, 2100, 1000), (262144, 8)], ids=str)
+def test_real_blocks(shape, dtype, monkeypatch):
+    """32 of them, one, and 32 of rows of a few classes; two unlikely labels in different ones."""
+    for name, value in LIMITS.items():
+        monkeypatch.setattr(_from_label, name, value)
+    draw = np.random.default_rng(6)
+    z = draw.normal(size=shape)
+    labels = draw.integers(shape[-1], size=shape[:-1])
+    rows = labels.size
+    for row in (rows // 2, rows - 1):
+        z.reshape(rows, -1)[row, labels.flat[row]] -= 150.0
+    z = np.asarray(jnp.asarray(z, dtype), np.float64)
+    shifted = z - z.max(-1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    is_label = labels[..., None] == np.arange(shape[-1])
+    cotangent = draw.normal(size=labels.shape).astype(np.float32)
+
+    @jax.jit
+    def losses_and_slopes(z):
+        losses, pull = jax.vjp(lambda z: loss(z, labels), z)
+        return losses, *pull(cotangent)
+
+    losses, slopes = losses_and_slopes(jnp.asarray(z, dtype))
+    close(losses, -log_probs[is_label].reshape(labels.shape), 4e-6)
+    close(slopes, cotangent[..., None] * (np.exp(log_probs) - is_label), accuracy(dtype))
 
 
 @pytest.mark.usefixtures("x64")

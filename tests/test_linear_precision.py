@@ -78,6 +78,57 @@ def test_error_is_not_above_the_naive_dense_forms(dtype, spread, division):
         assert error(slope, truth[key]) <= error(plain_slopes[key], truth[key]), key
 
 
+@pytest.mark.parametrize(("division", "key"), [("classes", "hidden"), ("tokens", "kernel")])
+def test_error_of_second_derivatives_is_not_above_the_naive_dense_forms(division, key):
+    """Of what all blocks read, of which there are many, by reverse over reverse."""
+    rows, width, classes = 256, 16, 1024
+    draw = np.random.default_rng(4)
+    labels = draw.integers(classes, size=rows)
+    arrays = {
+        "hidden": draw.normal(size=(rows, width)),
+        "kernel": 0.3 * draw.normal(size=(width, classes)),
+    }
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()}
+    v = jnp.asarray(draw.normal(size=arrays[key].shape), jnp.bfloat16)
+    budget = {
+        "classes": linear.class_budget(rows, 4, "bfloat16"),
+        "tokens": linear.token_budget(classes, linear.FEWEST_TOKENS, "bfloat16"),
+    }[division]
+
+    def ours(x):
+        return ce_jax.linear_softmax_cross_entropy(
+            **arrays | {key: x}, labels=labels, reduction="sum", memory_budget=budget
+        )
+
+    def plain(x):
+        zeros = {"bias": jnp.zeros(classes, x.dtype), "weight": jnp.ones(classes, x.dtype)}
+        return naive(**arrays | {key: x}, **zeros, labels=labels).sum()
+
+    def product(function):
+        def along(x):
+            return jnp.vdot(jax.grad(function)(x), v, preferred_element_type=jnp.float32)
+
+        return jax.jit(jax.grad(along))(arrays[key])
+
+    def slope(size):
+        exact = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
+        exact[key] = exact[key] + size * np.asarray(v, np.float64)
+        ones = {"bias": np.zeros(classes), "weight": np.ones(classes)}
+        return reference_linear.closed_form(
+            **exact, **ones, labels=labels, cotangent=np.ones(rows)
+        )[1][key]
+
+    def difference(size):
+        return (slope(size) - slope(-size)) / (2 * size)
+
+    truth = (4 * difference(1e-4) - difference(2e-4)) / 3
+
+    def error(found):
+        return np.linalg.norm(np.asarray(found, np.float64) - truth)
+
+    assert error(product(ours)) <= error(product(plain))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_kernel_gradient_is_accumulated_in_float32(dtype):
     """1365 blocks of tokens whose gradients all have the same sign."""
