@@ -4,8 +4,8 @@ With `z_y` in place of the maximum, `sum_c exp(z_c - z_y)` is `1 / p_y`. It is a
 label's own share, so no class that matters underflows, and its logarithm is the cross-entropy, with
 all the digits that it has relative to the maximum. It grows with the loss, and with it the
 differences `z_c - z_y`, which float32 rounds by half of 2e-6 above 16. So where the loss of a row
-exceeds 32 nats, the block of rows that it is in is read again relative to their maxima; and if that
-shows in the first few rows, the maxima are looked for to begin with.
+exceeds 32 nats, its block of rows, which in a small tile is the tile, is read again relative to
+their maxima; and if that shows in the first few rows, the maxima are looked for to begin with.
 
 In rows of a few classes even to subtract a number is dear. There the exponentials are taken of the
 logits as they are, and what the others sum up to is divided by the label's, with no difference to
@@ -179,9 +179,9 @@ def _nowhere(base: Float[Array, "*rows"]) -> Integer[Array, ""]:
 def _missed(
     x: Float[Array, "*rows"], limit: float, z: Float[Array, "*rows classes"]
 ) -> Integer[Array, ""]:
-    """The blocks in which some row of the tile has a number that is not below the limit."""
+    """The blocks in which some row of the tile has a number that is NaN or not below the limit."""
     count = _block_count(z)
-    missed = ~(jnp.max(x.reshape(count, -1), -1) < limit)
+    missed = ~jnp.all(x.reshape(count, -1) < limit, -1)  # a CPU's maximum passes over NaN
     bits = np.left_shift(np.uint32(1), np.arange(count, dtype=np.uint32))
     return jnp.sum(jnp.where(missed, bits, 0), dtype=jnp.uint32)
 

@@ -95,7 +95,7 @@ def read_by_all(inputs: _Tree) -> Callable[[], _Tree]:
 
     Where JAX derives a derivative of the loop (forward mode, second derivatives), it adds up their
     cotangents over the blocks in the dtype in which the blocks find them. Those of narrow arrays
-    therefore go to a wide copy, which nothing else reads, so that no program has it but these.
+    therefore go to a wide copy. Nothing reads its numbers, so XLA leaves it out of other programs.
     """
     copies = jax.tree.map(lambda x: x.astype(wide(x.dtype)), inputs)
     constants = jax.lax.stop_gradient(inputs)

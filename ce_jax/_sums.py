@@ -81,7 +81,10 @@ def sum_exp(
 def exp_shifted(
     z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], *, own_max: bool
 ) -> Float[Array, "*rows classes"]:
-    """`exp(z - base)`; `own_max` says that `base` is the `origin` of the tile's own maxima."""
+    """`exp(z - base)`; `own_max` says that `base` is the `origin` of the tile's own maxima.
+
+    It is a constant then, and found anew where a CPU gets its exponentials from one kernel.
+    """
 
     def relative(z: Array, base: Array) -> Array:
         return jnp.exp(shift(z, base))

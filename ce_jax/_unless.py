@@ -35,10 +35,10 @@ def mended(
     value: _Tree,
     other: Callable[[Callable[[Array], Array]], _Tree],
 ) -> _Tree:
-    """`value`, but `other(cut)` for each of `count` blocks of the first axis whose bit is set.
+    """`value`, but `other(cut)` for each of up to 32 blocks of the first axis that was missed.
 
-    `cut` takes that block of an array with the same first axis. A loop for the same reasons, with a
-    turn for each such block.
+    Block `k` of `count`, of equal length, was if bit `k` is set; `cut` takes it from an array with
+    the same first axis. A loop for the reasons of `unless`, with a turn for each such block.
     """
     if count == 1:
         return unless(missed == 0, value, lambda: other(lambda x: x))
