@@ -41,8 +41,10 @@ _MOST = 2.0**46
 _MOST_BARE = 2.0**100
 # Sums above its inverse leave probabilities down to 2^-96 above the smallest normal number.
 _MOST_INVERSE = 2.0**30
-# One row of so many is looked at first; where there are fewer, the maxima serve.
+# One row of so many is looked at first, or of all, if there are fewer.
 _SAMPLED = 128
+# Where there are fewer rows, the maxima serve: in narrow dtypes they are found as fast.
+_FEWEST_ROWS, _FEWEST_NARROW_ROWS = 16, 128
 # A tile of fewer elements is read faster by fewer kernels.
 _SMALL = 1 << 16
 # One of fewer is read again as a whole: parts of it are not worth a longer compilation.
@@ -85,7 +87,8 @@ class Found(NamedTuple):
 
 def is_worth_it(z: Float[Array, "*rows classes"]) -> bool:
     """Whether a tile with whole rows may be faster to read relative to labels."""
-    if not is_own(z) or z.size < _SMALL or math.prod(z.shape[:-1]) < _SAMPLED:
+    fewest = _FEWEST_ROWS if z.dtype.itemsize >= 4 else _FEWEST_NARROW_ROWS
+    if not is_own(z) or z.size < _SMALL or math.prod(z.shape[:-1]) < fewest:
         return False
     return z.shape[-1] <= FEW_CLASSES or not are_unrolled(z)
 
@@ -257,7 +260,7 @@ def _bare_exp(z: Array, dtype: jnp.dtype) -> Array:
 
 
 def _near_in_sample(z: Array, label_logit: Array, counts: Array | None) -> Bool[Array, ""]:
-    count = label_logit.size // _SAMPLED
+    count = -(-label_logit.size // _SAMPLED)
     z, label_logit, counts = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[label_logit.ndim :])[:count], (z, label_logit, counts)
     )

@@ -20,7 +20,14 @@ from tests.mesh import Layout
 
 IDS = "softmax_cross_entropy_with_integer_labels"
 
-LIMITS = ("_SMALL", "_MEDIUM", "_SAMPLED", "FEW_CLASSES")
+LIMITS = (
+    "_SMALL",
+    "_MEDIUM",
+    "_SAMPLED",
+    "_FEWEST_ROWS",
+    "_FEWEST_NARROW_ROWS",
+    "FEW_CLASSES",
+)
 LIMITS = {name: getattr(_from_label, name) for name in LIMITS}
 
 ROWS, CLASSES = 4, 6
@@ -70,6 +77,8 @@ def small_tiles_too(request, one_device, monkeypatch):
     monkeypatch.setattr(_from_label, "_SMALL", 0)
     monkeypatch.setattr(_from_label, "_MEDIUM", 0)
     monkeypatch.setattr(_from_label, "_SAMPLED", 2)
+    monkeypatch.setattr(_from_label, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(_from_label, "_FEWEST_NARROW_ROWS", 2)
     monkeypatch.setattr(_from_label, "FEW_CLASSES", 0 if request.param == "labels" else 10**6)
     return request.param
 
@@ -253,7 +262,7 @@ def losses_and_slopes(logits, labels, cotangent):
 @pytest.mark.usefixtures("real_limits")
 @pytest.mark.parametrize("spoilt", [None, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("offset", [0.0, 100.0, -100.0])
-@pytest.mark.parametrize("shape", [(8192, 10), (300000, 8), (8192, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(8192, 10), (300000, 8), (8192, 300), (20, 40000)], ids=str)
 def test_rows_far_from_0_or_spoilt(shape, offset, spoilt):
     """So many that a CPU's maximum passes over NaN. The spoilt row is the last of its block."""
     rows, classes = shape
