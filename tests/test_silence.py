@@ -266,3 +266,22 @@ def test_many_logits(spoilt):
     for slope in slopes(logits, jnp.ones((rows, classes)), weights):
         assert jnp.all(jnp.isfinite(slope))
         assert not jnp.any(slope[1])
+
+
+@pytest.mark.parametrize("logit", [INF, -INF])
+@pytest.mark.parametrize("label", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("alpha", [None, 0.25])
+def test_the_label_of_an_infinite_logit(label, logit, alpha):
+    """A slope of infinity, times a weight of 0."""
+
+    def focal(labels, weights):
+        logits = jnp.array([logit, 0.5])
+        return ce_jax.sigmoid_focal_loss(logits, labels, alpha=alpha, sample_weight=weights).sum()
+
+    labels = jnp.array([label, 0.2])
+    by_label, by_weight = jax.grad(focal, (0, 1))(labels, jnp.array([0.0, 1.0]))
+    of_other = jax.grad(
+        lambda y: ce_jax.sigmoid_focal_loss(jnp.array([0.5]), y, alpha=alpha).sum()
+    )(jnp.array([0.2]))
+    np.testing.assert_array_equal(by_label, [0.0, of_other[0]])
+    assert by_weight[0] == 0.0
