@@ -47,7 +47,7 @@ _SAMPLED = 128
 _FEWEST_ROWS, _FEWEST_NARROW_ROWS = 16, 128
 # A tile of fewer elements is read faster by fewer kernels.
 _SMALL = 1 << 16
-# One of fewer is read again as a whole: parts of it are not worth a longer compilation.
+# One of no more is read again as a whole: parts of it are not worth a longer compilation.
 _MEDIUM = 1 << 21
 # Blocks to read again, at most: one for each bit of an integer.
 _BLOCKS = 32
@@ -190,7 +190,7 @@ def _missed(
 
 
 def _block_count(z: Float[Array, "*rows classes"]) -> int:
-    if z.size < _MEDIUM:
+    if z.size <= _MEDIUM:
         return 1
     return next(k for k in range(_BLOCKS, 0, -1) if z.shape[0] % k == 0)
 

@@ -53,7 +53,8 @@ def mended(
         def cut(x: Array) -> Array:
             shape = (x.shape[0] // count, *x.shape[1:])
             start = first(x, shape[0])
-            # Narrow ones as integers, or XLA would hold all of the array in float32.
+            # Narrow ones as integers, and tied to the state of the loop: or XLA would find all of
+            # the array ahead of it, in float32.
             kind = jnp.uint16 if x.dtype.itemsize == 2 else x.dtype
             bits = jax.lax.bitcast_convert_type(apart((x, missed))[0], kind)
             block = jax.lax.dynamic_slice(bits, start, shape, allow_negative_indices=False)

@@ -13,22 +13,12 @@ from ce_jax import _from_label
 from ce_jax._dense import row_statistics
 from ce_jax._tile import Target
 from tests import reference
-from tests.comparison import accuracy, check, close, together
+from tests.comparison import check, close, together
 from tests.helpers import LAYOUTS, compilations, covering, softmax_arguments
 from tests.hlo import collectives
 from tests.mesh import Layout
 
 IDS = "softmax_cross_entropy_with_integer_labels"
-
-LIMITS = (
-    "_SMALL",
-    "_MEDIUM",
-    "_SAMPLED",
-    "_FEWEST_ROWS",
-    "_FEWEST_NARROW_ROWS",
-    "FEW_CLASSES",
-)
-LIMITS = {name: getattr(_from_label, name) for name in LIMITS}
 
 ROWS, CLASSES = 4, 6
 draw = np.random.default_rng(31)
@@ -240,75 +230,6 @@ def test_rows_that_do_not_count_have_no_say_in_what_is_tried(row, garbage):
     if found.attempt.tried is not None:
         np.testing.assert_array_equal(found.attempt.tried, own)
     assert found.attempt.missed == 0
-
-
-@pytest.fixture
-def real_limits(monkeypatch, small_tiles_too):
-    del small_tiles_too  # whose limits these replace
-    for name, value in LIMITS.items():
-        monkeypatch.setattr(_from_label, name, value)
-
-
-once = pytest.mark.parametrize("small_tiles_too", ["labels"], indirect=True)
-
-
-@jax.jit
-def losses_and_slopes(logits, labels, cotangent):
-    losses, pull = jax.vjp(lambda z: loss(z, labels), logits)
-    return losses, *pull(cotangent)
-
-
-@once
-@pytest.mark.usefixtures("real_limits")
-@pytest.mark.parametrize("spoilt", [None, np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("offset", [0.0, 100.0, -100.0])
-@pytest.mark.parametrize("shape", [(8192, 10), (300000, 8), (8192, 300), (20, 40000)], ids=str)
-def test_rows_far_from_0_or_spoilt(shape, offset, spoilt):
-    """So many that a CPU's maximum passes over NaN. The spoilt row is the last of its block."""
-    rows, classes = shape
-    draw = np.random.default_rng(9)
-    logits = (draw.normal(size=shape) + offset).astype(np.float32)
-    labels = draw.integers(classes, size=rows)
-    block = rows // (32 if rows * classes >= LIMITS["_MEDIUM"] else 1)
-    logits[block // 2, labels[block // 2]] -= 150
-    others = np.ones(rows, bool)
-    if spoilt is not None:
-        others[block - 1] = False
-        logits[block - 1, labels[block - 1]] = spoilt
-    shifted = logits[others].astype(np.float64)
-    shifted -= shifted.max(-1, keepdims=True)
-    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    is_label = labels[others, None] == np.arange(classes)
-
-    losses, slopes = map(np.asarray, losses_and_slopes(logits, labels, np.ones(rows, np.float32)))
-    close(losses[others], -log_probs[is_label], 4e-6)
-    np.testing.assert_allclose(slopes[others], np.exp(log_probs) - is_label, rtol=0, atol=2e-6)
-    if spoilt == -np.inf:
-        np.testing.assert_array_equal(losses[~others], np.inf)
-    elif spoilt is not None:
-        assert np.isnan(losses[~others])
-
-
-@once
-@pytest.mark.usefixtures("real_limits")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(64, 33, 1000), (1, 2100, 1000), (262144, 8)], ids=str)
-def test_real_blocks(shape, dtype):
-    """32 of them, one, and 32 of rows of a few classes; two unlikely labels in different ones."""
-    draw = np.random.default_rng(6)
-    z = draw.normal(size=shape)
-    labels = draw.integers(shape[-1], size=shape[:-1])
-    rows = labels.size
-    for row in (rows // 2, rows - 1):
-        z.reshape(rows, -1)[row, labels.flat[row]] -= 150.0
-    z = np.asarray(jnp.asarray(z, dtype), np.float64)
-    shifted = z - z.max(-1, keepdims=True)
-    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    is_label = labels[..., None] == np.arange(shape[-1])
-    cotangent = draw.normal(size=labels.shape).astype(np.float32)
-    losses, slopes = losses_and_slopes(jnp.asarray(z, dtype), labels, cotangent)
-    close(losses, -log_probs[is_label].reshape(labels.shape), 4e-6)
-    close(slopes, cotangent[..., None] * (np.exp(log_probs) - is_label), accuracy(dtype))
 
 
 @pytest.mark.usefixtures("x64")

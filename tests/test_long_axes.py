@@ -243,8 +243,7 @@ def test_narrow_logits_are_not_widened_in_memory():
     )
     for function in (loss, jax.value_and_grad(loss)):
         compiled = jax.jit(function).lower(*arguments).compile()
-        block = 2 * rows * classes / 32  # copied, should it have to be read again
-        assert compiled.memory_analysis().temp_size_in_bytes < rows * classes / 16 + block
+        assert compiled.memory_analysis().temp_size_in_bytes < rows * classes / 16
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 16, 17, 31, 63, 64, 65, 100, 257, 1000, 1024, 2003, 50257])
