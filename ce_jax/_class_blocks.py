@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from . import _sharded, _tile
 from ._head import First, Head, Pull, logits, over_blocks, put, read_by_all, take, take_classes
-from ._tile import ABSENT
+from ._partial import ABSENT, Partial, merge
 
 
 class Options(NamedTuple):
@@ -101,10 +101,10 @@ def _extent(options: Options, head: Head) -> tuple[int, int]:
     return total, min(options.block, total)
 
 
-def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) -> _tile.Partial:
+def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) -> Partial:
     hidden_of_block = read_by_all(hidden)
 
-    def of_block(first: First, size: int) -> _tile.Partial:
+    def of_block(first: First, size: int) -> Partial:
         z, _ = tile(options, hidden_of_block(), head, first, size)
         return _tile.partial_statistics(
             z,
@@ -114,8 +114,8 @@ def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) 
             first_class=_first_class(options, head, first),
         )
 
-    def step(part: _tile.Partial, first: First, size: int) -> _tile.Partial:
-        return _tile.merge(part, of_block(first, size))
+    def step(part: Partial, first: First, size: int) -> Partial:
+        return merge(part, of_block(first, size))
 
     total, size = _extent(options, head)
     like = jax.eval_shape(lambda: of_block(0, size))
@@ -132,7 +132,7 @@ def _fused(
     return _tile.finish(_partial(options, hidden, head, target))
 
 
-_Residuals = tuple[Array, Head, _tile.Target, _tile.Partial]
+_Residuals = tuple[Array, Head, _tile.Target, Partial]
 
 
 def _fused_fwd(

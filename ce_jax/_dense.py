@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from . import _sharded, _tile
+from ._partial import ABSENT, Partial
 from ._parts import differs_alone, in_long_rows
-from ._tile import ABSENT
 
 
 def row_statistics(
@@ -71,7 +71,7 @@ def _statistics(
     alone: bool,
     logits: Float[Array, "*rows classes"],
     target: _tile.Target,
-) -> tuple[_tile.RowStatistics, _tile.Partial]:
+) -> tuple[_tile.RowStatistics, Partial]:
     entropy, argmax, axis_name = options
     first_class = _sharded.first_class(logits.shape[-1], axis_name)
     # Sums relative to the maximum of all devices add up what the gradient needs anyway.
@@ -120,7 +120,7 @@ def _constant_unless_jvp(
     return _constant_unless(counts, logits), jnp.where(counts[..., None], d_logits, 0)
 
 
-_Residuals = tuple[ArrayLike, _tile.Target, _tile.Partial]
+_Residuals = tuple[ArrayLike, _tile.Target, Partial]
 
 
 def _fused_fwd(

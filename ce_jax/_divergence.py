@@ -24,9 +24,10 @@ from jaxtyping import Array, Float
 
 from . import _class_blocks, _sharded, _tile
 from ._head import First, Head, take
+from ._partial import ABSENT, Partial, merge
 from ._recomputed import WHOLE, Form, over_columns
 from ._sums import origin
-from ._tile import ABSENT, Target
+from ._tile import Target
 
 
 class Side(NamedTuple):
@@ -62,8 +63,8 @@ class Options(NamedTuple):
 class _Sums(NamedTuple):
     """Over the classes seen so far, relative to both maxima: of p, of q, and `<exp(u), u - v>`."""
 
-    p: _tile.Partial
-    q: _tile.Partial
+    p: Partial
+    q: Partial
     gap: Float[Array, "*rows"]
 
 
@@ -153,7 +154,7 @@ def _start(options: Options, inputs: Inputs, fixed: None) -> _Sums:
     size = min(options.p.block, options.columns)
     tile, _ = jax.eval_shape(lambda: _tiles(options, inputs, 0, size)[0])
     zero = jnp.zeros(tile.shape[:-1], tile.dtype)
-    nothing = _tile.Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+    nothing = Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
     return _Sums(nothing, nothing, zero)
 
 
@@ -162,7 +163,7 @@ def _fold(
 ) -> _Sums:
     tiles, _ = _tiles(options, inputs, first, size)
     new = _read(*tiles)
-    p, q = _tile.merge(sums.p, new.p), _tile.merge(sums.q, new.q)
+    p, q = merge(sums.p, new.p), merge(sums.q, new.q)
     gap = _rebased(sums, p.base, q.base) + _rebased(new, p.base, q.base)
     return _Sums(p, q, gap)
 

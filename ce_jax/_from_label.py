@@ -30,9 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._one_reading import maxima_and_sums, one_by_one
+from ._one_reading import read, read_twice
+from ._partial import Attempt, Bare
 from ._parts import FEW_CLASSES, Shapes, best_shapes, in_long_rows, is_own, row_maxima, sums_in_one
-from ._sums import are_unrolled, bounded, exp_shifted, origin, shift, sum_exp
+from ._sums import Columns, are_unrolled, bounded, exp_shifted, origin, shift, sum_exp
 from ._unless import mended, unless
 
 # Sums above this are of losses above 31.9 nats.
@@ -51,30 +52,6 @@ _SMALL = 1 << 16
 _MEDIUM = 1 << 21
 # Blocks to read again, at most: one for each bit of an integer.
 _BLOCKS = 32
-
-
-class Bare(NamedTuple):
-    """Sums that are not relative to the label: the cross-entropy is `log1p(rest / own) - gap`.
-
-    `own` is the label's exponential, `rest` the sum of all others and `gap` 0 if exponentials are
-    those of the logits as they are; if not, `gap` is the label's logit relative to `base`, `own` is
-    1, and `rest` the sum of all exponentials less 1.
-    """
-
-    own: Float[Array, "*rows"]
-    rest: Float[Array, "*rows"]
-    gap: Float[Array, "*rows"]
-
-
-class Attempt(NamedTuple):
-    """The exponentials in memory: of `z - tried`, or of `z` as it is, and where that did not do.
-
-    Bit k of `missed` is set for block k of the first axis. One of `tried` and `bare` is there.
-    """
-
-    tried: Float[Array, "*rows"] | None
-    missed: Integer[Array, ""]
-    bare: Bare | None = None
 
 
 class Found(NamedTuple):
@@ -162,11 +139,12 @@ def _by_maxima(
 ) -> Found:
     dtype = label_logit.dtype
     if not bare:
-        base, total = maxima_and_sums(shapes, z, dtype, stored=False)
-        return Found(base, total, Attempt(base, _nowhere(base)))
+        part = read(shapes, z, Columns(), dtype, stored=False)
+        return Found(part.base, part.sum_exp, Attempt(part.base, _nowhere(part.base)))
     # Of the others, which the label's 1 would swallow where a loss is near 0.
     others = jnp.where(is_label(labels, z), -jnp.inf, z)
-    most, rest = maxima_and_sums(shapes, others, dtype, stored=False)
+    part = read(shapes, others, Columns(), dtype, stored=False)
+    most, rest = part.base, part.sum_exp
     base = jnp.maximum(most, jax.lax.stop_gradient(label_logit))
     rest = rest * jnp.exp(most - origin(base))
     gap = label_logit - origin(base)
@@ -221,7 +199,8 @@ def _attempted(
 
 def _by_own_maxima(z: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
     shapes = best_shapes(z, alone=False, entropy=False)
-    return one_by_one(shapes, z, dtype, stored=False)
+    part = read_twice(shapes, z, Columns(), dtype=dtype, stored=False)
+    return part.base, part.sum_exp
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

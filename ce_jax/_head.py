@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._tile import ABSENT, wide
+from ._partial import ABSENT
+from ._tile import wide
 
 _Carry = TypeVar("_Carry")
 _Tree = TypeVar("_Tree")

@@ -1,96 +1,164 @@
-"""The maximum of a row and the sum of exponentials relative to it, for which a GPU reads it once.
+"""The maximum of a row and the sums relative to it, for which a GPU reads it once.
 
-As two reductions they take two readings. As one reduction of pairs, which moves both sums to the
-larger maximum, they take one, and more arithmetic, which hides behind it: for 8192 rows of 32768
-float32 logits on an H200 0.53 of the time of the loss, and 0.77 of that of value and gradient.
-With other sums in the same reduction XLA stores arrays of the size of the logits, as it does for a
-TPU with these two, so there they are found one by one.
+As several reductions they take two readings. As one reduction, which moves all sums to the larger
+maximum, they take one, and more arithmetic, which hides behind it: for 8192 rows of 32768 float32
+logits on an H200 0.53 of the time of the loss, and 0.77 of that of value and gradient.
+
+So many operands XLA reads together only if each has its elements to itself. If the maximum that
+some are relative to is that of all, it stores arrays of the size of the logits, as it does for a
+TPU in any case: so there the sums are found one by one.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._partial import Partial, merge
 from ._parts import Shapes, is_own, row_maxima
-from ._sums import origin, sum_exp
+from ._sums import Columns, origin, summands, sums
 
 # So many numbers of a row are brought to their own maximum at once. Joined one by one they would
 # take two exponentials each, and the next one would wait for them: twice the time.
 _SIDE_BY_SIDE = 8
+# A tile of no more bytes a GPU reads from its cache the second time, and nothing would be gained.
+_CACHED = 1 << 23
+# The coefficient of every class while sums are moved: no sum of so small ones overflows.
+_UNIT = 2.0**-32
 
 
-def maxima_and_sums(
-    shapes: Shapes, z: Float[Array, "*rows classes"], dtype: jnp.dtype, *, stored: bool = True
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """The largest logit of each row, and the sum of exponentials relative to its `origin`.
+def read(
+    shapes: Shapes,
+    z: Float[Array, "*rows classes"],
+    columns: Columns,
+    dtype: jnp.dtype,
+    *,
+    entropy: bool = False,
+    stored: bool = True,
+) -> Partial:
+    """The largest logit of each row, and the `_sums.sums` relative to its `origin`.
 
-    `shapes` are those of `_parts.best_shapes`; `stored` is for `_sums.sum_exp`.
+    `shapes` are those of `_parts.best_shapes`, `dtype` that of the sums.
     """
-    twice = functools.partial(one_by_one, shapes, dtype=dtype, stored=stored)
-    if not is_own(z) or not z.size:
-        return twice(z)
-    once = functools.partial(_at_once, shapes.get("cuda"), dtype)
-    base, total = jax.lax.platform_dependent(z, cuda=once, default=twice)
-    return jax.lax.stop_gradient(base), total  # or devices would join slopes of maxima, all 0
+    twice = functools.partial(read_twice, shapes, dtype=dtype, entropy=entropy, stored=stored)
+    if not is_own(z) or z.size * z.dtype.itemsize <= _CACHED:
+        return twice(z, columns)
+    once = functools.partial(_read_once, shapes.get("cuda"), dtype, entropy)
+    part: Partial = jax.lax.platform_dependent(z, columns, cuda=once, default=twice)
+    # Or devices would join slopes of maxima, all 0.
+    return part._replace(base=jax.lax.stop_gradient(part.base))
 
 
-def one_by_one(
-    shapes: Shapes, z: Float[Array, "*rows classes"], dtype: jnp.dtype, *, stored: bool
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+def read_twice(
+    shapes: Shapes,
+    z: Float[Array, "*rows classes"],
+    columns: Columns,
+    *,
+    dtype: jnp.dtype,
+    entropy: bool = False,
+    stored: bool,
+) -> Partial:
     """The same by two readings, for what no GPU runs."""
     base = row_maxima(z, shapes).astype(dtype)
-    return base, sum_exp(shapes, z, origin(base), own_max=True, stored=stored)
+    options = {"entropy": entropy, "own_max": True, "stored": stored}
+    return Partial(base, **sums(z, origin(base), columns, shapes=shapes, **options))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _read_once(
+    shape: tuple[int, ...] | None,
+    dtype: jnp.dtype,
+    entropy: bool,
+    z: Float[Array, "*rows classes"],
+    columns: Columns,
+) -> Partial:
+    same = columns.classes
+    if same is None or same.ndim:
+        return _at_once(shape, dtype, entropy, z, columns)
+    # The coefficient of all classes is no constant, which what moves the sums has to be made of.
+    unit = columns._replace(classes=jnp.array(_UNIT, dtype))
+    part = _at_once(shape, dtype, entropy, z, unit)
+    count, dot = part.classes_sum / _UNIT, same.astype(dtype) / _UNIT * part.classes_dot
+    return part._replace(classes_count=count, classes_sum=same * count, classes_dot=dot)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _at_once(
-    shape: tuple[int, ...] | None, dtype: jnp.dtype, z: Float[Array, "*rows classes"]
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    shape: tuple[int, ...] | None,
+    dtype: jnp.dtype,
+    entropy: bool,
+    z: Float[Array, "*rows classes"],
+    columns: Columns,
+) -> Partial:
     """As in Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"."""
+    tile = (z, jax.tree.map(lambda x: jnp.broadcast_to(x, z.shape) if x.ndim else x, columns))
     cut = shape is not None and shape[-1] % _SIDE_BY_SIDE == 0
-    beside = [x.astype(dtype) for x in _side_by_side(z.reshape(shape) if cut else z)]
-    base = functools.reduce(jnp.maximum, beside)
-    zero = origin(base)
-    total = functools.reduce(jnp.add, (jnp.exp(x - zero) for x in beside))
-    found = _joined(base, total)
     if not cut:
-        return found
-    base, total = (x.reshape(*z.shape[:-1], -1) for x in found)
-    return _joined(base, total)
+        return _merged(_side_by_side(dtype, entropy, *tile))
+    parts = jax.tree.map(lambda x: x.reshape(shape) if x.ndim else x, tile)
+    found = _merged(_side_by_side(dtype, entropy, *parts))
+    return _merged(jax.tree.map(lambda x: x.reshape(*z.shape[:-1], -1), found))
 
 
-def _side_by_side(x: Float[Array, "*rows classes"]) -> list[Array]:
-    classes = x.shape[-1]
-    width = -(-classes // _SIDE_BY_SIDE)
-    parts = [x[..., i : i + width] for i in range(0, classes, width)]
-    missing = [(0, 0)] * (x.ndim - 1) + [(0, width - parts[-1].shape[-1])]
-    return [*parts[:-1], jnp.pad(parts[-1], missing, constant_values=-jnp.inf)]
+def _side_by_side(
+    dtype: jnp.dtype, entropy: bool, z: Float[Array, "*rows classes"], columns: Columns
+) -> Partial:
+    """The sums of eight numbers of a row each."""
+    width = -(-z.shape[-1] // _SIDE_BY_SIDE)
+    starts = range(0, z.shape[-1], width)
+    logits = [_from(z, start, width, -jnp.inf).astype(dtype) for start in starts]
+    weights = [
+        jax.tree.map(lambda x, start=start: _from(x, start, width, 0) if x.ndim else x, columns)
+        for start in starts
+    ]
+
+    def largest(turn: int) -> Array:
+        """The maximum, found in an order of its own, so that XLA does not know it from others."""
+        return functools.reduce(jax.lax.max, logits[turn:] + logits[:turn])
+
+    found: dict[str, Any] = {}
+    for turn, (name, of) in enumerate(summands(columns, entropy=entropy).items(), 1):
+        base, traced_once = origin(largest(turn)), jax.jit(of)
+        each = (traced_once(x, base, w) for x, w in zip(logits, weights, strict=True))
+        found[name] = functools.reduce(jax.lax.add, each)
+    if columns.classes is not None and not columns.classes.ndim:
+        found["classes_sum"] = _UNIT * found.pop("classes_count")
+    return Partial(largest(0), **found)
 
 
-def _joined(
-    base: Float[Array, "*rows n"], total: Float[Array, "*rows n"]
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    nothing = (jnp.full((), -jnp.inf, base.dtype), jnp.zeros((), total.dtype))
-    found: tuple[Array, Array] = jax.lax.reduce((base, total), nothing, _join, (base.ndim - 1,))
-    return found
+def _from(x: Float[Array, "*rows classes"], start: int, width: int, fill: float) -> Array:
+    stop = min(start + width, x.shape[-1])
+    some = jax.lax.slice_in_dim(x, start, stop, axis=-1)
+    missing = [(0, 0)] * (x.ndim - 1) + [(0, start + width - stop)]
+    return jnp.pad(some, missing, constant_values=fill) if missing[-1][1] else some
 
 
-def _join(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    base = jnp.maximum(a[0], b[0])
-    zero = origin(base)
-    of_a, of_b = (total * jnp.exp(old - zero) for old, total in (a, b))
-    return base, of_a + of_b
+def _merged(parts: Partial) -> Partial:
+    nothing = jax.tree.map(lambda x: jnp.zeros((), x.dtype), parts)
+    nothing = nothing._replace(base=jnp.full((), -jnp.inf, parts.base.dtype))
+    whole: Partial = jax.lax.reduce(parts, nothing, merge, (parts.base.ndim - 1,))
+    return whole
 
 
 @_at_once.defjvp
 def _at_once_jvp(
-    shape: tuple[int, ...] | None, dtype: jnp.dtype, primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    base, total = _at_once(shape, dtype, *primals)
+    shape: tuple[int, ...] | None,
+    dtype: jnp.dtype,
+    entropy: bool,
+    primals: tuple[Array, Columns],
+    tangents: tuple[Array, Columns],
+) -> tuple[Partial, Partial]:
+    part = _at_once(shape, dtype, entropy, *primals)
     shapes = {} if shape is None else {"cuda": shape}
-    _, slope = jax.jvp(lambda z: sum_exp(shapes, z, origin(base)), primals, tangents)
-    return (base, total), (jnp.zeros_like(base), slope)
+
+    def relative(z: Array, columns: Columns) -> Partial:
+        found = sums(z, origin(part.base), columns, entropy=entropy, shapes=shapes, own_max=False)
+        if part.classes_count is None:
+            found.pop("classes_count", None)
+        return Partial(part.base, **found)
+
+    _, slope = jax.jvp(relative, primals, tangents)
+    return part, slope

@@ -16,12 +16,13 @@ from jaxtyping import Array, Bool, Float, Integer
 from . import _budget, _sharded, _tile
 from ._from_label import is_label
 from ._head import First, Head, logits, over_blocks, put, take
+from ._partial import ABSENT, Partial, merge
 from ._recomputed import WHOLE, Form, over_columns
 from ._sides import Sides
-from ._tile import ABSENT, RowStatistics, Target, wide
+from ._tile import RowStatistics, Target, wide
 from .sigmoid import sigmoid_binary_cross_entropy
 
-_Partials = tuple[_tile.Partial, _tile.Partial]
+_Partials = tuple[Partial, Partial]
 
 
 class _Fixed(NamedTuple):
@@ -66,16 +67,16 @@ def _without(
     return jnp.where(take(counts, first, z.shape[1])[None], z, -jnp.inf)
 
 
-def _nothing(rows: int, dtype: jnp.dtype, target: bool) -> _tile.Partial:
+def _nothing(rows: int, dtype: jnp.dtype, target: bool) -> Partial:
     """The statistics over no columns, of a label or of a target distribution."""
     zero = jnp.zeros(rows, dtype)
-    nothing = _tile.Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+    nothing = Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
     if target:
         return nothing._replace(target_dot=zero, target_sum=zero)
     return nothing._replace(label_logit=zero)
 
 
-def _not_empty(part: _tile.Partial) -> _tile.Partial:
+def _not_empty(part: Partial) -> Partial:
     """The statistics, with a harmless normaliser in rows that had nothing to look at."""
     return part._replace(sum_exp=jnp.where(part.sum_exp == 0, 1, part.sum_exp))
 
@@ -146,7 +147,7 @@ def _fold_both(
         for view, target, first_class in _views(z, fixed, first)
     ]
     of_columns = jax.tree.map(lambda x, new: put(x, new, first), sums[1], parts[1])
-    return _tile.merge(sums[0], parts[0]), of_columns
+    return merge(sums[0], parts[0]), of_columns
 
 
 def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:
@@ -317,17 +318,17 @@ def _group_block(
 
 
 def _fold_group(
-    inputs: tuple[Array, Array], fixed: _Fixed, sums: _tile.Partial, first: First, size: int
-) -> _tile.Partial:
+    inputs: tuple[Array, Array], fixed: _Fixed, sums: Partial, first: First, size: int
+) -> Partial:
     rows, columns = inputs
     z, _ = logits(rows, Head(take(columns, first, size)), 0)
-    return _tile.merge(sums, _tile.partial_statistics(*_group_block(z, fixed, first)))
+    return merge(sums, _tile.partial_statistics(*_group_block(z, fixed, first)))
 
 
 def _pull_group(
     inputs: tuple[Array, Array],
     fixed: _Fixed,
-    sums: _tile.Partial,
+    sums: Partial,
     g: Array,
     first: First,
     size: int,

@@ -13,7 +13,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from . import _checks, _reduction, _sharded
 from ._head import Head, logits
-from ._tile import ABSENT, wide
+from ._partial import ABSENT
+from ._tile import wide
 
 
 class Compared(NamedTuple):

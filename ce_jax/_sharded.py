@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
-from . import _tile
+from ._partial import ABSENT, NOWHERE, Partial, rebase
 
 _Tree = TypeVar("_Tree")
 
@@ -77,18 +77,18 @@ def first_class(local_classes: int, axis_name: str | None) -> int | Integer[Arra
     return jax.lax.axis_index(axis_name) * local_classes
 
 
-def merge_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
+def merge_across(part: Partial, axis_name: str | None) -> Partial:
     """Merges the statistics of all devices of `axis_name`: one maximum, one sum of [rows] each."""
     if axis_name is None:
         return part
     row_max = jax.lax.pmax(part.base, axis_name)
     argmax = part.argmax
     if argmax is not None:
-        argmax = jnp.where(part.base == row_max, argmax, _tile.NOWHERE)
-    return sum_across(_tile.rebase(part, row_max)._replace(base=row_max, argmax=argmax), axis_name)
+        argmax = jnp.where(part.base == row_max, argmax, NOWHERE)
+    return sum_across(rebase(part, row_max)._replace(base=row_max, argmax=argmax), axis_name)
 
 
-def sum_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
+def sum_across(part: Partial, axis_name: str | None) -> Partial:
     """Adds up the sums of all devices, which are relative to the maximum of all."""
     if axis_name is None:
         return part
@@ -96,8 +96,8 @@ def sum_across(part: _tile.Partial, axis_name: str | None) -> _tile.Partial:
     if argmax is not None:
         # The lowest class among those that reach the maximum, as `jnp.argmax` has it.
         argmax = jax.lax.pmin(argmax, axis_name)
-    sums = part._replace(base=_tile.ABSENT, argmax=_tile.ABSENT)
-    total: _tile.Partial = jax.lax.psum(sums, axis_name)
+    sums = part._replace(base=ABSENT, argmax=ABSENT)
+    total: Partial = jax.lax.psum(sums, axis_name)
     return total._replace(base=part.base, argmax=argmax)
 
 

@@ -13,7 +13,8 @@ once: 0.44 ms with their sum for 0.64 (65536 rows of 10), and 0.47 for 0.81 (327
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,40 +25,42 @@ from ._parts import FEW_CLASSES, Shapes, apart, in_parts, is_own, reduced, sums_
 _UNROLLED_ROWS = range(9, 33)
 
 
-@runtime_checkable
-class _Target(Protocol):
-    """What is read of a `_tile.Target`; each part may be None."""
+class Columns(NamedTuple):
+    """What every class of a row is weighted with: `probs` and `classes` of a `_tile.Target`."""
 
-    @property
-    def probs(self) -> Any: ...
-    @property
-    def classes(self) -> Any: ...
+    probs: Any = None
+    classes: Any = None
+
+
+# What is added up over the classes: of each logit, what that is relative to and `Columns`.
+Summand = Callable[[Array, Array, Columns], Array]
 
 
 def sums(
     z: Float[Array, "*rows classes"],
     base: Float[Array, "*rows"],
-    target: _Target,
+    columns: Columns,
     *,
     entropy: bool,
     shapes: Shapes,
     own_max: bool,
+    stored: bool = True,
 ) -> dict[str, Any]:
-    """The sums of `_tile.Partial` that `target` and `entropy` ask for.
+    """The sums of `_partial.Partial` that `columns` and `entropy` ask for.
 
     They are relative to `base`, the `origin` of each row. `shapes` are those of
-    `_parts.best_shapes`; `own_max` is for `exp_shifted`.
+    `_parts.best_shapes`; `own_max` is for `exp_shifted`, `stored` for `sum_exp`.
     """
     # A CPU reads long rows as fast where it finds several sums of them.
     others = {platform: shape for platform, shape in shapes.items() if platform != "cpu"}
     if entropy:
-        found = in_parts(functools.partial(_of_exp, own_max), others, z, base, None)
+        found = in_parts(functools.partial(_sums_of_exp, own_max), others, z, base, None)
     else:
-        found = {"sum_exp": sum_exp(shapes, z, base, own_max=own_max)}
-    if target.probs is not None or target.classes is not None:
-        found |= in_parts(_of_target, others, z, base, target)
-    if target.classes is not None and target.classes.ndim == 0:
-        found["classes_sum"] = target.classes * found["classes_count"]
+        found = {"sum_exp": sum_exp(shapes, z, base, own_max=own_max, stored=stored)}
+    if columns.probs is not None or columns.classes is not None:
+        found |= in_parts(_sums_of_columns, others, z, base, columns)
+    if columns.classes is not None and columns.classes.ndim == 0:
+        found["classes_sum"] = columns.classes * found["classes_count"]
     return found
 
 
@@ -106,50 +109,84 @@ def are_unrolled(z: Float[Array, "*rows classes"]) -> bool:
     return is_own(z) and z.shape[-1] in _UNROLLED_ROWS
 
 
-def _of_exp(
+def summands(columns: Columns, *, entropy: bool) -> dict[str, Summand]:
+    """What `sums` adds up; of a scalar `columns.classes` the count of the classes it is for."""
+    found: dict[str, Summand] = {"sum_exp": _exp}
+    if entropy:
+        found["exp_dot"] = _exp_dot
+    return found | _of_probs(columns) | _of_allowed(columns)
+
+
+def _of_probs(columns: Columns) -> dict[str, Summand]:
+    if columns.probs is None:
+        return {}
+    return {"target_dot": _target_dot, "target_sum": _target_sum}
+
+
+def _of_allowed(columns: Columns) -> dict[str, Summand]:
+    if columns.classes is None:
+        return {}
+    found: dict[str, Summand] = {"classes_dot": _classes_dot, "classes_count": _classes_count}
+    return found | ({"classes_sum": _classes_sum} if columns.classes.ndim else {})
+
+
+def _exp(z: Array, base: Array, _: Columns) -> Array:
+    return jnp.exp(_relative(z, base))
+
+
+def _exp_dot(z: Array, base: Array, columns: Columns) -> Array:
+    return _exp(z, base, columns) * finite_exponent(_relative(z, base))
+
+
+def _target_dot(z: Array, base: Array, columns: Columns) -> Array:
+    probs = _target_sum(z, base, columns)
+    least = jnp.where(probs == 0, jnp.finfo(probs.dtype).min, -jnp.inf)
+    return probs * jnp.maximum(_relative(z, base), least)
+
+
+def _target_sum(_: Array, base: Array, columns: Columns) -> Array:
+    probs: Array = columns.probs.astype(base.dtype)
+    return probs
+
+
+def _classes_dot(z: Array, base: Array, columns: Columns) -> Array:
+    dot = columns.classes * bounded(_relative(z, base))  # may be 0 times what overflowed
+    return jnp.where(z > -jnp.inf, dot, 0)  # a coefficient may be NaN there
+
+
+# By another comparison: a GPU would store the mask if all used one.
+def _classes_count(z: Array, base: Array, _: Columns) -> Array:
+    return (z != -jnp.inf).astype(base.dtype)
+
+
+def _classes_sum(z: Array, _: Array, columns: Columns) -> Array:
+    return jnp.where(z != -jnp.inf, columns.classes, 0)
+
+
+def _sums_of_exp(
     own_max: bool, z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], _: Any
 ) -> dict[str, Array]:
     exp = exp_shifted(z, base, own_max=own_max)
     return _row_sums({"sum_exp": exp, "exp_dot": exp * finite_exponent(shift(z, base))})
 
 
-def _of_target(
-    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], target: _Target
+def _sums_of_columns(
+    z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], columns: Columns
 ) -> dict[str, Array]:
-    found: dict[str, Array] = {}
     # Apart, or a CPU would store the difference for these sums and that of exponentials.
-    shifted = shift(z, apart(base))
-    if target.probs is not None:
-        probs = target.probs.astype(base.dtype)
-        dot = probs * jnp.where(probs == 0, bounded(shifted), shifted)
-        found |= _row_sums({"target_dot": dot, "target_sum": probs})
-    if target.classes is not None:
-        found |= _row_sums(_of_allowed(z, shifted, target.classes))
+    base = apart(base)[..., None]
+    columns = jax.tree.map(lambda x: jnp.broadcast_to(x, z.shape) if x.ndim else x, columns)
+    found: dict[str, Array] = {}
+    for some in filter(None, (_of_probs(columns), _of_allowed(columns))):
+        found |= _row_sums({name: of(z, base, columns) for name, of in some.items()})
     return found
 
 
-def _of_allowed(
-    z: Float[Array, "*rows classes"], shifted: Float[Array, "*rows classes"], classes: Array
-) -> dict[str, Array]:
-    """What is added up over the classes with `z > -inf`."""
-    allowed = z > -jnp.inf
-    of_rows = jnp.broadcast_to(classes, z.shape)
-    dot = of_rows * bounded(shifted)  # a coefficient may be 0 where that overflowed
-    summands = {
-        "classes_dot": jnp.where(allowed, dot, 0),  # a coefficient may be NaN there
-        "classes_count": allowed.astype(shifted.dtype),
-    }
-    if classes.ndim:
-        # By another comparison: a GPU would store the mask if this used it too.
-        summands["classes_sum"] = jnp.where(z != -jnp.inf, of_rows, 0)
-    return summands
+def _row_sums(elements: dict[str, Array]) -> dict[str, Array]:
+    def each(elements: dict[str, Array]) -> dict[str, Array]:
+        return jax.tree.map(_reduced_sum, elements)
 
-
-def _row_sums(summands: dict[str, Array]) -> dict[str, Array]:
-    def each(summands: dict[str, Array]) -> dict[str, Array]:
-        return jax.tree.map(_reduced_sum, summands)
-
-    found: dict[str, Array] = jax.lax.platform_dependent(summands, cpu=sums_in_one, default=each)
+    found: dict[str, Array] = jax.lax.platform_dependent(elements, cpu=sums_in_one, default=each)
     return found
 
 
@@ -162,7 +199,11 @@ def shift(
     z: Float[Array, "*rows classes"], base: Float[Array, "*rows"]
 ) -> Float[Array, "*rows classes"]:
     """The tile relative to the `origin` of its rows, in the dtype of that."""
-    return z.astype(base.dtype) - base[..., None]
+    return _relative(z, base[..., None])
+
+
+def _relative(z: Float[Array, "*rows classes"], base: Float[Array, "*rows #classes"]) -> Array:
+    return z.astype(base.dtype) - base
 
 
 def row_sum(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:

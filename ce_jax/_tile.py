@@ -26,7 +26,7 @@ lose the digits that `log p` is made of.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +34,10 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from . import _from_label
 from ._from_label import at_label, is_label
-from ._one_reading import maxima_and_sums
+from ._one_reading import read
+from ._partial import ABSENT, NOWHERE, Partial
 from ._parts import Shapes, best_shapes, row_argmax, row_maxima
-from ._sums import exp_shifted, finite_exponent, origin, shift, spread, sums
-
-# A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
-ABSENT: Any = None
-# An `argmax` above every class: the tile does not hold the maximum of the row.
-NOWHERE = jnp.iinfo(jnp.int32).max
+from ._sums import Columns, exp_shifted, finite_exponent, origin, shift, spread, sums
 
 
 class Target(NamedTuple):
@@ -60,31 +56,6 @@ class Target(NamedTuple):
     probs: Float[Array, "*rows classes"] = ABSENT
     classes: Float[Array, " classes"] | Float[Array, ""] = ABSENT
     counts: Bool[Array, "*rows"] | None = ABSENT
-
-
-class Partial(NamedTuple):
-    """Sums over the classes seen so far, relative to one number for each row.
-
-    That is `base`, the largest logit seen so far or, in rows that are read at once, the label's or
-    0 (see `_from_label`). With `d_c = z_c - base` (or `z_c` where that is -inf): `sum_exp` is
-    `sum exp(d)`; `label_logit` is the label's `z` itself, 0 as long as it was not seen;
-    `target_dot`, `target_sum` are `<t, d>`, `sum(t)`; `classes_dot`, `classes_sum`,
-    `classes_count` are `<a, d>`, `sum(a)` and the number of the classes with `z > -inf`;
-    `exp_dot` is `<exp(d), d>`; `argmax` counts from the first class of the whole row. `attempt`
-    is there where the pull-back is to take `exp(d)` from `_from_label`.
-    """
-
-    base: Float[Array, "*rows"]
-    sum_exp: Float[Array, "*rows"]
-    label_logit: Float[Array, "*rows"] = ABSENT
-    target_dot: Float[Array, "*rows"] = ABSENT
-    target_sum: Float[Array, "*rows"] = ABSENT
-    classes_dot: Float[Array, "*rows"] = ABSENT
-    classes_sum: Float[Array, "*rows"] = ABSENT
-    classes_count: Float[Array, "*rows"] = ABSENT
-    exp_dot: Float[Array, "*rows"] = ABSENT
-    argmax: Integer[Array, "*rows"] = ABSENT
-    attempt: _from_label.Attempt = ABSENT
 
 
 class RowStatistics(NamedTuple):
@@ -121,26 +92,25 @@ def partial_statistics(
     to. `alone` says that no derivative will be taken, `whole` that rows are, and hold their labels.
     """
     shapes = best_shapes(z, alone=alone, entropy=entropy)
-    sum_exp_only = target.probs is None and target.classes is None and not entropy
-    if whole and sum_exp_only and not argmax and _from_label.is_worth_it(z):
+    columns = Columns(target.probs, target.classes)
+    labels_only = not (jax.tree.leaves(columns) or entropy or argmax)
+    if whole and labels_only and _from_label.is_worth_it(z):
         return _relative_to_labels(z, target, shapes, alone)
-    if sum_exp_only and join_max is None:
-        row_max, total = maxima_and_sums(shapes, z, wide(z.dtype))
-        out = Partial(base=row_max, sum_exp=total)
+    if join_max is None:
+        out = read(shapes, z, columns, wide(z.dtype), entropy=entropy)
+        local_max = out.base
     else:
         local_max = row_maxima(z, shapes).astype(wide(z.dtype))
-        row_max = local_max if join_max is None else join_max(local_max)
-        columns = target._replace(labels=ABSENT, counts=ABSENT)
-        own_max = join_max is None
-        found = sums(z, origin(row_max), columns, entropy=entropy, shapes=shapes, own_max=own_max)
+        row_max = join_max(local_max)
+        found = sums(z, origin(row_max), columns, entropy=entropy, shapes=shapes, own_max=False)
         out = Partial(base=row_max, **found)
     if target.labels is not None:
         logit = _label_logit(z, target.labels, first_class, whole)
-        out = out._replace(label_logit=logit.astype(row_max.dtype))
+        out = out._replace(label_logit=logit.astype(out.base.dtype))
     if argmax:
         largest = row_argmax(z) + first_class
         if join_max is not None:
-            largest = jnp.where(local_max == row_max, largest, NOWHERE)
+            largest = jnp.where(local_max == out.base, largest, NOWHERE)
         out = out._replace(argmax=largest)
     return out
 
@@ -154,32 +124,6 @@ def _relative_to_labels(
     found = _from_label.sums(z, target.labels, logit, target.counts, shapes=shapes, shared=shared)
     attempt = found.attempt if shared else ABSENT
     return Partial(found.base, found.sum_exp, logit, attempt=attempt)
-
-
-def rebase(part: Partial, row_max: Float[Array, "*rows"]) -> Partial:
-    """The same sums relative to another maximum; `base` and `argmax` stay what they were."""
-    move = origin(part.base) - origin(row_max)
-    scale = jnp.where(part.base == -jnp.inf, 0, jnp.exp(move))  # nothing seen: exp may overflow
-    out = part._replace(sum_exp=part.sum_exp * scale)
-    if part.target_dot is not None:
-        out = out._replace(target_dot=part.target_dot + part.target_sum * move)
-    if part.classes_dot is not None:
-        out = out._replace(classes_dot=part.classes_dot + part.classes_sum * move)
-    if part.exp_dot is not None:
-        out = out._replace(exp_dot=(part.exp_dot + part.sum_exp * move) * scale)
-    return out
-
-
-def merge(a: Partial, b: Partial) -> Partial:
-    """Joins the statistics of two disjoint sets of classes."""
-    row_max = jnp.maximum(a.base, b.base)
-    argmax = ABSENT
-    if a.argmax is not None:
-        of_equals = jnp.where(a.base == b.base, jnp.minimum(a.argmax, b.argmax), a.argmax)
-        argmax = jnp.where(b.base > a.base, b.argmax, of_equals)
-    sums = (rebase(x, row_max)._replace(argmax=ABSENT) for x in (a, b))
-    total: Partial = jax.tree.map(jnp.add, *sums)
-    return total._replace(base=row_max, argmax=argmax)
 
 
 def finish(part: Partial, counts: Bool[Array, "*rows"] | None = None) -> RowStatistics:

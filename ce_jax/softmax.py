@@ -15,8 +15,9 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _sharded, _target
 from ._dense import row_statistics
+from ._partial import ABSENT
 from ._row_loss import silenced, smoothing_coefficients, softmax_loss
-from ._tile import ABSENT, Target, wide
+from ._tile import Target, wide
 
 _STATIC = ("axis", "ignore_index", "axis_name", "reduction", "forward_mode")
 _Axis = int | Sequence[int] | None

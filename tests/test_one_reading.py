@@ -9,15 +9,18 @@ import pytest
 
 import ce_jax
 from ce_jax import _one_reading, _parts
+from ce_jax._sums import Columns
 from tests import reference
-from tests.comparison import check, close, together
+from tests.comparison import check, close, compare, together
 from tests.helpers import LAYOUTS, covering, softmax_arguments
 
 IDS = "softmax_cross_entropy_with_integer_labels"
+SOFT = "softmax_cross_entropy"
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch, one_device):
+    monkeypatch.setattr(_one_reading, "_CACHED", 0)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, **own: own.get("cuda", own["default"])(*args)
     )
@@ -33,27 +36,52 @@ def cut(monkeypatch):
 
 CASES = covering(
     layout=[*LAYOUTS],
+    soft=[False, True],
     where=[None, "rows", "classes"],
     masked=[False, True],
     weight=[False, True],
-    label_smoothing=[0.0, 0.3],
+    label_smoothing=[None, 0.3, 1.0],
     dtype=["float32", "float64", "bfloat16"],
 )
+
+
+def check_case(case):
+    dtype = jnp.dtype(case.pop("dtype"))
+    if case["label_smoothing"] is None:
+        del case["label_smoothing"]
+    wrt = [name for name in ("label_smoothing",) if name in case]
+    check(SOFT if case["soft"] else IDS, softmax_arguments(**case), wrt, dtype=dtype)
 
 
 @pytest.mark.sweep
 @together(CASES)
 def test_losses(case):
-    dtype = jnp.dtype(case.pop("dtype"))
-    check(IDS, softmax_arguments(**case), dtype=dtype)
+    check_case(case)
 
 
 @pytest.mark.sweep
 @pytest.mark.usefixtures("cut")
 @together(CASES)
 def test_losses_of_cut_rows(case):
-    dtype = jnp.dtype(case.pop("dtype"))
-    check(IDS, softmax_arguments(**case), dtype=dtype)
+    check_case(case)
+
+
+def statistics(logits, labels, function=ce_jax.softmax_statistics):
+    found = function(logits, labels)
+    return found.lse + 2 * found.entropy - found.log_prob
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("classes", [4, 37])
+@pytest.mark.usefixtures("cut", "x64")
+def test_statistics(dtype, classes):
+    draw = np.random.default_rng(classes)
+    logits = 3 * draw.normal(size=(5, classes))
+    logits[2, 1:3] = -np.inf
+    arguments = {"logits": logits, "labels": np.array([0, 3, 3, 1, 0])}
+    truth = functools.partial(statistics, function=reference.softmax_statistics)
+    compare(statistics, truth, arguments, dtype=jnp.dtype(dtype), loosen=4)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 15, 17, 64, 65, 1000])
@@ -68,9 +96,10 @@ def test_any_number_of_classes(classes):
     close(lse, reference.softmax_statistics(**arguments).lse, 1e-6)
 
 
-def read(x, shape=None):
-    base, total = _one_reading._at_once(shape, jnp.dtype("float32"), jnp.asarray(x, jnp.float32))
-    return np.asarray(base), np.asarray(total)
+def read(x, shape=None, classes=None):
+    columns = Columns(jnp.ones(x.shape, jnp.float32), classes)
+    dtype = jnp.dtype("float32")
+    return _one_reading._read_once(shape, dtype, True, jnp.asarray(x, dtype), columns)
 
 
 @pytest.mark.parametrize("shape", [None, (4, 2, 16)], ids=["whole", "cut"])
@@ -80,18 +109,49 @@ def test_what_is_not_finite(shape):
     x[1, 5:] = -np.inf
     x[2, 17] = np.inf
     x[3, 31] = np.nan
-    base, total = read(x, shape)
-    np.testing.assert_array_equal(base, [-np.inf, 0, np.inf, np.nan])
-    np.testing.assert_array_equal(total, [0, 5, np.nan, np.nan])
+    part = read(x, shape, jnp.float32(0.5))
+    np.testing.assert_array_equal(part.base, [-np.inf, 0, np.inf, np.nan])
+    np.testing.assert_array_equal(part.sum_exp, [0, 5, np.nan, np.nan])
+    np.testing.assert_array_equal(part.exp_dot, [0, 0, np.nan, np.nan])
+    np.testing.assert_array_equal(part.target_sum, [32, 32, 32, 32])
+    np.testing.assert_array_equal(part.target_dot, [-np.inf, -np.inf, np.nan, np.nan])
+    np.testing.assert_array_equal(part.classes_count[:3], [0, 5, 32])
+    np.testing.assert_array_equal(part.classes_sum[:3], [0, 2.5, 16])
+    np.testing.assert_array_equal(part.classes_dot, [0, 0, np.nan, np.nan])
 
 
 def test_sums_move_to_every_larger_maximum():
     """Of ascending logits each is a new one, and of far ones nothing is left."""
     x = np.stack([np.arange(1024) / 8, -np.arange(1024) / 8, 1e4 * np.arange(1024)])
-    base, total = read(x)
-    np.testing.assert_array_equal(base, x.max(-1))
-    exact = np.exp(x - x.max(-1, keepdims=True)).sum(-1)
-    np.testing.assert_allclose(total, exact, rtol=1e-6)
+    part = read(x, classes=jnp.float32(0.25))
+    np.testing.assert_array_equal(part.base, x.max(-1))
+    shifted = x - x.max(-1, keepdims=True)
+    exp = np.exp(shifted)
+    exact = {
+        "sum_exp": exp,
+        "exp_dot": exp * shifted,
+        "target_dot": shifted,
+        "classes_dot": shifted / 4,
+        "classes_sum": np.full(x.shape, 0.25),
+    }
+    for name, summands in exact.items():
+        np.testing.assert_allclose(getattr(part, name), summands.sum(-1), rtol=1e-6)
+
+
+def test_a_move_may_overflow():
+    """A class that is as good as masked, far below the largest logit there is."""
+    logits = np.full((2, 64), -3e38, np.float32)
+    logits[:, 40] = 3e38
+    logits[1, 41] = 2.9e38
+    targets = np.zeros_like(logits)
+    targets[:, 40] = 1
+    arguments = {"logits": logits, "labels": targets}
+    found = jax.jit(ce_jax.softmax_cross_entropy)(**arguments)
+    np.testing.assert_array_equal(found, [0, 0])
+    found = jax.jit(ce_jax.softmax_cross_entropy)(**arguments, label_smoothing=0.0)
+    np.testing.assert_array_equal(found, [0, 0])
+    found = jax.jit(ce_jax.softmax_statistics)(logits, np.array([40, 40]))
+    np.testing.assert_array_equal(found.entropy, [0, 0])
 
 
 @pytest.mark.usefixtures("x64")
@@ -137,18 +197,27 @@ def test_blocks_of_classes():
         np.testing.assert_allclose(found, exact, rtol=1e-12)
 
 
-def test_a_program_for_a_gpu_reads_rows_once(monkeypatch):
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_a_program_for_a_gpu_reads_rows_once(monkeypatch, smoothing):
     monkeypatch.undo()
     monkeypatch.setattr(_parts, "_may_be_sharded", lambda: False)
     jax.clear_caches()
-    shape = jax.ShapeDtypeStruct((256, 4096), jnp.float32)
     labels = jax.ShapeDtypeStruct((256,), jnp.int32)
-    loss = jax.jit(ce_jax.softmax_cross_entropy_with_integer_labels)
+    loss = jax.jit(
+        functools.partial(
+            ce_jax.softmax_cross_entropy_with_integer_labels, label_smoothing=smoothing
+        )
+    )
 
-    def reduces(platform):
-        text = loss.trace(shape, labels).lower(lowering_platforms=(platform,)).as_text()
-        return text.count("stablehlo.reduce"), text.count("tensor<256x4096xf32>, tensor<f32>")
+    def reduces(platform, classes):
+        logits = jax.ShapeDtypeStruct((256, classes), jnp.float32)
+        text = loss.trace(logits, labels).lower(lowering_platforms=(platform,)).as_text()
+        whole = f"(tensor<256x{classes}xf32>, tensor<f32>)"
+        return text.count("stablehlo.reduce"), text.count(whole)
 
-    # One, of two arrays of an eighth of the size.
-    assert reduces("cuda") == (1, 0)
-    assert reduces("tpu") == (2, 2)
+    sums = 2 if smoothing is None else 4
+    # One, of arrays of an eighth of the size.
+    assert reduces("cuda", 16384) == (1, 0)
+    assert reduces("tpu", 16384) == (sums, sums)
+    # What stays in the cache is not worth it.
+    assert reduces("cuda", 8192) == (sums, sums)
