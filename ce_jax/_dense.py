@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from . import _sharded, _tile
+from ._narrow import narrowed
 from ._partial import ABSENT, Partial
 from ._parts import differs_alone, in_long_rows
 
@@ -153,7 +154,7 @@ def _pulled_back(
         _sharded.with_sharding_of, d_target, target._replace(labels=ABSENT, counts=ABSENT)
     )
     if dz.dtype != logits.dtype:
-        dz = in_long_rows(lambda dz: dz.astype(logits.dtype), dz)
+        dz = in_long_rows(lambda dz: narrowed(dz, logits.dtype), dz)
     return dz, d_target
 
 

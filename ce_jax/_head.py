@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from ._narrow import narrowed
 from ._partial import ABSENT
 from ._tile import wide
 
@@ -57,7 +58,7 @@ def logits(
         if uncap is not None:
             dz, d_cap = uncap(dz)
         d_bias = ABSENT if head.bias is None else jnp.sum(dz, 0)
-        dz = dz.astype(hidden.dtype)
+        dz = narrowed(dz, hidden.dtype)
         pair = (hidden, dz) if class_axis == 1 else (dz, hidden)
         d_kernel = _dot(pair[0], 0, pair[1], 0)
         return _dot(head.kernel, class_axis, dz, 1), Head(d_kernel, d_bias, d_cap)

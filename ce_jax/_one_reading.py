@@ -2,11 +2,12 @@
 
 As several reductions they take two readings. As one reduction, which moves all sums to the larger
 maximum, they take one, and more arithmetic, which hides behind it: for 8192 rows of 32768 float32
-logits on an H200 0.53 of the time of the loss, and 0.77 of that of value and gradient.
+logits on an H200 0.53 of the time of the loss, and 0.77 of that of value and gradient. Smoothing
+took 1.28 of optax's time with 2048 rows of 131072, and takes 0.77.
 
-So many operands XLA reads together only if each has its elements to itself. If the maximum that
-some are relative to is that of all, it stores arrays of the size of the logits, as it does for a
-TPU in any case: so there the sums are found one by one.
+XLA reads many operands together only if each has its elements to itself. Where two share the
+maximum that they are relative to, it stores arrays of the size of the logits, as it does for a TPU
+in any case: so there the sums are found one by one.
 """
 
 from __future__ import annotations

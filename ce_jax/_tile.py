@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from . import _from_label
 from ._from_label import at_label, is_label
+from ._narrow import narrowed
 from ._one_reading import read
 from ._partial import ABSENT, NOWHERE, Partial
 from ._parts import Shapes, best_shapes, row_argmax, row_maxima
@@ -210,7 +211,8 @@ def pullback(
         d_probs = g.cross[..., None] * (log_sum[..., None] - shifted)
         # Of a class with -inf, unless a row that counts has a share of it.
         absent = ((target.probs == 0) | (g.cross == 0)[..., None]) & (shifted == -jnp.inf)
-        d_target = d_target._replace(probs=jnp.where(absent, 0, d_probs).astype(target.probs.dtype))
+        d_probs = narrowed(jnp.where(absent, 0, d_probs), target.probs.dtype)
+        d_target = d_target._replace(probs=d_probs)
     if target.classes is not None:
         classes, allowed = spread(target.classes, z)
         dz = dz - g.uniform[..., None] * classes

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks, _reduction, _target
+from ._narrow import narrowed
 from ._numerics import linear, log1p_below_one
 from ._parts import in_long_rows, in_one_axis
 from ._row_loss import silenced, weighted
@@ -264,7 +265,7 @@ def _fused_bwd(_: bool, elements: _Elements, g: Array) -> tuple[Array | None, ..
     arrays = _arrays(elements)
 
     def by_logits(z: Array, y: Array, pos_weight: Array | None, g: Array) -> Array:
-        return (g * _slopes(z, y, pos_weight)[0]).astype(z.dtype)
+        return narrowed(g * _slopes(z, y, pos_weight)[0], z.dtype)
 
     dz = in_long_rows(by_logits, *arrays, g)
     # An infinite slope by a label must not turn a loss that weighs nothing into NaN.
