@@ -112,7 +112,7 @@ def _side_by_side(
     starts = range(0, z.shape[-1], width)
     logits = [_from(z, start, width, -jnp.inf).astype(dtype) for start in starts]
     weights = [
-        jax.tree.map(lambda x, start=start: _from(x, start, width, 0) if x.ndim else x, columns)
+        jax.tree.map(lambda x, start=start: _from(x, start, width, 0.0) if x.ndim else x, columns)
         for start in starts
     ]
 
