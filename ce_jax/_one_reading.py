@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from ._partial import Partial, merge
 from ._parts import Shapes, is_own, row_maxima
-from ._sums import Columns, origin, summands, sums
+from ._sums import Columns, in_rows, origin, summands, sums
 
 # So many numbers of a row are brought to their own maximum at once. Joined one by one they would
 # take two exponentials each, and the next one would wait for them: twice the time.
@@ -63,7 +63,7 @@ def read_twice(
     entropy: bool = False,
     stored: bool,
 ) -> Partial:
-    """The same by two readings, for what no GPU runs."""
+    """The same by two readings, as all but a GPU with a large tile find it."""
     base = row_maxima(z, shapes).astype(dtype)
     options = {"entropy": entropy, "own_max": True, "stored": stored}
     return Partial(base, **sums(z, origin(base), columns, shapes=shapes, **options))
@@ -95,7 +95,7 @@ def _at_once(
     columns: Columns,
 ) -> Partial:
     """As in Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"."""
-    tile = (z, jax.tree.map(lambda x: jnp.broadcast_to(x, z.shape) if x.ndim else x, columns))
+    tile = (z, in_rows(columns, z))
     cut = shape is not None and shape[-1] % _SIDE_BY_SIDE == 0
     if not cut:
         return _merged(_side_by_side(dtype, entropy, *tile))

@@ -109,6 +109,14 @@ def are_unrolled(z: Float[Array, "*rows classes"]) -> bool:
     return is_own(z) and z.shape[-1] in _UNROLLED_ROWS
 
 
+def in_rows(columns: Columns, z: Float[Array, "*rows classes"]) -> Columns:
+    """The same for each row; a number for all classes stays one."""
+    spread_out: Columns = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, z.shape) if x.ndim else x, columns
+    )
+    return spread_out
+
+
 def summands(columns: Columns, *, entropy: bool) -> dict[str, Summand]:
     """What `sums` adds up; of a scalar `columns.classes` the count of the classes it is for."""
     found: dict[str, Summand] = {"sum_exp": _exp}
@@ -135,7 +143,11 @@ def _exp(z: Array, base: Array, _: Columns) -> Array:
 
 
 def _exp_dot(z: Array, base: Array, columns: Columns) -> Array:
-    return _exp(z, base, columns) * finite_exponent(_relative(z, base))
+    return _times_exponent(_exp(z, base, columns), _relative(z, base))
+
+
+def _times_exponent(exp: Array, shifted: Array) -> Array:
+    return exp * finite_exponent(shifted)
 
 
 def _target_dot(z: Array, base: Array, columns: Columns) -> Array:
@@ -167,7 +179,7 @@ def _sums_of_exp(
     own_max: bool, z: Float[Array, "*rows classes"], base: Float[Array, "*rows"], _: Any
 ) -> dict[str, Array]:
     exp = exp_shifted(z, base, own_max=own_max)
-    return _row_sums({"sum_exp": exp, "exp_dot": exp * finite_exponent(shift(z, base))})
+    return _row_sums({"sum_exp": exp, "exp_dot": _times_exponent(exp, shift(z, base))})
 
 
 def _sums_of_columns(
@@ -175,7 +187,7 @@ def _sums_of_columns(
 ) -> dict[str, Array]:
     # Apart, or a CPU would store the difference for these sums and that of exponentials.
     base = apart(base)[..., None]
-    columns = jax.tree.map(lambda x: jnp.broadcast_to(x, z.shape) if x.ndim else x, columns)
+    columns = in_rows(columns, z)
     found: dict[str, Array] = {}
     for some in filter(None, (_of_probs(columns), _of_allowed(columns))):
         found |= _row_sums({name: of(z, base, columns) for name, of in some.items()})
