@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
-from . import _checks, _reduction, _target
-from ._bins import bin_of_rank, bin_sums
-from ._numerics import positive_int, scalar
-from ._tile import wide
+from ._arguments import checks, reductions, targets
+from ._rows.bins import bin_of_rank, bin_sums
+from ._rows.numerics import positive_int, scalar
+from ._rows.tile import wide
 from .diagnostics import log_softmax
 
 _Axis = int | tuple[int, ...] | None
@@ -92,13 +92,13 @@ def _reliability_bins(
     bins: int,
     adaptive: bool,
 ) -> ReliabilityBins:
-    confidence = _checks.floating("confidence", confidence)
-    correct = _checks.boolean("correct", correct)
-    _checks.shape_is("correct", correct, confidence.shape, "the shape of confidence")
+    confidence = checks.floating("confidence", confidence)
+    correct = checks.boolean("correct", correct)
+    checks.shape_is("correct", correct, confidence.shape, "the shape of confidence")
     counts = jnp.ones(confidence.shape, bool)
     if where is not None:
-        where = _checks.boolean("where", where)
-        counts = _checks.broadcast("where", where, counts.shape, "the shape of confidence")
+        where = checks.boolean("where", where)
+        counts = checks.broadcast("where", where, counts.shape, "the shape of confidence")
     counts, correct = counts.reshape(-1), correct.reshape(-1)
     confidence = confidence.reshape(-1).astype(wide(confidence.dtype))
     confidence = jnp.where(counts, confidence, 0)
@@ -215,14 +215,14 @@ def brier_score(
     References:
       Brier, `Verification of Forecasts Expressed in Terms of Probability`, 1950.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _brier_score(
         logits,
         labels,
         where,
         sample_weight,
-        axis=_checks.static_axis(axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        axis=checks.static_axis(axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reduction,
     )
 
@@ -238,15 +238,15 @@ def _brier_score(
     ignore_index: int | None,
     reduction: str,
 ) -> Array:
-    rows = _target.rows_of("logits", logits, axis, where)
+    rows = targets.rows_of("logits", logits, axis, where)
     shape = rows.values.shape
-    label = _target.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
+    label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     dtype = wide(rows.values.dtype)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, shape[:-1], dtype)
-    p = jnp.exp(log_softmax(_target.without_excluded(rows.values, label.counts, sample_weight)))
+    sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    p = jnp.exp(log_softmax(targets.without_excluded(rows.values, label.counts, sample_weight)))
     score = jnp.sum(jnp.square(p - jax.nn.one_hot(label.ids, shape[-1], dtype=dtype)), -1)
-    score = _target.nan_if(label.unknown, score, sample_weight)
-    return _reduction.reduce(score, label.counts, sample_weight, reduction)
+    score = targets.nan_if(label.unknown, score, sample_weight)
+    return reductions.reduce(score, label.counts, sample_weight, reduction)
 
 
 def fit_temperature(
@@ -310,8 +310,8 @@ def fit_temperature(
         sample_weight,
         least,
         most,
-        axis=_checks.static_axis(axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        axis=checks.static_axis(axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
     )
 
 
@@ -327,11 +327,11 @@ def _fit_temperature(
     axis: _Axis,
     ignore_index: int | None,
 ) -> Array:
-    rows = _target.rows_of("logits", logits, axis, where)
+    rows = targets.rows_of("logits", logits, axis, where)
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
-    label = _target.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
-    weight = _reduction.weights("sample_weight", sample_weight, shape[:-1], dtype)
-    z = _target.without_excluded(rows.values, label.counts, weight).astype(dtype)
+    label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
+    weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    z = targets.without_excluded(rows.values, label.counts, weight).astype(dtype)
     top = jnp.max(z, -1, keepdims=True)
     z = z - jnp.where(jnp.isneginf(top), 0, top)
     allowed = z > -jnp.inf

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _pairs, _reduction
-from ._numerics import scalar
-from ._sides import over_devices, reduced, sides
-from ._tile import wide
+from ._arguments import checks, reductions
+from ._arguments.sides import over_devices, reduced, sides
+from ._rows import pairs
+from ._rows.numerics import scalar
+from ._rows.tile import wide
 from .linear import linear_softmax_cross_entropy
 
 _STATIC = ("axis_name", "reduction", "memory_budget", "forward_mode")
@@ -79,7 +80,7 @@ def info_nce_loss(
       Sohn, `Improved Deep Metric Learning with Multi-class N-pair Loss Objective`, 2016. More
       keys than queries: He et al., `Momentum Contrast`, 2020.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _info_nce(
         queries,
         keys,
@@ -88,7 +89,7 @@ def info_nce_loss(
         sample_weight,
         axis_name=axis_name,
         reduction=reduction,
-        memory_budget=_checks.memory_budget(memory_budget),
+        memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
@@ -129,7 +130,7 @@ def _info_nce(
         loss = cast(Array, found)  # no tuple, as statistics were not asked for
     if reduction == "none":
         return loss
-    weights = _reduction.weights("sample_weight", sample_weight, (rows,), dtype)
+    weights = reductions.weights("sample_weight", sample_weight, (rows,), dtype)
     return over_devices(loss, (rows,), x.row_counts, weights, axis_name, reduction)
 
 
@@ -189,7 +190,7 @@ def clip_loss(
       2021; Zhang et al., `Contrastive Learning of Medical Visual Representations from Paired
       Images and Text`, 2020.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _clip(
         images,
         texts,
@@ -198,7 +199,7 @@ def clip_loss(
         sample_weight,
         axis_name=axis_name,
         reduction=reduction,
-        memory_budget=_checks.memory_budget(memory_budget),
+        memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
@@ -217,7 +218,7 @@ def _clip(
     forward_mode: bool,
 ) -> Array:
     x = sides("images", images, "texts", texts, where, logit_scale, axis_name)
-    by_image, by_text = _pairs.both_directions(
+    by_image, by_text = pairs.both_directions(
         x, axis_name=axis_name, memory_budget=memory_budget, forward_mode=forward_mode
     )
     own = jax.lax.dynamic_slice_in_dim(by_text, x.first, x.rows.shape[0])
@@ -280,7 +281,7 @@ def siglip_loss(
     References:
       Zhai et al., `Sigmoid Loss for Language Image Pre-Training`, 2023.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _siglip(
         images,
         texts,
@@ -290,7 +291,7 @@ def siglip_loss(
         sample_weight,
         axis_name=axis_name,
         reduction=reduction,
-        memory_budget=_checks.memory_budget(memory_budget),
+        memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
@@ -311,5 +312,5 @@ def _siglip(
 ) -> Array:
     x = sides("images", images, "texts", texts, where, logit_scale, axis_name)
     bias = logit_bias.astype(wide(x.rows.dtype))
-    loss = _pairs.decisions(x, bias, memory_budget=memory_budget, forward_mode=forward_mode)
+    loss = pairs.decisions(x, bias, memory_budget=memory_budget, forward_mode=forward_mode)
     return reduced(loss, x.row_counts, sample_weight, axis_name, reduction)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction, _sharded, _target
+from ._arguments import checks, reductions, targets
+from ._rows import sharded
 
 
 def mean_denominator(
@@ -57,7 +58,7 @@ def mean_denominator(
     References:
       The rule is that of `torch.nn.CrossEntropyLoss`.
     """
-    ignore_index = _checks.integer_option("ignore_index", ignore_index)
+    ignore_index = checks.integer_option("ignore_index", ignore_index)
     return _mean_denominator(
         labels, weight, sample_weight, where, ignore_index=ignore_index, axis_name=axis_name
     )
@@ -73,26 +74,26 @@ def _mean_denominator(
     ignore_index: int | None,
     axis_name: str | None,
 ) -> Array:
-    labels = _checks.real("labels", labels)
+    labels = checks.real("labels", labels)
     counts = None
     if where is not None:
-        where = _checks.boolean("where", where)
-        counts = _checks.broadcast("where", where, labels.shape, "the shape of labels")
+        where = checks.boolean("where", where)
+        counts = checks.broadcast("where", where, labels.shape, "the shape of labels")
     if weight is not None or ignore_index is not None:
-        labels = _checks.integer("labels", labels)
+        labels = checks.integer("labels", labels)
     given = [jnp.asarray(x).dtype for x in (labels, weight, sample_weight) if x is not None]
     dtype = jnp.float64 if jnp.float64 in given else jnp.float32
 
-    sample_weight = _reduction.weights("sample_weight", sample_weight, labels.shape, dtype)
+    sample_weight = reductions.weights("sample_weight", sample_weight, labels.shape, dtype)
     label_weight = None
     if weight is not None:
-        weight = _checks.real("weight", weight)
-        _checks.shape_is("weight", weight, (weight.size,), "one weight per class")
-        classes = _sharded.all_classes(weight.size, axis_name)
-        ids = _target.class_ids(labels, labels.shape, classes, counts, ignore_index)
-        label_weight = _sharded.take_class(weight.astype(dtype), ids.ids, axis_name)
-        label_weight = _target.nan_if(ids.unknown, label_weight, sample_weight)
+        weight = checks.real("weight", weight)
+        checks.shape_is("weight", weight, (weight.size,), "one weight per class")
+        classes = sharded.all_classes(weight.size, axis_name)
+        ids = targets.class_ids(labels, labels.shape, classes, counts, ignore_index)
+        label_weight = sharded.take_class(weight.astype(dtype), ids.ids, axis_name)
+        label_weight = targets.nan_if(ids.unknown, label_weight, sample_weight)
         counts = ids.counts
     elif ignore_index is not None:
-        counts = _target.counting(labels, counts, ignore_index)
-    return _reduction.denominator(labels.shape, dtype, counts, sample_weight, label_weight)
+        counts = targets.counting(labels, counts, ignore_index)
+    return reductions.denominator(labels.shape, dtype, counts, sample_weight, label_weight)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
-from . import _checks, _target
-from ._numerics import expm1_less_x
-from ._tile import wide
+from ._arguments import checks, targets
+from ._rows.numerics import expm1_less_x
+from ._rows.tile import wide
 
 _Axis = int | tuple[int, ...] | None
 
@@ -71,17 +71,17 @@ def cross_entropy_parts(
     References:
       Kullback and Leibler, `On Information and Sufficiency`, 1951.
     """
-    return _cross_entropy_parts(logits, labels, where, axis=_checks.static_axis(axis))
+    return _cross_entropy_parts(logits, labels, where, axis=checks.static_axis(axis))
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
 def _cross_entropy_parts(
     logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None, *, axis: _Axis
 ) -> CrossEntropyParts:
-    rows = _target.rows_of("logits", logits, axis, where)
-    z = _target.without_excluded(rows.values, rows.counts)
+    rows = targets.rows_of("logits", logits, axis, where)
+    z = targets.without_excluded(rows.values, rows.counts)
     log_p = log_softmax(z)
-    q = _target.distributions(labels, jnp.shape(logits), axis, log_p.dtype)
+    q = targets.distributions(labels, jnp.shape(logits), axis, log_p.dtype)
     likely = q > 0
     log_q = jnp.log(jnp.where(likely, q, 1))
     # q (p/q - 1 - log(p/q)), and what is left of it for q -> 0. A negative label is NaN.
@@ -155,8 +155,8 @@ def gradient_view(
         logits,
         labels,
         where,
-        axis=_checks.static_axis(axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        axis=checks.static_axis(axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
     )
 
 
@@ -169,10 +169,10 @@ def _gradient_view(
     axis: _Axis,
     ignore_index: int | None,
 ) -> GradientView:
-    rows = _target.rows_of("logits", logits, axis, where)
+    rows = targets.rows_of("logits", logits, axis, where)
     classes = rows.values.shape[-1]
-    label = _target.class_ids(labels, rows.values.shape[:-1], classes, rows.counts, ignore_index)
-    p = jnp.exp(log_softmax(_target.without_excluded(rows.values, label.counts)))
+    label = targets.class_ids(labels, rows.values.shape[:-1], classes, rows.counts, ignore_index)
+    p = jnp.exp(log_softmax(targets.without_excluded(rows.values, label.counts)))
     gradient = p - jax.nn.one_hot(label.ids, classes, dtype=p.dtype)
     usable = ~label.unknown
     if label.counts is not None:

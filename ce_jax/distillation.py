@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _class_blocks, _reduction, _sharded, _target
-from ._divergence import Inputs, Options, Side, divergence
-from ._numerics import scalar
-from ._row_loss import silenced
-from ._tile import wide
-from ._two_heads import Layer, two_heads
+from ._arguments import checks, reductions, targets
+from ._arguments.two_heads import Layer, two_heads
+from ._rows import class_blocks, sharded
+from ._rows.divergence import Inputs, Options, Side, divergence
+from ._rows.loss import silenced
+from ._rows.numerics import scalar
+from ._rows.tile import wide
 
 # The smallest temperature: below, logits of ordinary size overflow.
 _COLDEST = 1e-6
@@ -79,14 +80,14 @@ def distillation_loss(
       Hinton et al., `Distilling the Knowledge in a Neural Network`, 2015; reverse: Gu et al.,
       `MiniLLM: Knowledge Distillation of Large Language Models`, 2024.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _distillation(
         logits,
         teacher_logits,
         where,
         _temperature(temperature),
         sample_weight,
-        axis=_checks.static_axis(axis),
+        axis=checks.static_axis(axis),
         reverse=reverse,
         axis_name=axis_name,
         reduction=reduction,
@@ -112,24 +113,24 @@ def _distillation(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    student = _target.rows_of("logits", logits, axis, where, axis_name)
-    teacher_logits = _checks.floating("teacher_logits", teacher_logits)
-    _checks.shape_is("teacher_logits", teacher_logits, jnp.shape(logits), "that of logits")
-    teacher = _target.rows_of("teacher_logits", teacher_logits, axis, where, axis_name)
+    student = targets.rows_of("logits", logits, axis, where, axis_name)
+    teacher_logits = checks.floating("teacher_logits", teacher_logits)
+    checks.shape_is("teacher_logits", teacher_logits, jnp.shape(logits), "that of logits")
+    teacher = targets.rows_of("teacher_logits", teacher_logits, axis, where, axis_name)
     *rows, local = student.values.shape
     dtype = wide(jnp.promote_types(student.values.dtype, teacher.values.dtype))
-    weights = _reduction.weights("sample_weight", sample_weight, tuple(rows), dtype)
+    weights = reductions.weights("sample_weight", sample_weight, tuple(rows), dtype)
     for name, x in (("logits", student), ("teacher_logits", teacher)):
-        _sharded.check_sharded(name, x.values, axis_name)
+        sharded.check_sharded(name, x.values, axis_name)
     of_student, of_teacher = (
-        Side(logits=_target.without_excluded(x.values, x.counts, weights, axis_name))
+        Side(logits=targets.without_excluded(x.values, x.counts, weights, axis_name))
         for x in (student, teacher)
     )
-    classes = _sharded.all_classes(local, axis_name)
-    options = _class_blocks.Options(local, -1, classes, axis_name)
+    classes = sharded.all_classes(local, axis_name)
+    options = class_blocks.Options(local, -1, classes, axis_name)
     both = Options(options, options, local)
     loss = _loss(both, of_student, of_teacher, temperature, weights, reverse, forward_mode)
-    return _reduction.reduce(loss, student.counts, weights, reduction)
+    return reductions.reduce(loss, student.counts, weights, reduction)
 
 
 def _loss(
@@ -238,11 +239,11 @@ def linear_distillation_loss(
     References:
       As `distillation_loss`.
     """
-    _checks.reduction(reduction)
-    student = Layer(hidden, kernel, bias, _checks.soft_cap(logit_soft_cap))
+    checks.reduction(reduction)
+    student = Layer(hidden, kernel, bias, checks.soft_cap(logit_soft_cap))
     teacher = None
     if teacher_hidden is not None and teacher_kernel is not None:
-        cap = _checks.soft_cap(teacher_logit_soft_cap)
+        cap = checks.soft_cap(teacher_logit_soft_cap)
         teacher = Layer(teacher_hidden, teacher_kernel, teacher_bias, cap)
     of_layer = (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap)
     if (teacher is None) == (teacher_logits is None) or (
@@ -259,13 +260,13 @@ def linear_distillation_loss(
         _temperature(temperature),
         sample_weight,
         where,
-        class_axis=_checks.integer_option("class_axis", class_axis),
-        teacher_class_axis=_checks.integer_option("teacher_class_axis", teacher_class_axis),
-        num_classes=_checks.integer_option("num_classes", num_classes),
+        class_axis=checks.integer_option("class_axis", class_axis),
+        teacher_class_axis=checks.integer_option("teacher_class_axis", teacher_class_axis),
+        num_classes=checks.integer_option("num_classes", num_classes),
         reverse=reverse,
         axis_name=axis_name,
         reduction=reduction,
-        memory_budget=_checks.memory_budget(memory_budget),
+        memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
@@ -315,4 +316,4 @@ def _linear_distillation(
     )
     weights = None if x.weights is None else x.weights.ravel()
     loss = _loss(x.options, x.student, x.teacher, temperature, weights, reverse, forward_mode)
-    return _reduction.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)
+    return reductions.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)

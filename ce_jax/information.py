@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real
 
-from . import _checks
-from ._numerics import linear
+from ._arguments import checks
+from ._rows.numerics import linear
 
 # 1/17, ..., 1/5, 1/3: the series of `_kl_terms`. With |s| <= 1/8 the first term left out is below
 # float64's rounding.
@@ -53,7 +53,7 @@ def self_information(
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
     """
-    return _self_information(_checks.floating("p", p), _log_base(base))
+    return _self_information(checks.floating("p", p), _log_base(base))
 
 
 def entropy(
@@ -94,8 +94,8 @@ def entropy(
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
     """
-    p = _checks.floating("p", p)
-    return _entropy(p, _log_base(base), _checks.axes(axis, p.ndim))
+    p = checks.floating("p", p)
+    return _entropy(p, _log_base(base), checks.axes(axis, p.ndim))
 
 
 def binary_entropy(
@@ -130,7 +130,7 @@ def binary_entropy(
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
     """
-    return _binary_entropy(_checks.floating("p", p), _log_base(base))
+    return _binary_entropy(checks.floating("p", p), _log_base(base))
 
 
 def cross_entropy(
@@ -174,9 +174,9 @@ def cross_entropy(
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
     """
-    p, q = _checks.floating("p", p), _checks.floating("q", q)
-    _checks.shape_is("q", q, p.shape, "that of p")
-    return _cross_entropy(p, q, _log_base(base), _checks.axes(axis, p.ndim))
+    p, q = checks.floating("p", p), checks.floating("q", q)
+    checks.shape_is("q", q, p.shape, "that of p")
+    return _cross_entropy(p, q, _log_base(base), checks.axes(axis, p.ndim))
 
 
 def kl_divergence(
@@ -222,9 +222,9 @@ def kl_divergence(
     References:
       S. Kullback and R. A. Leibler, On Information and Sufficiency, 1951.
     """
-    p, q = _checks.floating("p", p), _checks.floating("q", q)
-    _checks.shape_is("q", q, p.shape, "that of p")
-    return _kl_divergence(p, q, _log_base(base), _checks.axes(axis, p.ndim))
+    p, q = checks.floating("p", p), checks.floating("q", q)
+    checks.shape_is("q", q, p.shape, "that of p")
+    return _kl_divergence(p, q, _log_base(base), checks.axes(axis, p.ndim))
 
 
 @jax.jit

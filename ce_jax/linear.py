@@ -1,7 +1,8 @@
 r"""Softmax cross-entropy of `hidden @ kernel` without ever holding the logits.
 
-The stages are those of `softmax.py`. Row statistics come from blocks of classes (`_class_blocks`)
-or, for a loss that is summed, from blocks of tokens (`_token_blocks`); `_budget` chooses.
+The stages are those of `softmax.py`. Row statistics come from blocks of classes
+(`_rows.class_blocks`) or, for a loss that is summed, from blocks of tokens (`_rows.token_blocks`);
+`_platform.block_sizes` chooses.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _class_blocks, _reduction, _sharded, _target, _token_blocks
-from ._layer import Layer, layer
-from ._row_loss import silenced, smoothing_coefficients, softmax_loss
-from ._tile import RowStatistics, Target, wide
+from ._arguments import checks, reductions, targets
+from ._arguments.layer import Layer, layer
+from ._rows import class_blocks, sharded, token_blocks
+from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
+from ._rows.tile import RowStatistics, Target, wide
 from .statistics import SoftmaxStatistics, by_label
 
 LogProbLoss = Callable[[Array], Array]
@@ -117,26 +119,26 @@ def linear_softmax_cross_entropy(
       Wijmans et al., `Cut Your Losses in Large-Vocabulary Language Models`, 2024 (recomputed
       blocks); Hsu et al., `Liger Kernel`, 2024 (gradients in the forward pass).
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _linear_loss(
         hidden,
         kernel,
         labels,
         bias,
-        _checks.soft_cap(logit_soft_cap),
+        checks.soft_cap(logit_soft_cap),
         weight,
         sample_weight,
         where,
-        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
-        _checks.float_option("z_loss", z_loss),
-        class_axis=_checks.integer_option("class_axis", class_axis),
-        num_classes=_checks.integer_option("num_classes", num_classes),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        checks.float_option("z_loss", z_loss),
+        class_axis=checks.integer_option("class_axis", class_axis),
+        num_classes=checks.integer_option("num_classes", num_classes),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
         log_prob_loss=log_prob_loss,
         axis_name=axis_name,
         reduction=reduction,
         return_statistics=return_statistics,
-        memory_budget=_checks.memory_budget(memory_budget),
+        memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
@@ -182,9 +184,9 @@ def _linear_loss(
     constants: Sequence[Any] = ()
     if log_prob_loss is not None:
         one = jnp.zeros((), wide(jnp.asarray(hidden).dtype))
-        _checks.element_function("log_prob_loss", log_prob_loss, one)
+        checks.element_function("log_prob_loss", log_prob_loss, one)
         converted, constants = jax.closure_convert(log_prob_loss, one)
-        if constants and _sharded.inside_shard_map():
+        if constants and sharded.inside_shard_map():
             # The converted function is typed as the same on all devices; rows are not.
             summed, constants = False, ()
         elif constants:
@@ -205,11 +207,11 @@ def _linear_loss(
         statistics=return_statistics,
     )
     local, dtype = x.head.kernel.shape[x.options.class_axis], wide(x.hidden.dtype)
-    weight = _target.class_weight(weight, local, dtype)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, x.rows, dtype)
+    weight = targets.class_weight(weight, local, dtype)
+    sample_weight = reductions.weights("sample_weight", sample_weight, x.rows, dtype)
     label_weight = None
     if weight is not None:
-        label_weight = _sharded.take_class(weight, x.label.ids, axis_name)
+        label_weight = sharded.take_class(weight, x.label.ids, axis_name)
     target = Target(labels=x.label.ids)
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, x.options.classes, dtype)
@@ -221,17 +223,17 @@ def _linear_loss(
 
     scalars = [None if s is None else jnp.asarray(s, dtype) for s in (label_smoothing, z_loss)]
     row_loss = functools.partial(_row_loss, log_prob_loss, x.options.classes)
-    inputs = _token_blocks.RowInputs(
+    inputs = token_blocks.RowInputs(
         scales=(label_weight, sample_weight),
         shared=(*scalars, *constants),
         flags=(x.label.counts, x.label.unknown),
     )
     statistics = None
     if x.token_block is not None:
-        by_token = _token_blocks.Options(x.token_block, row_loss, x.options)
-        total = _token_blocks.loss_sum(by_token, x.hidden, x.head, target, inputs)
+        by_token = token_blocks.Options(x.token_block, row_loss, x.options)
+        total = token_blocks.loss_sum(by_token, x.hidden, x.head, target, inputs)
     else:
-        found = _class_blocks.row_statistics(
+        found = class_blocks.row_statistics(
             x.options, x.hidden, x.head, target, forward_mode=forward_mode
         )
         loss = row_loss(found, inputs)
@@ -239,7 +241,7 @@ def _linear_loss(
         if return_statistics:
             statistics = _by_label(found, x)
     if reduction == "mean":
-        total = _reduction.mean(
+        total = reductions.mean(
             total, x.label.ids.shape, x.label.counts, sample_weight, label_weight
         )
     return total if statistics is None else (total, statistics)
@@ -249,7 +251,7 @@ def _row_loss(
     log_prob_loss: Callable[..., Array] | None,
     classes: int,
     found: RowStatistics,
-    inputs: _token_blocks.RowInputs,
+    inputs: token_blocks.RowInputs,
 ) -> Float[Array, " tokens"]:
     label_weight, sample_weight = inputs.scales
     label_smoothing, z_loss, *constants = inputs.shared
@@ -260,8 +262,8 @@ def _row_loss(
         of_rows = jax.vmap(log_prob_loss, in_axes=(0, *constant))
         found = found._replace(cross=of_rows(-found.cross, *constants))
     loss = softmax_loss(found, label_weight, label_smoothing, z_loss, classes=classes)
-    loss = _target.nan_if(unknown, loss, sample_weight)
-    return _reduction.reduce(loss, counts, sample_weight, "none")
+    loss = targets.nan_if(unknown, loss, sample_weight)
+    return reductions.reduce(loss, counts, sample_weight, "none")
 
 
 def _by_label(found: RowStatistics, x: Layer) -> SoftmaxStatistics:
@@ -333,13 +335,13 @@ def linear_softmax_statistics(
         kernel,
         labels,
         bias,
-        _checks.soft_cap(logit_soft_cap),
+        checks.soft_cap(logit_soft_cap),
         where,
-        class_axis=_checks.integer_option("class_axis", class_axis),
-        num_classes=_checks.integer_option("num_classes", num_classes),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        class_axis=checks.integer_option("class_axis", class_axis),
+        num_classes=checks.integer_option("num_classes", num_classes),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
-        memory_budget=_checks.memory_budget(memory_budget),
+        memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
@@ -387,7 +389,7 @@ def _linear_statistics(
         statistics=True,
     )
     target = Target(labels=x.label.ids)
-    found = _class_blocks.row_statistics(
+    found = class_blocks.row_statistics(
         x.options, x.hidden, x.head, target, forward_mode=forward_mode
     )
     return _by_label(found, x)

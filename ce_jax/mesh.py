@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
-from . import _checks, _placement, _reduction, _sharded, denominator, linear, softmax, statistics
+from . import denominator, linear, softmax, statistics
+from ._arguments import checks, placement, reductions
+from ._rows import sharded
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -30,12 +32,12 @@ _ARRAYS = ("logits", "hidden", "kernel", "labels", "bias", "weight", "sample_wei
 _SCALARS = ("label_smoothing", "z_loss", "logit_soft_cap")
 # What the functions check of a value they know, before it is traced.
 _CHECKS: dict[str, Callable[..., Any]] = {
-    "axis": _checks.static_axis,
-    "label_smoothing": functools.partial(_checks.float_option, "label_smoothing", high=1.0),
-    "z_loss": functools.partial(_checks.float_option, "z_loss"),
-    "logit_soft_cap": _checks.soft_cap,
+    "axis": checks.static_axis,
+    "label_smoothing": functools.partial(checks.float_option, "label_smoothing", high=1.0),
+    "z_loss": functools.partial(checks.float_option, "z_loss"),
+    "logit_soft_cap": checks.soft_cap,
     **{
-        name: functools.partial(_checks.integer_option, name)
+        name: functools.partial(checks.integer_option, name)
         for name in ("ignore_index", "num_classes", "memory_budget")
     },
 }
@@ -111,7 +113,7 @@ def on_mesh(
         )
     if width is not None and function not in _OF_LAYER:
         raise ValueError(f"width is an axis of a kernel, and {function.__name__} has none")
-    fixed = None if mesh is None else _placement.plan(mesh, rows, classes, width)
+    fixed = None if mesh is None else placement.plan(mesh, rows, classes, width)
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -130,7 +132,7 @@ def on_mesh(
         }
         plan = fixed
         if plan is None:
-            plan = _placement.plan(jax.sharding.get_abstract_mesh(), rows, classes, width)
+            plan = placement.plan(jax.sharding.get_abstract_mesh(), rows, classes, width)
         static = ((k, v) for k, v in options.items() if k not in _ARRAYS + _SCALARS)
         return _run(_Task(function, plan, tuple(static)), arrays)
 
@@ -147,7 +149,7 @@ class _Task(NamedTuple):
     """
 
     function: Callable[..., Any]
-    plan: _placement.Plan
+    plan: placement.Plan
     options: tuple[tuple[str, Any], ...]
 
 
@@ -160,14 +162,14 @@ def _run(task: _Task, arrays: dict[str, Array]) -> Any:
     jax.eval_shape(functools.partial(task.function, **options), **whole)
     shapes = {name: x.shape for name, x in arrays.items()}
     if task.function in _OF_LAYER:
-        specs, rows = _placement.of_layer(plan, shapes, options["class_axis"])
+        specs, rows = placement.of_layer(plan, shapes, options["class_axis"])
     else:
         soft = task.function is softmax.softmax_cross_entropy
-        specs, rows = _placement.of_logits(plan, shapes, options["axis"], soft=soft)
-    _placement.check_divisible(plan, shapes, specs)
+        specs, rows = placement.of_logits(plan, shapes, options["axis"], soft=soft)
+    placement.check_divisible(plan, shapes, specs)
 
     names = tuple(arrays)
-    place = _placement.placer(plan)
+    place = placement.placer(plan)
     by_row = PartitionSpec(*rows)
     loss = by_row if options.get("reduction", "none") == "none" else PartitionSpec()
     return jax.shard_map(
@@ -184,7 +186,7 @@ def _local(task: _Task, parts: dict[str, Array]) -> Any:
     if plan.width:
         # Cast first: its derivative, a sum over the other row axes, then comes after that of the
         # gathering, when there is only this device's part left to be summed.
-        kernel = _sharded.vary(parts["kernel"], plan.row_axes)
+        kernel = sharded.vary(parts["kernel"], plan.row_axes)
         width_axis = 1 - options["class_axis"] % 2
         kernel = jax.lax.all_gather(kernel, plan.width, axis=width_axis, tiled=True)
         parts = {**parts, "kernel": kernel}
@@ -198,7 +200,7 @@ def _local(task: _Task, parts: dict[str, Array]) -> Any:
     total = jax.lax.psum(total, plan.row_axes)
     if reduction == "mean":
         part = _denominator(task, parts).astype(total.dtype)
-        total = _reduction.divide(total, jax.lax.psum(part, plan.row_axes))
+        total = reductions.divide(total, jax.lax.psum(part, plan.row_axes))
     return (total, *others) if others else total
 
 
@@ -209,10 +211,10 @@ def _denominator(task: _Task, parts: dict[str, Array]) -> Array:
     weight, sample_weight = parts.get("weight"), parts.get("sample_weight")
     if task.function in _OF_LOGITS:
         logits = parts["logits"]
-        axes = _checks.axes(options["axis"], logits.ndim)
+        axes = checks.axes(options["axis"], logits.ndim)
         if where is not None and where.ndim == logits.ndim:  # no classes: a row that doesn't count
             some = jnp.any(where, axes).astype(logits.dtype)
-            where = _sharded.max_over(some, classes) > 0
+            where = sharded.max_over(some, classes) > 0
         if task.function is softmax.softmax_cross_entropy:
             rows = tuple(n for a, n in enumerate(logits.shape) if a not in axes)
             labels, weight = jnp.zeros(rows, logits.dtype), None

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks
-from ._numerics import scalar
-from ._tile import wide
+from ._arguments import checks
+from ._rows.numerics import scalar
+from ._rows.tile import wide
 
 # Of scalars. jaxtyping's own takes a sixth of the time in which this package is imported.
 PyTree: TypeAlias = Any
@@ -112,6 +112,6 @@ def _task_loss(x: ArrayLike) -> Float[Array, ""]:
 
 
 def _scalar(name: str, x: ArrayLike) -> Float[Array, ""]:
-    x = _checks.real(name, x)
-    _checks.shape_is(f"every leaf of {name}", x, (), "a scalar")
+    x = checks.real(name, x)
+    checks.shape_is(f"every leaf of {name}", x, (), "a scalar")
     return x.astype(wide(x.dtype))

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray, Shaped
 
-from . import _checks, _target
-from ._head import First
-from ._numerics import positive_int
-from ._tile import wide
+from ._arguments import checks, targets
+from ._rows.head import First
+from ._rows.numerics import positive_int
+from ._rows.tile import wide
 
 
 class Negatives(NamedTuple):
@@ -158,8 +158,8 @@ def log_uniform_log_prob(ids: Shaped[ArrayLike, "..."], num_items: int) -> Float
 
 @functools.partial(jax.jit, static_argnums=(1,), inline=True)
 def _log_uniform_log_prob(ids: ArrayLike, items: int) -> Array:
-    ids = _checks.integer("ids", ids)
-    valid = ~_target.class_ids(ids, ids.shape, items, None, None).unknown
+    ids = checks.integer("ids", ids)
+    valid = ~targets.class_ids(ids, ids.shape, items, None, None).unknown
     k = jnp.where(valid, ids, 0).astype(jnp.result_type(float))
     log_prob = jnp.log(jnp.log1p(1 / (k + 1))) - jnp.log(jnp.log1p(items))
     return jnp.where(valid, log_prob, jnp.nan)
@@ -211,14 +211,14 @@ def in_batch_negatives(
 def _in_batch_negatives(
     labels: ArrayLike, log_prob: ArrayLike, where: ArrayLike | None
 ) -> Negatives:
-    labels, log_prob = _checks.integer("labels", labels), _checks.floating("log_prob", log_prob)
+    labels, log_prob = checks.integer("labels", labels), checks.floating("log_prob", log_prob)
     if labels.ndim != 1:
         raise ValueError(f"labels must have shape [N], got {labels.shape}")
-    _checks.shape_is("log_prob", log_prob, labels.shape, "one per label")
+    checks.shape_is("log_prob", log_prob, labels.shape, "one per label")
     log_prob = log_prob.astype(wide(log_prob.dtype))
     exists = jnp.ones(labels.shape, bool)
     if where is not None:
-        exists = _checks.broadcast("where", _checks.boolean("where", where), labels.shape, "labels")
+        exists = checks.broadcast("where", checks.boolean("where", where), labels.shape, "labels")
     others = jnp.maximum(jnp.sum(exists) - 1, 1).astype(log_prob.dtype)
     log_count = jnp.where(exists, log_prob + jnp.log(others), jnp.inf)
     return Negatives(jnp.where(exists, labels, 0), log_count)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction, _sharded, _target
-from ._sums import origin
-from ._tile import wide
+from ._arguments import checks, reductions, targets
+from ._rows import sharded
+from ._rows.sums import origin
+from ._rows.tile import wide
 from .softmax import softmax_cross_entropy
 
 _Axis = int | tuple[int, ...] | None
@@ -68,15 +69,15 @@ def forward_corrected_cross_entropy(
       Patrini et al., `Making Deep Neural Networks Robust to Label Noise: a Loss Correction
       Approach`, 2017.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _forward(
         logits,
         labels,
         transition,
         where,
         sample_weight,
-        axis=_checks.static_axis(axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        axis=checks.static_axis(axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reduction,
     )
 
@@ -93,13 +94,13 @@ def _forward(
     ignore_index: int | None,
     reduction: str,
 ) -> Array:
-    rows = _target.rows_of("logits", logits, axis, where)
+    rows = targets.rows_of("logits", logits, axis, where)
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     matrix = _transition(transition, shape[-1], dtype)
-    label = _target.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, shape[:-1], dtype)
-    z = _target.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
-    into_label = _sharded.take_rows(matrix.T, label.ids)
+    label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
+    sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
+    into_label = sharded.take_rows(matrix.T, label.ids)
 
     log_into = jnp.where(
         into_label > 0, jnp.log(jnp.where(into_label > 0, into_label, 1)), -jnp.inf
@@ -115,8 +116,8 @@ def _forward(
     impossible = possible == 0
     log_possible = jnp.where(impossible, -jnp.inf, jnp.log(jnp.where(impossible, 1, possible)))
     loss = (top - joint_top)[..., 0] + jnp.log(jnp.sum(exp, -1)) - log_possible
-    loss = _target.nan_if(label.unknown, loss, sample_weight)
-    return _reduction.reduce(loss, label.counts, sample_weight, reduction)
+    loss = targets.nan_if(label.unknown, loss, sample_weight)
+    return reductions.reduce(loss, label.counts, sample_weight, reduction)
 
 
 def _base(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows 1"]:
@@ -181,15 +182,15 @@ def backward_corrected_cross_entropy(
       Patrini et al., `Making Deep Neural Networks Robust to Label Noise: a Loss Correction
       Approach`, 2017.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _backward(
         logits,
         labels,
         transition,
         where,
         sample_weight,
-        axis=_checks.static_axis(axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        axis=checks.static_axis(axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reduction,
         forward_mode=forward_mode,
     )
@@ -210,25 +211,25 @@ def _backward(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    rows = _target.rows_of("logits", logits, axis, where)
+    rows = targets.rows_of("logits", logits, axis, where)
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     matrix = _transition(transition, shape[-1], dtype)
-    label = _target.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, shape[:-1], dtype)
-    z = _target.without_excluded(rows.values, label.counts, sample_weight)
-    targets = _sharded.take_rows(jnp.linalg.inv(matrix), label.ids)
+    label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
+    sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    z = targets.without_excluded(rows.values, label.counts, sample_weight)
+    corrected = sharded.take_rows(jnp.linalg.inv(matrix), label.ids)
     loss = softmax_cross_entropy(
         z,
-        _sharded.with_sharding_of(targets, z),
+        sharded.with_sharding_of(corrected, z),
         forward_mode=forward_mode,
     )
-    loss = _target.nan_if(label.unknown, loss, sample_weight)
-    return _reduction.reduce(loss, label.counts, sample_weight, reduction)
+    loss = targets.nan_if(label.unknown, loss, sample_weight)
+    return reductions.reduce(loss, label.counts, sample_weight, reduction)
 
 
 def _transition(
     transition: ArrayLike, classes: int, dtype: jnp.dtype
 ) -> Float[Array, "classes classes"]:
-    matrix = _checks.floating("transition", transition)
-    _checks.shape_is("transition", matrix, (classes, classes), "true class by label")
-    return _sharded.whole(matrix.astype(dtype))
+    matrix = checks.floating("transition", transition)
+    checks.shape_is("transition", matrix, (classes, classes), "true class by label")
+    return sharded.whole(matrix.astype(dtype))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
-from . import _checks, _reduction
-from ._numerics import option, positive_int, scalar
-from ._tile import wide
+from ._arguments import checks, reductions
+from ._rows.numerics import option, positive_int, scalar
+from ._rows.tile import wide
 
 
 class PriorEstimate(NamedTuple):
@@ -93,14 +93,14 @@ def _estimate_prior(
     *,
     max_steps: int,
 ) -> PriorEstimate:
-    z = _checks.floating("logits", logits)
+    z = checks.floating("logits", logits)
     if z.ndim != 2:
         raise ValueError(f"logits must have shape [N, C], got {z.shape}")
     dtype = wide(z.dtype)
-    _checks.shape_is("train_prior", train_prior, z.shape[1:], "one share per class")
+    checks.shape_is("train_prior", train_prior, z.shape[1:], "one share per class")
     train = train_prior.astype(dtype)
     train = train / jnp.where(jnp.sum(train) == 0, 1, jnp.sum(train))
-    weights = _reduction.weights("sample_weight", sample_weight, z.shape[:1], dtype)
+    weights = reductions.weights("sample_weight", sample_weight, z.shape[:1], dtype)
     if weights is None:
         weights = jnp.ones(z.shape[:1], dtype)
     present = train > 0

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction, _sharded, _target
-from ._row_loss import silenced, smoothing_coefficients, softmax_loss, weighted
-from ._tile import RowStatistics, wide
+from ._arguments import checks, reductions, targets
+from ._rows import sharded
+from ._rows.loss import silenced, smoothing_coefficients, softmax_loss, weighted
+from ._rows.tile import RowStatistics, wide
 
 
 def nll_loss(
@@ -66,16 +67,16 @@ def nll_loss(
     References:
       Bishop, `Pattern Recognition and Machine Learning`, 2006, section 4.3.4.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _nll_loss(
         log_probs,
         labels,
         where,
         weight,
         sample_weight,
-        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
-        axis=_checks.static_axis(axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        axis=checks.static_axis(axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reduction,
     )
 
@@ -93,13 +94,13 @@ def _nll_loss(
     ignore_index: int | None,
     reduction: str,
 ) -> Array:
-    rows = _target.rows_of("log_probs", log_probs, axis, where)
+    rows = targets.rows_of("log_probs", log_probs, axis, where)
     classes, dtype = rows.values.shape[-1], wide(rows.values.dtype)
-    label = _target.class_ids(labels, rows.values.shape[:-1], classes, rows.counts, ignore_index)
-    weight = _target.class_weight(weight, classes, dtype)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, label.ids.shape, dtype)
+    label = targets.class_ids(labels, rows.values.shape[:-1], classes, rows.counts, ignore_index)
+    weight = targets.class_weight(weight, classes, dtype)
+    sample_weight = reductions.weights("sample_weight", sample_weight, label.ids.shape, dtype)
 
-    log_p = _target.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
+    log_p = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
     cross = -jnp.take_along_axis(log_p, label.ids[..., None], axis=-1)[..., 0]
     statistics = RowStatistics(lse=jnp.zeros_like(cross), cross=cross)
     if label_smoothing is not None:
@@ -109,11 +110,11 @@ def _nll_loss(
         statistics = statistics._replace(
             uniform=-jnp.sum(terms, -1), uniform_count=jnp.sum(allowed, -1, dtype=dtype)
         )
-    label_weight = None if weight is None else _sharded.take_rows(weight, label.ids)
+    label_weight = None if weight is None else sharded.take_rows(weight, label.ids)
     statistics = silenced(sample_weight, statistics)
     loss = softmax_loss(statistics, label_weight, label_smoothing, classes=classes)
-    loss = _target.nan_if(label.unknown, loss, sample_weight)
-    return _reduction.reduce(loss, label.counts, sample_weight, reduction, label_weight)
+    loss = targets.nan_if(label.unknown, loss, sample_weight)
+    return reductions.reduce(loss, label.counts, sample_weight, reduction, label_weight)
 
 
 def binary_cross_entropy(
@@ -164,14 +165,14 @@ def binary_cross_entropy(
     References:
       Good, `Rational Decisions`, 1952.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _binary_cross_entropy(
         probs,
         labels,
         weight,
         sample_weight,
         where,
-        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
         reduction=reduction,
     )
 
@@ -187,14 +188,14 @@ def _binary_cross_entropy(
     *,
     reduction: str,
 ) -> Array:
-    p, y, counts = _target.elements("probs", probs, labels, where, label_smoothing, sample_weight)
+    p, y, counts = targets.elements("probs", probs, labels, where, label_smoothing, sample_weight)
     p = p.astype(y.dtype)
     loss = -(y * _clamped_log(p) + (1 - y) * _clamped_log(1 - p))
-    weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)
+    weight = reductions.weights("weight", weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, loss)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
-    return _reduction.reduce(loss, counts, sample_weight, reduction)
+    sample_weight = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
+    return reductions.reduce(loss, counts, sample_weight, reduction)
 
 
 def _clamped_log(p: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -234,8 +235,8 @@ def smooth_labels(
       Szegedy et al., `Rethinking the Inception Architecture for Computer Vision`, 2016;
       Mueller et al., `When Does Label Smoothing Help?`, 2019.
     """
-    _checks.float_option("alpha", alpha, 0.0, 1.0)
-    return _smooth_labels(labels, alpha, where, axis=_checks.static_axis(axis))
+    checks.float_option("alpha", alpha, 0.0, 1.0)
+    return _smooth_labels(labels, alpha, where, axis=checks.static_axis(axis))
 
 
 @functools.partial(jax.jit, static_argnames=("axis",), inline=True)
@@ -246,12 +247,12 @@ def _smooth_labels(
     *,
     axis: int | tuple[int, ...] | None,
 ) -> Array:
-    labels = _checks.floating("labels", labels)
-    axes = _checks.axes(axis, labels.ndim)
+    labels = checks.floating("labels", labels)
+    axes = checks.axes(axis, labels.ndim)
     included = jnp.ones(labels.shape, bool)
     if where is not None:
-        where = _checks.boolean("where", where)
-        included = _checks.broadcast("where", where, labels.shape, "the shape of labels")
+        where = checks.boolean("where", where)
+        included = checks.broadcast("where", where, labels.shape, "the shape of labels")
     alpha = jnp.asarray(alpha, wide(labels.dtype))
     count = jnp.sum(included, axes, keepdims=True, dtype=alpha.dtype)
     share = alpha / jnp.maximum(count, 1)

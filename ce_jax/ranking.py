@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction
-from ._numerics import positive_int, scalar
-from ._sampled import compared
+from ._arguments import checks, reductions
+from ._rows.numerics import positive_int, scalar
+from ._rows.sampled import compared
 from .sigmoid import sigmoid_binary_cross_entropy
 
 _STATIC = ("reduction", "forward_mode")
@@ -55,7 +55,7 @@ def bpr_loss(
     References:
       Rendle et al., `BPR: Bayesian Personalized Ranking from Implicit Feedback`, 2009.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _bpr(
         label_logits,
         negative_logits,
@@ -85,7 +85,7 @@ def _bpr(
     number = jnp.sum(included, -1)
     loss = jnp.sum(losses, -1) / jnp.maximum(number, 1).astype(losses.dtype)
     counts = number > 0 if x.counts is None else x.counts & (number > 0)
-    return _reduction.reduce(loss, counts, x.weights, reduction)
+    return reductions.reduce(loss, counts, x.weights, reduction)
 
 
 def gbce_loss(
@@ -142,7 +142,7 @@ def gbce_loss(
       Petrov and Macdonald, `gSASRec: Reducing Overconfidence in Sequential Recommendation Trained
       with Negative Sampling`, 2023, whose default of the calibration is this one.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     items = positive_int("num_items", num_items)
     if items < 2:
         raise ValueError(f"num_items must be at least 2, got {num_items}")
@@ -183,4 +183,4 @@ def _gbce(
         x.negatives, jnp.zeros_like(x.negatives), where=x.included, forward_mode=forward_mode
     )
     loss = (of_label + jnp.sum(of_negatives, -1)) / (number + 1)
-    return _reduction.reduce(loss, x.counts, x.weights, reduction)
+    return reductions.reduce(loss, x.counts, x.weights, reduction)

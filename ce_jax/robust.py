@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks
-from ._numerics import expm1_ratio, log_probability, one_minus_exp, power, scalar
-from ._row_loss import weighted
+from ._arguments import checks
+from ._rows.loss import weighted
+from ._rows.numerics import expm1_ratio, log_probability, one_minus_exp, power, scalar
 
 # Below this, 1 - p rounds to 1 in float64, and so do the factors made of it.
 _FAR = -100.0
@@ -290,7 +290,7 @@ def _bootstrapped(log_prob: ArrayLike, own: ArrayLike, beta: Array, *, name: str
     if name == "argmax_log_prob":
         own_loss = -log_probability(name, own)
     else:
-        own_loss = _checks.floating(name, own)
-    _checks.shape_is(name, own_loss, x.shape, "the shape of log_prob")
+        own_loss = checks.floating(name, own)
+    checks.shape_is(name, own_loss, x.shape, "the shape of log_prob")
     beta = beta.astype(x.dtype)
     return weighted(beta, -x) + weighted(1 - beta, own_loss.astype(x.dtype))

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction, _target
-from ._dense import row_statistics
-from ._numerics import option, scalar
-from ._row_loss import silenced, weighted
-from ._tile import Target, wide
+from ._arguments import checks, reductions, targets
+from ._rows.dense import row_statistics
+from ._rows.loss import silenced, weighted
+from ._rows.numerics import option, scalar
+from ._rows.tile import Target, wide
 
 
 def sigmoid_focal_loss(
@@ -66,7 +66,7 @@ def sigmoid_focal_loss(
     References:
       Lin et al., `Focal Loss for Dense Object Detection`, 2017.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _sigmoid_focal_loss(
         logits,
         labels,
@@ -89,10 +89,10 @@ def _sigmoid_focal_loss(
     *,
     reduction: str,
 ) -> Array:
-    z, y, counts = _target.elements("logits", logits, labels, where, None, sample_weight)
+    z, y, counts = targets.elements("logits", logits, labels, where, None, sample_weight)
     z = z.astype(y.dtype)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, y.shape, y.dtype)
-    gamma = _checks.broadcast("gamma", gamma.astype(y.dtype), y.shape, "the shape of the loss")
+    sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
+    gamma = checks.broadcast("gamma", gamma.astype(y.dtype), y.shape, "the shape of the loss")
 
     infinite = jnp.isinf(z)
     finite = jnp.where(infinite, 0, z)
@@ -106,10 +106,10 @@ def _sigmoid_focal_loss(
     size = jnp.where(denied == 0, 0, jnp.where(z > 0, z, -z))
     loss = jnp.where(infinite, denied ** (1 + gamma) * size, loss)
 
-    share = _reduction.weights("alpha", alpha, y.shape, y.dtype)
+    share = reductions.weights("alpha", alpha, y.shape, y.dtype)
     if share is not None:
         loss = weighted(share * y + (1 - share) * (1 - y), silenced(sample_weight, loss))
-    return _reduction.reduce(loss, counts, sample_weight, reduction)
+    return reductions.reduce(loss, counts, sample_weight, reduction)
 
 
 def _log_miss_and_cross(
@@ -188,14 +188,14 @@ def poly_loss_cross_entropy(
       Leng et al., `PolyLoss: A Polynomial Expansion Perspective of Classification Loss
       Functions`, 2022.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _poly_loss_cross_entropy(
         logits,
         labels,
         scalar("epsilon", epsilon),
         where,
         sample_weight,
-        axis=_checks.static_axis(axis),
+        axis=checks.static_axis(axis),
         reduction=reduction,
         forward_mode=forward_mode,
     )
@@ -213,14 +213,14 @@ def _poly_loss_cross_entropy(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    rows = _target.rows_of("logits", logits, axis, where)
+    rows = targets.rows_of("logits", logits, axis, where)
     dtype = wide(rows.values.dtype)
-    sample_weight = _reduction.weights(
+    sample_weight = reductions.weights(
         "sample_weight", sample_weight, rows.values.shape[:-1], dtype
     )
-    z = _target.without_excluded(rows.values, rows.counts, sample_weight).astype(dtype)
-    probs = _target.distributions(labels, jnp.shape(logits), axis, dtype)
-    probs = _target.without_excluded(probs, rows.counts, sample_weight)
+    z = targets.without_excluded(rows.values, rows.counts, sample_weight).astype(dtype)
+    probs = targets.distributions(labels, jnp.shape(logits), axis, dtype)
+    probs = targets.without_excluded(probs, rows.counts, sample_weight)
 
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
     top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
@@ -228,4 +228,4 @@ def _poly_loss_cross_entropy(
     statistics = row_statistics(z, Target(probs=probs), forward_mode=forward_mode)
     missed = -jnp.expm1(z - statistics.lse[..., None])
     loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)
-    return _reduction.reduce(loss, rows.counts, sample_weight, reduction)
+    return reductions.reduce(loss, rows.counts, sample_weight, reduction)

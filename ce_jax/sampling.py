@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Shaped
 
-from . import _checks, _reduction, _target
-from ._head import Head
-from ._sampled import Compared, compared, layer_logits
-from ._tile import wide
+from ._arguments import checks, reductions, targets
+from ._rows.head import Head
+from ._rows.sampled import Compared, compared, layer_logits
+from ._rows.tile import wide
 from .negatives import Negatives
 from .softmax import softmax_cross_entropy_with_integer_labels
 
@@ -76,7 +76,7 @@ def sampled_softmax_cross_entropy(
       2015; Yi et al., `Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
       Recommendations`, 2019.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _sampled_softmax(
         label_logits,
         negative_logits,
@@ -170,19 +170,19 @@ def linear_sampled_softmax_cross_entropy(
     References:
       As `sampled_softmax_cross_entropy`.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _linear_sampled_softmax(
         hidden,
         kernel,
         labels,
         negatives,
         bias,
-        _checks.soft_cap(logit_soft_cap),
+        checks.soft_cap(logit_soft_cap),
         label_log_expected_count,
         sample_weight,
         where,
-        class_axis=_checks.integer_option("class_axis", class_axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        class_axis=checks.integer_option("class_axis", class_axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reduction,
         forward_mode=forward_mode,
     )
@@ -209,24 +209,24 @@ def _linear_sampled_softmax(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    hidden, kernel = _checks.floating("hidden", hidden), _checks.floating("kernel", kernel)
-    class_axis = _checks.kernel_axis(hidden, kernel, class_axis)
+    hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
+    class_axis = checks.kernel_axis(hidden, kernel, class_axis)
     rows, classes, dtype = hidden.shape[:-1], kernel.shape[class_axis], wide(hidden.dtype)
     head = Head(kernel)
     if bias is not None:
-        bias = _checks.floating("bias", bias)
-        _checks.shape_is("bias", bias, (classes,), "one bias per class")
+        bias = checks.floating("bias", bias)
+        checks.shape_is("bias", bias, (classes,), "one bias per class")
         head = head._replace(bias=bias)
     if logit_soft_cap is not None:
         head = head._replace(soft_cap=jnp.asarray(logit_soft_cap, dtype))
     counts = None
     if where is not None:
-        counts = _checks.boolean("where", where)
-        counts = _checks.broadcast("where", counts, rows, "the rows of hidden")
-    label = _target.class_ids(labels, rows, classes, counts, ignore_index)
+        counts = checks.boolean("where", where)
+        counts = checks.broadcast("where", counts, rows, "the rows of hidden")
+    label = targets.class_ids(labels, rows, classes, counts, ignore_index)
     drawn = _drawn(negatives, rows, classes, dtype)
-    weights = _reduction.weights("sample_weight", sample_weight, rows, dtype)
-    hidden = _target.without_excluded(hidden, label.counts)
+    weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
+    hidden = targets.without_excluded(hidden, label.counts)
     if weights is not None:
         silent = (weights == 0) & ~jnp.all(jnp.isfinite(hidden), -1)
         hidden = jnp.where(silent[..., None], 0, hidden)
@@ -244,8 +244,8 @@ def _linear_sampled_softmax(
     unknown, of_each = drawn.unknown, None if weights is None else weights[..., None]
     if label.counts is not None:
         unknown = unknown & label.counts[..., None]
-    sampled = _target.nan_if(unknown, sampled.reshape(drawn.ids.shape), of_each)
-    own = _target.nan_if(label.unknown, own.reshape(rows), weights)
+    sampled = targets.nan_if(unknown, sampled.reshape(drawn.ids.shape), of_each)
+    own = targets.nan_if(label.unknown, own.reshape(rows), weights)
     included = drawn.exists & (drawn.ids != label.ids[..., None])
     return _loss(
         Compared(own, sampled, label.counts, included, weights),
@@ -273,15 +273,15 @@ class _Drawn(NamedTuple):
 
 
 def _drawn(negatives: Negatives, rows: tuple[int, ...], classes: int, dtype: DTypeLike) -> _Drawn:
-    ids = _checks.integer("negatives.ids", negatives.ids)
-    log_count = _checks.floating("negatives.log_expected_count", negatives.log_expected_count)
+    ids = checks.integer("negatives.ids", negatives.ids)
+    log_count = checks.floating("negatives.log_expected_count", negatives.log_expected_count)
     if ids.ndim != 1 and (ids.ndim != len(rows) + 1 or ids.shape[:-1] != rows):
         raise ValueError(
             f"negatives.ids must have shape [S] or that of labels, {rows}, and S; got {ids.shape}"
         )
-    _checks.shape_is("negatives.log_expected_count", log_count, ids.shape, "that of the ids")
+    checks.shape_is("negatives.log_expected_count", log_count, ids.shape, "that of the ids")
     exists = log_count < jnp.inf
-    found = _target.class_ids(ids, ids.shape, classes, exists, None)
+    found = targets.class_ids(ids, ids.shape, classes, exists, None)
     return _Drawn(found.ids, exists, found.unknown, log_count.astype(dtype))
 
 
@@ -309,5 +309,5 @@ def _loss(
 def _corrected(z: Float[Array, "..."], name: str, log_count: ArrayLike | None) -> Array:
     if log_count is None:
         return z
-    log_count = _checks.real(name, log_count).astype(z.dtype)
-    return z - _checks.broadcast(name, log_count, z.shape, "the shape of the logits")
+    log_count = checks.real(name, log_count).astype(z.dtype)
+    return z - checks.broadcast(name, log_count, z.shape, "the shape of the logits")

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Shaped
 
-from . import _checks
-from ._tile import wide
+from ._arguments import checks
+from ._rows.tile import wide
 
 
 class NextTokens(NamedTuple):
@@ -70,7 +70,7 @@ def next_tokens(
       Bengio et al., `A Neural Probabilistic Language Model`, 2003; packing: Raffel et al.,
       `Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer`, 2020.
     """
-    return _next_tokens(tokens, segment_ids, where, pad_id=_checks.integer_option("pad_id", pad_id))
+    return _next_tokens(tokens, segment_ids, where, pad_id=checks.integer_option("pad_id", pad_id))
 
 
 @functools.partial(jax.jit, static_argnames=("pad_id",), inline=True)
@@ -81,7 +81,7 @@ def _next_tokens(
     *,
     pad_id: int | None,
 ) -> NextTokens:
-    tokens = _checks.integer("tokens", tokens)
+    tokens = checks.integer("tokens", tokens)
     if tokens.ndim == 0 or tokens.shape[-1] == 0:
         raise ValueError(f"tokens must have shape [..., L] with L >= 1, got {tokens.shape}")
     labels = tokens[..., 1:]
@@ -91,13 +91,13 @@ def _next_tokens(
         if limits.min <= pad_id <= limits.max:  # no token of this dtype can be equal to it
             counts &= labels != pad_id
     if segment_ids is not None:
-        segment_ids = _checks.integer("segment_ids", segment_ids)
-        _checks.shape_is("segment_ids", segment_ids, tokens.shape, "the shape of tokens")
+        segment_ids = checks.integer("segment_ids", segment_ids)
+        checks.shape_is("segment_ids", segment_ids, tokens.shape, "the shape of tokens")
         here, there = segment_ids[..., :-1], segment_ids[..., 1:]
         counts &= (here == there) & (there != 0)
     if where is not None:
-        where = _checks.boolean("where", where)
-        counts &= _checks.broadcast("where", where, tokens.shape, "the shape of tokens")[..., 1:]
+        where = checks.boolean("where", where)
+        counts &= checks.broadcast("where", where, tokens.shape, "the shape of tokens")[..., 1:]
     return NextTokens(tokens[..., :-1], labels, counts)
 
 
@@ -168,8 +168,8 @@ def bits_per_byte(
 
 @functools.partial(jax.jit, static_argnames=("name", "bits"), inline=True)
 def _per_item(total: ArrayLike, count: ArrayLike, *, name: str, bits: bool) -> Array:
-    nats, items = _checks.real("total", total), _checks.real(name, count)
-    shape = _checks.common_shape("total", nats, name, items)
+    nats, items = checks.real("total", total), checks.real(name, count)
+    shape = checks.common_shape("total", nats, name, items)
     dtype = wide(nats.dtype)
     nats, items = (jnp.broadcast_to(x, shape).astype(dtype) for x in (nats, items))
     mean = jnp.where(items == 0, jnp.nan, nats / jnp.where(items == 0, 1, items))

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction, _target
-from ._narrow import narrowed
-from ._numerics import linear, log1p_below_one
-from ._parts import in_long_rows, in_one_axis
-from ._row_loss import silenced, weighted
-from ._unless import unless
+from ._arguments import checks, reductions, targets
+from ._platform.narrow import narrowed
+from ._platform.parts import in_long_rows, in_one_axis
+from ._platform.unless import unless
+from ._rows.loss import silenced, weighted
+from ._rows.numerics import linear, log1p_below_one
 
 
 def sigmoid_binary_cross_entropy(
@@ -74,7 +74,7 @@ def sigmoid_binary_cross_entropy(
     References:
       Goodfellow, Bengio and Courville, `Deep Learning`, 2016, section 6.2.2.2.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _loss(
         logits,
         labels,
@@ -82,7 +82,7 @@ def sigmoid_binary_cross_entropy(
         pos_weight,
         sample_weight,
         where,
-        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
         reduction=reduction,
         forward_mode=forward_mode,
     )
@@ -101,19 +101,19 @@ def _loss(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    z, y, counts = _target.elements("logits", logits, labels, where, label_smoothing, sample_weight)
+    z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
     # With an option a CPU stores arrays in any case.
     options = (weight, pos_weight, sample_weight, where, label_smoothing)
     if reduction != "none" and z.dtype == y.dtype and all(x is None for x in options):
         total = (_logistic if forward_mode else _fused)(True, z, y)
-        return total if reduction == "sum" else _reduction.mean(total, z.shape)
-    pos_weight = _reduction.weights("pos_weight", pos_weight, y.shape, y.dtype)
+        return total if reduction == "sum" else reductions.mean(total, z.shape)
+    pos_weight = reductions.weights("pos_weight", pos_weight, y.shape, y.dtype)
     loss = (_logistic if forward_mode else _fused)(False, z, y, pos_weight)
-    weight = _reduction.weights("weight", weight, loss.shape, loss.dtype)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
+    weight = reductions.weights("weight", weight, loss.shape, loss.dtype)
+    sample_weight = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, silenced(sample_weight, loss))
-    return _reduction.reduce(loss, counts, sample_weight, reduction)
+    return reductions.reduce(loss, counts, sample_weight, reduction)
 
 
 def _loss_of(

@@ -1,7 +1,8 @@
 r"""Softmax cross-entropy of logits held in memory.
 
-Each function runs the same four stages: target (`_target`), row statistics (`_dense`, which has
-the derivative), row loss (`_row_loss`) and reduction (`_reduction`).
+Each function runs the same four stages: target (`_arguments.targets`), row statistics
+(`_rows.dense`, which has the derivative), row loss (`_rows.loss`) and reduction
+(`_arguments.reductions`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _reduction, _sharded, _target
-from ._dense import row_statistics
-from ._partial import ABSENT
-from ._row_loss import silenced, smoothing_coefficients, softmax_loss
-from ._tile import Target, wide
+from ._arguments import checks, reductions, targets
+from ._rows import sharded
+from ._rows.dense import row_statistics
+from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
+from ._rows.partial import ABSENT
+from ._rows.tile import Target, wide
 
 _STATIC = ("axis", "ignore_index", "axis_name", "reduction", "forward_mode")
 _Axis = int | Sequence[int] | None
@@ -97,17 +99,17 @@ def softmax_cross_entropy_with_integer_labels(
       `Rethinking the Inception Architecture for Computer Vision`, 2016. z-loss: Chowdhery et al.,
       `PaLM`, 2022.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _integer_loss(
         logits,
         labels,
         where,
         weight,
         sample_weight,
-        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
-        _checks.float_option("z_loss", z_loss),
-        axis=_checks.static_axis(axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        checks.float_option("z_loss", z_loss),
+        axis=checks.static_axis(axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
         reduction=reduction,
         forward_mode=forward_mode,
@@ -130,17 +132,17 @@ def _integer_loss(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    rows = _target.rows_of("logits", logits, axis, where, axis_name)
+    rows = targets.rows_of("logits", logits, axis, where, axis_name)
     z, dtype = rows.values, wide(rows.values.dtype)
-    classes = _sharded.all_classes(z.shape[-1], axis_name)
-    label = _target.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
-    weight = _target.class_weight(weight, z.shape[-1], dtype)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
+    classes = sharded.all_classes(z.shape[-1], axis_name)
+    label = targets.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
+    weight = targets.class_weight(weight, z.shape[-1], dtype)
+    sample_weight = reductions.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
 
     spread = ABSENT
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, classes, dtype)
-    counts = _target.effective(z, label.counts, sample_weight, axis_name)
+    counts = targets.effective(z, label.counts, sample_weight, axis_name)
     statistics = row_statistics(
         z,
         Target(labels=label.ids, classes=spread, counts=counts),
@@ -150,11 +152,11 @@ def _integer_loss(
 
     label_weight = None
     if weight is not None:
-        label_weight = _sharded.take_class(weight, label.ids, axis_name)
+        label_weight = sharded.take_class(weight, label.ids, axis_name)
     statistics = silenced(sample_weight, statistics)
     loss = softmax_loss(statistics, label_weight, label_smoothing, z_loss, classes=classes)
-    loss = _target.nan_if(label.unknown, loss, sample_weight)
-    return _reduction.reduce(loss, label.counts, sample_weight, reduction, label_weight)
+    loss = targets.nan_if(label.unknown, loss, sample_weight)
+    return reductions.reduce(loss, label.counts, sample_weight, reduction, label_weight)
 
 
 def softmax_cross_entropy(
@@ -223,16 +225,16 @@ def softmax_cross_entropy(
       Good, `Rational Decisions`, 1952; Szegedy et al., `Rethinking the Inception Architecture for
       Computer Vision`, 2016 (smoothing); Chowdhery et al., `PaLM`, 2022 (z-loss).
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _distribution_loss(
         logits,
         labels,
         where,
         weight,
         sample_weight,
-        _checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
-        _checks.float_option("z_loss", z_loss),
-        axis=_checks.static_axis(axis),
+        checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        checks.float_option("z_loss", z_loss),
+        axis=checks.static_axis(axis),
         axis_name=axis_name,
         reduction=reduction,
         forward_mode=forward_mode,
@@ -259,20 +261,20 @@ def _distribution_loss(
     reduction: str,
     forward_mode: bool,
 ) -> Array:
-    rows = _target.rows_of("logits", logits, axis, where, axis_name)
+    rows = targets.rows_of("logits", logits, axis, where, axis_name)
     z, dtype = rows.values, wide(rows.values.dtype)
-    classes = _sharded.all_classes(z.shape[-1], axis_name)
-    weight = _target.class_weight(weight, z.shape[-1], dtype)
-    sample_weight = _reduction.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
-    counts = _target.effective(z, rows.counts, sample_weight, axis_name)
+    classes = sharded.all_classes(z.shape[-1], axis_name)
+    weight = targets.class_weight(weight, z.shape[-1], dtype)
+    sample_weight = reductions.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
+    counts = targets.effective(z, rows.counts, sample_weight, axis_name)
 
     # A tile widens narrow labels as it does narrow logits, and nobody holds a wide copy. Not those
     # that are broadcast: their cotangents add up over the rows.
     narrow = jnp.result_type(labels) in (jnp.bfloat16, jnp.float16)
     as_given = weight is None and jnp.shape(labels) == jnp.shape(logits)
     held = jnp.result_type(labels) if narrow and as_given else dtype
-    probs = _target.distributions(labels, jnp.shape(logits), axis, held)
-    probs = _target.without_excluded(probs, rows.counts, sample_weight, axis_name)
+    probs = targets.distributions(labels, jnp.shape(logits), axis, held)
+    probs = targets.without_excluded(probs, rows.counts, sample_weight, axis_name)
     if weight is not None:
         probs = probs * jnp.broadcast_to(weight, probs.shape)
     spread = ABSENT
@@ -287,4 +289,4 @@ def _distribution_loss(
 
     statistics = silenced(sample_weight, statistics)
     loss = softmax_loss(statistics, None, label_smoothing, z_loss, classes=classes)
-    return _reduction.reduce(loss, rows.counts, sample_weight, reduction)
+    return reductions.reduce(loss, rows.counts, sample_weight, reduction)

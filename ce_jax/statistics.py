@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
-from . import _checks, _sharded, _target
-from ._dense import row_statistics
-from ._tile import RowStatistics, Target
+from ._arguments import checks, targets
+from ._rows import sharded
+from ._rows.dense import row_statistics
+from ._rows.tile import RowStatistics, Target
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -84,8 +85,8 @@ def softmax_statistics(
         logits,
         labels,
         where,
-        axis=_checks.static_axis(axis),
-        ignore_index=_checks.integer_option("ignore_index", ignore_index),
+        axis=checks.static_axis(axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
         forward_mode=forward_mode,
     )
@@ -104,10 +105,10 @@ def _statistics(
     axis_name: str | None,
     forward_mode: bool,
 ) -> SoftmaxStatistics:
-    rows = _target.rows_of("logits", logits, axis, where, axis_name)
+    rows = targets.rows_of("logits", logits, axis, where, axis_name)
     z = rows.values
-    classes = _sharded.all_classes(z.shape[-1], axis_name)
-    label = _target.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
+    classes = sharded.all_classes(z.shape[-1], axis_name)
+    label = targets.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
     found = row_statistics(
         z,
         Target(labels=label.ids, counts=label.counts),
@@ -119,12 +120,12 @@ def _statistics(
     return by_label(found, label)
 
 
-def by_label(found: RowStatistics, label: _target.ClassIds) -> SoftmaxStatistics:
+def by_label(found: RowStatistics, label: targets.ClassIds) -> SoftmaxStatistics:
     """Statistics as users see them: 0 in rows that do not count, NaN for labels that are none."""
     out = SoftmaxStatistics(
         lse=found.lse,
-        label_logit=_target.nan_if(label.unknown, found.label_logit),
-        log_prob=_target.nan_if(label.unknown, -found.cross),
+        label_logit=targets.nan_if(label.unknown, found.label_logit),
+        log_prob=targets.nan_if(label.unknown, -found.cross),
         entropy=found.entropy,
         argmax=found.argmax,
     )

@@ -7,9 +7,10 @@ import functools
 import jax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks, _pairs, _sharded
-from ._numerics import scalar
-from ._sides import gathered, reduced, sides
+from ._arguments import checks
+from ._arguments.sides import gathered, reduced, sides
+from ._rows import pairs, sharded
+from ._rows.numerics import scalar
 
 
 def supervised_contrastive_loss(
@@ -71,7 +72,7 @@ def supervised_contrastive_loss(
       Khosla et al., `Supervised Contrastive Learning`, 2020, equation 2. SimCLR: Chen et al.,
       `A Simple Framework for Contrastive Learning of Visual Representations`, 2020.
     """
-    _checks.reduction(reduction)
+    checks.reduction(reduction)
     return _supervised_contrastive(
         embeddings,
         labels,
@@ -80,7 +81,7 @@ def supervised_contrastive_loss(
         sample_weight,
         axis_name=axis_name,
         reduction=reduction,
-        memory_budget=_checks.memory_budget(memory_budget),
+        memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
@@ -104,11 +105,11 @@ def _supervised_contrastive(
 ) -> Array:
     name = "embeddings"
     x = sides(name, embeddings, name, embeddings, where, logit_scale, axis_name)
-    labels = _checks.integer("labels", labels)
-    _checks.shape_is("labels", labels, x.rows.shape[:1], "one class id per row")
-    labels = _sharded.like(labels, x.rows)
-    groups = _pairs.Groups(labels, gathered(labels, axis_name))
-    loss, counts = _pairs.against_group(
+    labels = checks.integer("labels", labels)
+    checks.shape_is("labels", labels, x.rows.shape[:1], "one class id per row")
+    labels = sharded.like(labels, x.rows)
+    groups = pairs.Groups(labels, gathered(labels, axis_name))
+    loss, counts = pairs.against_group(
         x, groups, memory_budget=memory_budget, forward_mode=forward_mode
     )
     counts = counts if x.row_counts is None else counts & x.row_counts

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from . import _checks
-from ._numerics import one_minus_exp, option, scalar
-from ._tile import wide
+from ._arguments import checks
+from ._rows.numerics import one_minus_exp, option, scalar
+from ._rows.tile import wide
 
 
 def inverse_frequency_weights(counts: Shaped[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -159,7 +159,7 @@ def focal_alpha(
       Lin et al., `Focal Loss for Dense Object Detection`, 2017, section 3.1.
     """
     n, everything = _floats("positives", positives), _floats("total", total)
-    everything = _checks.broadcast("total", everything, n.shape, "the shape of positives")
+    everything = checks.broadcast("total", everything, n.shape, "the shape of positives")
     return _focal_alpha(n, everything.astype(n.dtype))
 
 
@@ -276,7 +276,7 @@ def prior_shift_weights(
       Simple Procedure`, 2002.
     """
     train, target = _shares("train_prior", train_prior), _shares("target_prior", target_prior)
-    _checks.shape_is("target_prior", target, train.shape, "the shape of train_prior")
+    checks.shape_is("target_prior", target, train.shape, "the shape of train_prior")
     return _prior_shift_weights(train, target.astype(train.dtype))
 
 
@@ -295,7 +295,7 @@ def _floats(name: str, x: ArrayLike) -> Float[Array, "..."]:
 
 def _shares(name: str, x: ArrayLike) -> Float[Array, " classes"]:
     x = _floats(name, x)
-    _checks.shape_is(name, x, (x.size,), "one number per class")
+    checks.shape_is(name, x, (x.size,), "one number per class")
     return x
 
 

@@ -12,7 +12,7 @@ import hypothesis
 import jax
 import pytest
 
-from ce_jax import _parts
+from ce_jax._platform import parts
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -49,7 +49,7 @@ def _forget_programs():
 @pytest.fixture
 def one_device(monkeypatch):
     """As on one, where long rows are read in parts: over the eight here they might be sharded."""
-    monkeypatch.setattr(_parts, "_may_be_sharded", lambda: False)
+    monkeypatch.setattr(parts, "_may_be_sharded", lambda: False)
     jax.clear_caches()  # it is asked when a loss is traced
     yield
     jax.clear_caches()

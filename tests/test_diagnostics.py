@@ -11,7 +11,6 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 import ce_jax
-from ce_jax import _bins
 from tests import reference, reference_beyond
 from tests.comparison import close, compare
 from tests.helpers import softmax_arguments
@@ -175,9 +174,9 @@ def test_bins_of_ranks(bins):
     for size in (1, 2, 1000, 3_000_017, 2**31 - 1):
         rank = np.unique(np.linspace(0, size - 1, 50).astype(int))
         expected = [int(r) * bins // size for r in rank]
-        found = _bins.bin_of_rank(jnp.asarray(rank, jnp.int32), jnp.asarray(size, jnp.int32), bins)
+        found = bins.bin_of_rank(jnp.asarray(rank, jnp.int32), jnp.asarray(size, jnp.int32), bins)
         np.testing.assert_array_equal(found, expected)
-        after = _bins.bin_of_rank(jnp.asarray([size]), jnp.asarray(size), bins)
+        after = bins.bin_of_rank(jnp.asarray([size]), jnp.asarray(size), bins)
         assert expected[-1] <= after[0] < bins
 
 

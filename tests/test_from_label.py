@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax import _from_label
-from ce_jax._dense import row_statistics
-from ce_jax._tile import Target
+from ce_jax._platform import from_label
+from ce_jax._rows.dense import row_statistics
+from ce_jax._rows.tile import Target
 from tests import reference
 from tests.comparison import check, close, together
 from tests.helpers import LAYOUTS, compilations, covering, softmax_arguments
@@ -64,25 +64,25 @@ def small_tiles_too(request, one_device, monkeypatch):
 
     What has to be read again is so in blocks, of one row each if the first axis is one of rows.
     """
-    monkeypatch.setattr(_from_label, "_SMALL", 0)
-    monkeypatch.setattr(_from_label, "_MEDIUM", 0)
-    monkeypatch.setattr(_from_label, "_SAMPLED", 2)
-    monkeypatch.setattr(_from_label, "_FEWEST_ROWS", 2)
-    monkeypatch.setattr(_from_label, "_FEWEST_NARROW_ROWS", 2)
-    monkeypatch.setattr(_from_label, "FEW_CLASSES", 0 if request.param == "labels" else 10**6)
+    monkeypatch.setattr(from_label, "_SMALL", 0)
+    monkeypatch.setattr(from_label, "_MEDIUM", 0)
+    monkeypatch.setattr(from_label, "_SAMPLED", 2)
+    monkeypatch.setattr(from_label, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(from_label, "_FEWEST_NARROW_ROWS", 2)
+    monkeypatch.setattr(from_label, "FEW_CLASSES", 0 if request.param == "labels" else 10**6)
     return request.param
 
 
 @pytest.fixture
 def far_in_sample(monkeypatch):
-    monkeypatch.setattr(_from_label, "_near_in_sample", lambda *_: jnp.zeros((), bool))
+    monkeypatch.setattr(from_label, "_near_in_sample", lambda *_: jnp.zeros((), bool))
 
 
 @pytest.fixture
 def far_elsewhere(monkeypatch):
-    monkeypatch.setattr(_from_label, "_near_in_sample", lambda *_: jnp.ones((), bool))
-    monkeypatch.setattr(_from_label, "_MOST", 0.0)
-    monkeypatch.setattr(_from_label, "_MOST_BARE", 0.0)
+    monkeypatch.setattr(from_label, "_near_in_sample", lambda *_: jnp.ones((), bool))
+    monkeypatch.setattr(from_label, "_MOST", 0.0)
+    monkeypatch.setattr(from_label, "_MOST_BARE", 0.0)
 
 
 def check_case(case):
@@ -191,10 +191,10 @@ def test_the_normaliser_beside_an_unlikely_label(size):
 )
 def test_what_is_tried(kind, tried, far, whole, monkeypatch):
     if whole:
-        monkeypatch.setattr(_from_label, "_MEDIUM", 10**6)
+        monkeypatch.setattr(from_label, "_MEDIUM", 10**6)
     logits = BATCHES[kind].astype(np.float32)
     label, maximum = logits[np.arange(ROWS), LABELS], logits.max(-1)
-    found = _from_label.sums(
+    found = from_label.sums(
         jnp.asarray(logits), jnp.asarray(LABELS), jnp.asarray(label), None, shapes={}, shared=True
     )
     bare = found.attempt.bare
@@ -224,7 +224,7 @@ def test_rows_that_do_not_count_have_no_say_in_what_is_tried(row, garbage):
     logits[row, LABELS[row]] = garbage
     own = jnp.asarray(logits[np.arange(ROWS), LABELS])
     counts = jnp.arange(ROWS) != row
-    found = _from_label.sums(
+    found = from_label.sums(
         jnp.asarray(logits), jnp.asarray(LABELS), own, counts, shapes={}, shared=True
     )
     if found.attempt.tried is not None:

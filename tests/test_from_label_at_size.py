@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax import _from_label
+from ce_jax._platform import from_label
 from tests.comparison import accuracy, close
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -35,7 +35,7 @@ def test_rows_far_from_0_or_spoilt(shape, offset, spoilt):
     draw = np.random.default_rng(9)
     logits = (draw.normal(size=shape) + offset).astype(np.float32)
     labels = draw.integers(classes, size=rows)
-    block = rows // _from_label._block_count(jnp.asarray(logits))
+    block = rows // from_label._block_count(jnp.asarray(logits))
     logits[block // 2, labels[block // 2]] -= 150
     others = np.ones(rows, bool)
     if spoilt is not None:
@@ -66,7 +66,7 @@ def test_blocks(shape, blocks, dtype):
     for row in (rows // 2, rows - 1):
         z.reshape(rows, -1)[row, labels.flat[row]] -= 150.0
     logits = jnp.asarray(z, dtype)
-    assert _from_label._block_count(logits) == blocks
+    assert from_label._block_count(logits) == blocks
     expected = log_probs(np.asarray(logits, np.float64))
     is_label = labels[..., None] == np.arange(shape[-1])
     cotangent = draw.normal(size=labels.shape).astype(np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax import _budget
+from ce_jax._platform import block_sizes
 from tests import comparison, linear, reference, reference_linear
 from tests.comparison import accuracy, close
 from tests.helpers import covering, named
@@ -40,7 +40,7 @@ SCALARS = ("logit_soft_cap", "label_smoothing", "z_loss", "gamma")
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_budget, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
+        patch.setattr(block_sizes, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
         yield
 
 
@@ -59,7 +59,7 @@ def check_case(case):
             "classes": linear.class_budget(rows, 2, dtype, steps),
             "tokens": linear.token_budget(classes, linear.FEWEST_TOKENS, dtype, steps),
         }[budget]
-        chosen = _budget.blocks(
+        chosen = block_sizes.blocks(
             rows,
             classes,
             linear.logit_bytes(dtype, steps),
@@ -173,7 +173,7 @@ BLOCK = 128
 def test_every_fit_of_classes_and_blocks(classes):
     """One class; a block less one, one, one more, one and a half, two, and more."""
     budget = linear.class_budget(3, BLOCK, steps=2)
-    chosen = _budget.blocks(3, classes, linear.logit_bytes("float32", 2), budget, summed=False)
+    chosen = block_sizes.blocks(3, classes, linear.logit_bytes("float32", 2), budget, summed=False)
     assert chosen.classes == min(classes, BLOCK)
     check_many_classes(classes, budget)
 
@@ -189,7 +189,7 @@ def test_the_ragged_block_last(monkeypatch):
 def test_every_fit_of_rows_and_blocks(rows):
     """With room for three rows, four are divided evenly."""
     budget = linear.token_budget(11, 3, steps=2)
-    chosen = _budget.blocks(rows, 11, linear.logit_bytes("float32", 2), budget, summed=True)
+    chosen = block_sizes.blocks(rows, 11, linear.logit_bytes("float32", 2), budget, summed=True)
     assert chosen.tokens == (2 if rows == 4 else min(rows, 3))
     check_many_classes(11, budget, rows=rows, reduction="sum")
 

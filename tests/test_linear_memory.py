@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import ce_jax
-from ce_jax import _budget
+from ce_jax._platform import block_sizes
 from tests.test_memory import temporaries
 
 pytestmark = pytest.mark.cpu
@@ -86,10 +86,10 @@ def test_forward_mode_has_the_same_memory():
 @pytest.mark.parametrize("by_token", [False, True])
 def test_a_budget_is_kept(monkeypatch, by_token):
     """Blocks fit it, whichever way the work is divided."""
-    monkeypatch.setattr(_budget, "_FEWEST_TOKENS", 64)
+    monkeypatch.setattr(block_sizes, "_FEWEST_TOKENS", 64)
     rows, width, classes = 1024, 32, 8192
     for budget in (6 * 10**6, 12 * 10**6, 24 * 10**6):
-        found = _budget.blocks(rows, classes, 8, budget, summed=by_token)
+        found = block_sizes.blocks(rows, classes, 8, budget, summed=by_token)
         assert (found.tokens is not None) == by_token
         reduction = "sum" if by_token else "none"
         kernel = 4 * width * classes
@@ -101,17 +101,17 @@ def test_a_tile_has_an_index_of_32_bits():
     """However large the budget."""
     for rows, classes in ((2**20, 2**18), (2**14, 2**18), (2**18, 2**14), (3, 2**30)):
         for summed in (False, True):
-            found = _budget.blocks(rows, classes, 6, 2**60, summed=summed)
+            found = block_sizes.blocks(rows, classes, 6, 2**60, summed=summed)
             assert found.classes * rows < 2**31
             assert found.tokens is None or found.tokens * classes < 2**31
 
 
 def test_blocks_fit_the_budget_and_are_even():
     """No block is larger than allowed, and the last is no sliver but by rounding."""
-    assert _budget._block(7936 * 10, 10, 256000) == 6400
+    assert block_sizes._block(7936 * 10, 10, 256000) == 6400
     for total in (*range(1, 40), 127, 128, 129, 1000, 50257, 128256, 151936, 256000):
         for most in (1, 2, 3, 7, 127, 128, 129, 255, 1000, 4096, 10**6):
-            size = _budget._block(most * 10, 10, total)
+            size = block_sizes._block(most * 10, 10, total)
             assert 1 <= size <= min(most, total)
             aligned = most >= 128 and size < total
             assert not aligned or size % 128 == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax import _budget
+from ce_jax._platform import block_sizes
 from tests import linear, reference_linear
 
 pytestmark = pytest.mark.sweep
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.sweep
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_budget, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
+        patch.setattr(block_sizes, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
         yield
 
 
@@ -134,7 +134,7 @@ def test_kernel_gradient_is_accumulated_in_float32(dtype):
     """1365 blocks of tokens whose gradients all have the same sign."""
     rows = 4095
     budget = linear.token_budget(2, 3, dtype)
-    assert _budget.blocks(rows, 2, linear.logit_bytes(dtype), budget, summed=True).tokens == 3
+    assert block_sizes.blocks(rows, 2, linear.logit_bytes(dtype), budget, summed=True).tokens == 3
     slopes = jax.jit(
         jax.grad(
             lambda w: ce_jax.linear_softmax_cross_entropy(

@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import ce_jax
-from ce_jax import _budget
+from ce_jax._platform import block_sizes
 from tests import linear, reference, reference_linear
 from tests.helpers import compilations
 from tests.test_transforms import (
@@ -48,11 +48,11 @@ BY_TOKEN = {
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_budget, "_FEWEST_TOKENS", 2)
+        patch.setattr(block_sizes, "_FEWEST_TOKENS", 2)
         by_class, by_token = (x["memory_budget"] for x in (BY_CLASS, BY_TOKEN))
         logit = linear.logit_bytes("float64", steps=2)
-        assert _budget.blocks(ROWS, CLASSES, logit, by_class, summed=False).classes == 2
-        assert _budget.blocks(ROWS, CLASSES, logit, by_token, summed=True).tokens == 2
+        assert block_sizes.blocks(ROWS, CLASSES, logit, by_class, summed=False).classes == 2
+        assert block_sizes.blocks(ROWS, CLASSES, logit, by_token, summed=True).tokens == 2
         yield
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax import _budget
+from ce_jax._platform import block_sizes
 from tests import linear
 from tests.helpers import GARBAGE
 
@@ -20,7 +20,7 @@ INF, NAN = jnp.inf, jnp.nan
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_budget, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
+        patch.setattr(block_sizes, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
         yield
 
 
@@ -205,7 +205,7 @@ def test_last_block_is_counted_once():
     """337 classes in one block of 256 and a rest."""
     budget = by_class(2, 256)
     logit = linear.logit_bytes("float32")
-    chosen = _budget.blocks(2, 337, logit, budget["memory_budget"], summed=False)
+    chosen = block_sizes.blocks(2, 337, logit, budget["memory_budget"], summed=False)
     assert chosen.classes == 256
     losses = ce_jax.linear_softmax_cross_entropy(
         jnp.ones((2, 3)), jnp.zeros((3, 337)), jnp.array([0, 336]), **budget

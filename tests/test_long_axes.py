@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax import _parts, _sums
+from ce_jax._platform import parts
+from ce_jax._rows import sums
 from tests import reference
 from tests.comparison import accuracy, check, close, together
 from tests.helpers import LAYOUTS, covering, softmax_arguments
@@ -23,8 +24,8 @@ pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("one_device")]
 @pytest.fixture
 def all_long(monkeypatch):
     """Limits so small that every row is cut and rows are stacked."""
-    monkeypatch.setattr(_parts, "_LONGEST", 2)
-    monkeypatch.setattr(_parts, "_SHORTEST", 1)
+    monkeypatch.setattr(parts, "_LONGEST", 2)
+    monkeypatch.setattr(parts, "_SHORTEST", 1)
 
 
 @pytest.mark.sweep
@@ -64,9 +65,9 @@ def test_a_single_row_in_parts():
 @pytest.mark.parametrize("longest", [1, 2])  # in two parts, or one
 def test_parts_as_on_a_gpu(longest, monkeypatch):
     """In an axis of their own, halves joined; here a CPU runs what a GPU would."""
-    monkeypatch.setattr(_parts, "_LONGEST_ON_GPU", longest)
-    monkeypatch.setattr(_parts, "_SHORTEST", 1)
-    monkeypatch.setattr(_sums, "FEW_CLASSES", 0)
+    monkeypatch.setattr(parts, "_LONGEST_ON_GPU", longest)
+    monkeypatch.setattr(parts, "_SHORTEST", 1)
+    monkeypatch.setattr(sums, "FEW_CLASSES", 0)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, **own: own.get("cuda", own["default"])(*args)
     )
@@ -132,7 +133,7 @@ def test_real_sizes(shape, dtype):
 def test_which_tiles_are_cut():
     def shape(*shape, dtype=jnp.float32, alone=False, entropy=False, platform="cpu"):
         z = jnp.zeros(shape, dtype)
-        found = _parts.best_shapes(z, alone=alone, entropy=entropy).get(platform)
+        found = parts.best_shapes(z, alone=alone, entropy=entropy).get(platform)
         assert found is None or np.prod(found, dtype=int) == z.size
         return found
 
@@ -261,8 +262,8 @@ def test_sums_in_one_are_sums(n, count):
     numbers = {str(k): draw.integers(-9, 9, (3, 2, n)) for k in range(count)}
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
     tangents = {name: 2 * x + 1 for name, x in arrays.items()}
-    found = jax.jit(_parts.sums_in_one)(arrays)
-    again, slopes = jax.jvp(_parts.sums_in_one, (arrays,), (tangents,))
+    found = jax.jit(parts.sums_in_one)(arrays)
+    again, slopes = jax.jvp(parts.sums_in_one, (arrays,), (tangents,))
     assert found.keys() == numbers.keys()
     for name, x in numbers.items():
         np.testing.assert_array_equal(found[name], x.sum(-1))
@@ -281,5 +282,5 @@ def test_sums_in_one_hold_partial_sums_alone():
         return jax.jit(function).lower(x).compile().memory_analysis().temp_size_in_bytes
 
     size = 4 * 64 * 4096
-    assert temporaries(lambda x: _parts.sums_in_one(summands(x))) <= 1.05 * size / 8
+    assert temporaries(lambda x: parts.sums_in_one(summands(x))) <= 1.05 * size / 8
     assert temporaries(lambda x: jax.tree.map(lambda s: jnp.sum(s, -1), summands(x))) >= size

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import ce_jax
-from ce_jax import _budget
+from ce_jax._platform import block_sizes
 from tests import hlo, linear, reference, reference_linear
 from tests.comparison import close
 from tests.helpers import GARBAGE, compilations
@@ -340,7 +340,7 @@ def test_sums_go_by_tokens_where_classes_are_whole(layout, matmuls):
 
 def test_several_blocks_of_tokens(monkeypatch):
     """On each device, after the kernel has been gathered."""
-    monkeypatch.setattr(_budget, "_FEWEST_TOKENS", 1)
+    monkeypatch.setattr(block_sizes, "_FEWEST_TOKENS", 1)
     layout = LAYOUTS["fsdp"]
     loss = ce_jax.on_mesh(ce_jax.linear_softmax_cross_entropy, layout.mesh(), **layout.spread)
     budget = linear.token_budget(HELD, 1, "float64", steps=3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax._narrow import _by_integers, narrowed
+from ce_jax._platform.narrow import _by_integers, narrowed
 
 # Every upper half of a float32, with the lower halves next to which rounding turns.
 UPPER = np.arange(1 << 16, dtype=np.uint32) << 16

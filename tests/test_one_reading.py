@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax import _one_reading, _parts
-from ce_jax._sums import Columns
+from ce_jax._platform import one_reading, parts
+from ce_jax._rows.sums import Columns
 from tests import reference
 from tests.comparison import check, close, compare, together
 from tests.helpers import LAYOUTS, covering, softmax_arguments
@@ -20,7 +20,7 @@ SOFT = "softmax_cross_entropy"
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch, one_device):
-    monkeypatch.setattr(_one_reading, "_CACHED", 0)
+    monkeypatch.setattr(one_reading, "_CACHED", 0)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, **own: own.get("cuda", own["default"])(*args)
     )
@@ -29,9 +29,9 @@ def as_on_a_gpu(monkeypatch, one_device):
 @pytest.fixture
 def cut(monkeypatch):
     """Limits so small that a GPU would cut every row of four."""
-    monkeypatch.setattr(_parts, "_LONGEST_ON_GPU", 1)
-    monkeypatch.setattr(_parts, "_SHORTEST", 1)
-    monkeypatch.setattr(_one_reading, "_SIDE_BY_SIDE", 2)
+    monkeypatch.setattr(parts, "_LONGEST_ON_GPU", 1)
+    monkeypatch.setattr(parts, "_SHORTEST", 1)
+    monkeypatch.setattr(one_reading, "_SIDE_BY_SIDE", 2)
 
 
 CASES = covering(
@@ -99,7 +99,7 @@ def test_any_number_of_classes(classes):
 def read(x, shape=None, classes=None):
     columns = Columns(jnp.ones(x.shape, jnp.float32), classes)
     dtype = jnp.dtype("float32")
-    return _one_reading._read_once(shape, dtype, True, jnp.asarray(x, dtype), columns)
+    return one_reading._read_once(shape, dtype, True, jnp.asarray(x, dtype), columns)
 
 
 @pytest.mark.parametrize("shape", [None, (4, 2, 16)], ids=["whole", "cut"])
@@ -200,7 +200,7 @@ def test_blocks_of_classes():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_program_for_a_gpu_reads_rows_once(monkeypatch, smoothing):
     monkeypatch.undo()
-    monkeypatch.setattr(_parts, "_may_be_sharded", lambda: False)
+    monkeypatch.setattr(parts, "_may_be_sharded", lambda: False)
     jax.clear_caches()
     labels = jax.ShapeDtypeStruct((256,), jnp.int32)
     loss = jax.jit(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax._numerics import log1p_below_one
+from ce_jax._rows.numerics import log1p_below_one
 from tests import reference
 from tests.comparison import check, close, result_dtype, together
 from tests.helpers import GARBAGE, combinations, covering

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax import _sums
+from ce_jax._rows import sums
 from tests import reference
 from tests.comparison import accuracy, check, close, together
 from tests.helpers import LAYOUTS, covering, softmax_arguments
@@ -21,7 +21,7 @@ draw = np.random.default_rng(17)
 
 @pytest.fixture
 def any_length(monkeypatch):
-    monkeypatch.setattr(_sums, "_UNROLLED_ROWS", range(1, 10**6))
+    monkeypatch.setattr(sums, "_UNROLLED_ROWS", range(1, 10**6))
 
 
 @pytest.mark.sweep

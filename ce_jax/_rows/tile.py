@@ -32,13 +32,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from . import _from_label
-from ._from_label import at_label, is_label
-from ._narrow import narrowed
-from ._one_reading import read
-from ._partial import ABSENT, NOWHERE, Partial
-from ._parts import Shapes, best_shapes, row_argmax, row_maxima
-from ._sums import Columns, exp_shifted, finite_exponent, origin, shift, spread, sums
+from .._platform import from_label
+from .._platform.from_label import at_label, is_label
+from .._platform.narrow import narrowed
+from .._platform.one_reading import read
+from .._platform.parts import Shapes, best_shapes, row_argmax, row_maxima
+from .partial import ABSENT, NOWHERE, Partial
+from .sums import Columns, exp_shifted, finite_exponent, origin, shift, spread, sums
 
 
 class Target(NamedTuple):
@@ -95,7 +95,7 @@ def partial_statistics(
     shapes = best_shapes(z, alone=alone, entropy=entropy)
     columns = Columns(target.probs, target.classes)
     labels_only = not (jax.tree.leaves(columns) or entropy or argmax)
-    if whole and labels_only and _from_label.is_worth_it(z):
+    if whole and labels_only and from_label.is_worth_it(z):
         return _relative_to_labels(z, target, shapes, alone)
     if join_max is None:
         out = read(shapes, z, columns, wide(z.dtype), entropy=entropy)
@@ -122,7 +122,7 @@ def _relative_to_labels(
     logit = at_label(z, target.labels).astype(wide(z.dtype))
     # Where narrow rows are cut, they share nothing with the pull-back, on purpose.
     shared = not alone and (z.dtype == logit.dtype or "cpu" not in shapes)
-    found = _from_label.sums(z, target.labels, logit, target.counts, shapes=shapes, shared=shared)
+    found = from_label.sums(z, target.labels, logit, target.counts, shapes=shapes, shared=shared)
     attempt = found.attempt if shared else ABSENT
     return Partial(found.base, found.sum_exp, logit, attempt=attempt)
 
@@ -187,7 +187,7 @@ def pullback(
     if part.attempt is None:
         exp = exp_shifted(z, origin(part.base), own_max=whole)
     else:
-        exp = _from_label.exponentials(z, part.base, part.attempt)
+        exp = from_label.exponentials(z, part.base, part.attempt)
     counts = target.counts
     if counts is not None:
         # Numbers that a cotangent of 0 makes 0, whatever the row holds.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
-from ._partial import ABSENT, NOWHERE, Partial, rebase
+from .partial import ABSENT, NOWHERE, Partial, rebase
 
 _Tree = TypeVar("_Tree")
 

@@ -15,7 +15,7 @@ labels takes 0.78.
 
 That saves one pass over the logits of five: on two cores a quarter of the time for value and
 gradient. What has to be read again takes twice the time. A GPU reads a row once for its
-maximum and its sum (see `_one_reading`), and nothing would be gained.
+maximum and its sum (see `_platform.one_reading`), and nothing would be gained.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._one_reading import read, read_twice
-from ._partial import Attempt, Bare
-from ._parts import FEW_CLASSES, Shapes, best_shapes, in_long_rows, is_own, row_maxima, sums_in_one
-from ._sums import Columns, are_unrolled, bounded, exp_shifted, origin, shift, sum_exp
-from ._unless import mended, unless
+from .._rows.partial import Attempt, Bare
+from .._rows.sums import Columns, are_unrolled, bounded, exp_shifted, origin, shift, sum_exp
+from .one_reading import read, read_twice
+from .parts import FEW_CLASSES, Shapes, best_shapes, in_long_rows, is_own, row_maxima, sums_in_one
+from .unless import mended, unless
 
 # Sums above this are of losses above 31.9 nats.
 _MOST = 2.0**46
@@ -103,7 +103,7 @@ def sums(
       labels: the label of each row.
       label_logit: the logit of each row's label, in the dtype of the sums.
       counts: whether the row counts; if not, its sum need not be right.
-      shapes: those of `_parts.best_shapes`.
+      shapes: those of `parts.best_shapes`.
       shared: whether `exponentials` will be asked for in the same program. They are found along
         whole rows, and so the sums then are too.
     """

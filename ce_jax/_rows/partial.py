@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._sums import bounded, finite_exponent, origin
+from .sums import bounded, finite_exponent, origin
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -48,12 +48,12 @@ class Partial(NamedTuple):
     """Sums over the classes seen so far, relative to one number for each row.
 
     That is `base`, the largest logit seen so far or, in rows that are read at once, the label's or
-    0 (see `_from_label`). With `d_c = z_c - base` (or `z_c` where that is -inf): `sum_exp` is
+    0 (see `from_label`). With `d_c = z_c - base` (or `z_c` where that is -inf): `sum_exp` is
     `sum exp(d)`; `label_logit` is the label's `z` itself, 0 as long as it was not seen;
     `target_dot`, `target_sum` are `<t, d>`, `sum(t)`; `classes_dot`, `classes_sum`,
     `classes_count` are `<a, d>`, `sum(a)` and the number of the classes with `z > -inf`;
     `exp_dot` is `<exp(d), d>`; `argmax` counts from the first class of the whole row. `attempt`
-    is there where the pull-back is to take `exp(d)` from `_from_label`.
+    is there where the pull-back is to take `exp(d)` from `_platform.from_label`.
     """
 
     base: Float[Array, "*rows"]

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import _class_blocks, _sharded, _tile
-from ._head import First, Head, over_blocks, put, read_by_all, take, take_classes
+from . import class_blocks, sharded, tile
+from .head import First, Head, over_blocks, put, read_by_all, take, take_classes
 
 
 class RowInputs(NamedTuple):
@@ -36,7 +36,7 @@ class RowInputs(NamedTuple):
     flags: Any
 
 
-RowLoss = Callable[[_tile.RowStatistics, RowInputs], Float[Array, " tokens"]]
+RowLoss = Callable[[tile.RowStatistics, RowInputs], Float[Array, " tokens"]]
 
 
 class Options(NamedTuple):
@@ -50,14 +50,14 @@ class Options(NamedTuple):
 
     block: int
     row_loss: RowLoss
-    head: _class_blocks.Options
+    head: class_blocks.Options
 
 
 def loss_sum(
     options: Options,
     hidden: Float[Array, "tokens width"],
     head: Head,
-    target: _tile.Target,
+    target: tile.Target,
     rows: RowInputs,
 ) -> Float[Array, ""]:
     """The sum of `row_loss` over all rows."""
@@ -65,14 +65,14 @@ def loss_sum(
     head = take_classes(head, 0, options.head.classes, options.head.class_axis)
     if target.classes is not None and target.classes.ndim:
         target = target._replace(classes=take(target.classes, 0, options.head.classes))
-    return _fused(options, *_sharded.align((hidden, head, target, rows)))
+    return _fused(options, *sharded.align((hidden, head, target, rows)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
-    options: Options, hidden: Array, head: Head, target: _tile.Target, rows: RowInputs
+    options: Options, hidden: Array, head: Head, target: tile.Target, rows: RowInputs
 ) -> Float[Array, ""]:
-    statistics = _class_blocks.row_statistics(options.head, hidden, head, target)
+    statistics = class_blocks.row_statistics(options.head, hidden, head, target)
     return jnp.sum(options.row_loss(statistics, rows))
 
 
@@ -87,7 +87,7 @@ class _Inputs(NamedTuple):
 
 
 def _fused_fwd(
-    options: Options, hidden: Array, head: Head, target: _tile.Target, rows: RowInputs
+    options: Options, hidden: Array, head: Head, target: tile.Target, rows: RowInputs
 ) -> tuple[Array, tuple[_Inputs, _Inputs]]:
     head_of_block = read_by_all(head)
 
@@ -97,19 +97,19 @@ def _fused_fwd(
         part = functools.partial(take, first=first, size=size)
         of_block = target._replace(labels=part(target.labels))
         block = jax.tree.map(part, rows._replace(shared=()))
-        z, pull = _class_blocks.tile(
+        z, pull = class_blocks.block_logits(
             options.head, part(hidden), head, 0, head.kernel.shape[options.head.class_axis]
         )
-        partial = _tile.partial_statistics(z, of_block)
+        partial = tile.partial_statistics(z, of_block)
 
-        def block_loss(statistics: _tile.RowStatistics, scales: Any, shared: Any) -> Array:
+        def block_loss(statistics: tile.RowStatistics, scales: Any, shared: Any) -> Array:
             inputs = block._replace(scales=scales, shared=shared)
             return jnp.sum(options.row_loss(statistics, inputs))
 
-        statistics = _tile.finish(partial)
+        statistics = tile.finish(partial)
         loss, pull_loss = jax.vjp(block_loss, statistics, block.scales, rows.shared)
         g, d_scales, d_shared = pull_loss(jnp.ones_like(loss))
-        dz, d_target = _tile.pullback(z, of_block, partial, g)
+        dz, d_target = tile.pullback(z, of_block, partial, g)
         d_hidden, d_head = pull(dz)
         return total + loss, _Inputs(
             hidden=put(grads.hidden, d_hidden.T, first),
@@ -120,21 +120,21 @@ def _fused_fwd(
         )
 
     inputs = _Inputs(hidden, head, target.classes, rows.scales, rows.shared)
-    dtype = _tile.wide(hidden.dtype)
+    dtype = tile.wide(hidden.dtype)
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), (0, inputs))
     tokens = hidden.shape[0]
     block = min(options.block, tokens)
-    total, grads = over_blocks(step, _sharded.like(zeros, hidden), tokens, block)
+    total, grads = over_blocks(step, sharded.like(zeros, hidden), tokens, block)
     return total, (inputs, grads)
 
 
 def _fused_bwd(
     options: Options, residuals: tuple[_Inputs, _Inputs], g: Float[Array, ""]
-) -> tuple[Array, Head, _tile.Target, RowInputs]:
+) -> tuple[Array, Head, tile.Target, RowInputs]:
     inputs, grads = residuals
     d = jax.tree.map(lambda x, dx: (g * dx).astype(jnp.result_type(x)), inputs, grads)
     rows = RowInputs(d.scales, d.shared, flags=None)
-    return d.hidden, d.head, _tile.Target(classes=d.classes), rows
+    return d.hidden, d.head, tile.Target(classes=d.classes), rows
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

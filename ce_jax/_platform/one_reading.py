@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._partial import Partial, merge
-from ._parts import Shapes, is_own, row_maxima
-from ._sums import Columns, in_rows, origin, summands, sums
+from .._rows.partial import Partial, merge
+from .._rows.sums import Columns, in_rows, origin, summands, sums
+from .parts import Shapes, is_own, row_maxima
 
 # So many numbers of a row are brought to their own maximum at once. Joined one by one they would
 # take two exponentials each, and the next one would wait for them: twice the time.
@@ -41,9 +41,9 @@ def read(
     entropy: bool = False,
     stored: bool = True,
 ) -> Partial:
-    """The largest logit of each row, and the `_sums.sums` relative to its `origin`.
+    """The largest logit of each row, and the `sums.sums` relative to its `origin`.
 
-    `shapes` are those of `_parts.best_shapes`, `dtype` that of the sums.
+    `shapes` are those of `parts.best_shapes`, `dtype` that of the sums.
     """
     twice = functools.partial(read_twice, shapes, dtype=dtype, entropy=entropy, stored=stored)
     if not is_own(z) or z.size * z.dtype.itemsize <= _CACHED:

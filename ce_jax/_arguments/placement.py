@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from . import _checks
+from . import checks
 
 Names = str | tuple[str, ...] | None
 Shapes = dict[str, tuple[int, ...]]
@@ -90,7 +90,7 @@ def of_logits(
     follow upon each other. `soft` labels broadcast to the logits, others are those of the rows.
     """
     shape = shapes["logits"]
-    axes = _checks.axes(axis, len(shape))
+    axes = checks.axes(axis, len(shape))
     rest = [a for a in range(len(shape)) if a not in axes]
     rows = _rows(plan, len(rest))
     by_axis: dict[int, Names] = dict(zip(rest, rows, strict=True)) | {axes[0]: plan.classes}

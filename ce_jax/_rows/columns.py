@@ -1,7 +1,7 @@
 """What is gathered from blocks of columns, with a derivative that computes each block again.
 
-`_class_blocks` does this for the statistics of one softmax. A loss that reads a block in another
-way (both directions of a matrix, two matrices at once) brings a `Form`. The loop is here, with its
+`class_blocks` does this for the statistics of one softmax. A loss that reads a block in another way
+(both directions of a matrix, two matrices at once) brings a `Form`. The loop is here, with its
 derivative and the care for dtypes and devices.
 """
 
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import _sharded
-from ._head import First, over_blocks, put, read_by_all
-from ._tile import wide
+from . import sharded
+from .head import First, over_blocks, put, read_by_all
+from .tile import wide
 
 # For an input of which every block reads all.
 WHOLE = -1
@@ -50,7 +50,7 @@ class Form(NamedTuple):
 
 def over_columns(form: Form, inputs: Any, fixed: Any, *, forward_mode: bool = False) -> Any:
     """The result of a form, differentiable by `inputs`; `fixed` are constants."""
-    inputs, fixed = _sharded.align((inputs, fixed))
+    inputs, fixed = sharded.align((inputs, fixed))
     if forward_mode:
         return form.finish(_sums(form, inputs, fixed))
     return _fused(form, inputs, fixed)
@@ -62,7 +62,7 @@ def _sums(form: Form, inputs: Any, fixed: Any) -> Any:
     def step(sums: Any, first: First, size: int) -> Any:
         return form.fold(inputs_of_block(), fixed, sums, first, size)
 
-    start = _sharded.like(form.start(inputs, fixed), jax.tree.leaves(inputs)[0])
+    start = sharded.like(form.start(inputs, fixed), jax.tree.leaves(inputs)[0])
     return form.across(over_blocks(step, start, form.columns, form.block))
 
 
@@ -97,7 +97,7 @@ def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None]:
         inputs,
         form.axes,
     )
-    zeros = _sharded.like(zeros, jax.tree.leaves(inputs)[0])
+    zeros = sharded.like(zeros, jax.tree.leaves(inputs)[0])
     grads = over_blocks(step, zeros, form.columns, form.block)
     return jax.tree.map(lambda x, d: d.astype(x.dtype), inputs, grads), None
 

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from . import _budget, _sharded, _tile
-from ._from_label import is_label
-from ._head import First, Head, logits, over_blocks, put, take
-from ._partial import ABSENT, Partial, merge
-from ._recomputed import WHOLE, Form, over_columns
-from ._sides import Sides
-from ._tile import RowStatistics, Target, wide
-from .sigmoid import sigmoid_binary_cross_entropy
+from .._arguments.sides import Sides
+from .._platform import block_sizes
+from .._platform.from_label import is_label
+from ..sigmoid import sigmoid_binary_cross_entropy
+from . import sharded, tile
+from .columns import WHOLE, Form, over_columns
+from .head import First, Head, logits, over_blocks, put, take
+from .partial import ABSENT, Partial, merge
+from .tile import RowStatistics, Target, wide
 
 _Partials = tuple[Partial, Partial]
 
@@ -52,10 +53,10 @@ def _fixed(x: Sides) -> _Fixed:
 def _block(x: Sides, memory_budget: int | None, tiles: int) -> int:
     """Columns per block, where a CPU holds so many of its arrays, and its rounded gradient."""
     if memory_budget is None:
-        memory_budget = _budget.default_budget(x.columns.size * x.columns.dtype.itemsize)
+        memory_budget = block_sizes.default_budget(x.columns.size * x.columns.dtype.itemsize)
     pair_bytes = tiles * wide(x.rows.dtype).itemsize + x.rows.dtype.itemsize
     rows, columns = x.rows.shape[0], x.columns.shape[0]
-    return _budget.blocks(rows, columns, pair_bytes, memory_budget, summed=False).classes
+    return block_sizes.blocks(rows, columns, pair_bytes, memory_budget, summed=False).classes
 
 
 def _without(
@@ -143,7 +144,7 @@ def _fold_both(
     rows, columns = inputs
     z, _ = logits(rows, Head(take(columns, first, size)), 0)
     parts = [
-        _tile.partial_statistics(view, target, first_class=first_class)
+        tile.partial_statistics(view, target, first_class=first_class)
         for view, target, first_class in _views(z, fixed, first)
     ]
     of_columns = jax.tree.map(lambda x, new: put(x, new, first), sums[1], parts[1])
@@ -152,11 +153,11 @@ def _fold_both(
 
 def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:
     of_rows, of_columns = sums
-    return _not_empty(of_rows), _not_empty(_sharded.merge_across(of_columns, axis_name))
+    return _not_empty(of_rows), _not_empty(sharded.merge_across(of_columns, axis_name))
 
 
 def _finish_both(sums: _Partials) -> tuple[Array, Array]:
-    of_rows, of_columns = map(_tile.finish, sums)
+    of_rows, of_columns = map(tile.finish, sums)
     return of_rows.cross, of_columns.cross
 
 
@@ -173,7 +174,7 @@ def _pull_both(
     of_block = jax.tree.map(lambda x: take(x, first, size), (sums[1], g[1]))
     parts, cotangents = (sums[0], of_block[0]), (g[0], of_block[1])
     by_row, by_column = (
-        _tile.pullback(view, target, part, _of_cross(d), first_class=first_class)[0]
+        tile.pullback(view, target, part, _of_cross(d), first_class=first_class)[0]
         for (view, target, first_class), part, d in zip(
             _views(z, fixed, first), parts, cotangents, strict=True
         )
@@ -279,13 +280,13 @@ def against_group(
     def count(total: Array, first: First, size: int) -> Array:
         return total + jnp.sum(_same(fixed, first, size)[0], -1, dtype=total.dtype)
 
-    nobody = _sharded.like(jnp.zeros(groups.rows.shape, jnp.int32), groups.rows)
+    nobody = sharded.like(jnp.zeros(groups.rows.shape, jnp.int32), groups.rows)
     positives = over_blocks(count, nobody, columns, block)
     form = Form(
         start=lambda inputs, fixed: _nothing(inputs[0].shape[0], wide(inputs[0].dtype), True),
         fold=_fold_group,
         across=_not_empty,
-        finish=lambda part: _tile.finish(part).cross,
+        finish=lambda part: tile.finish(part).cross,
         pull=_pull_group,
         axes=(WHOLE, 0),
         columns=columns,
@@ -322,7 +323,7 @@ def _fold_group(
 ) -> Partial:
     rows, columns = inputs
     z, _ = logits(rows, Head(take(columns, first, size)), 0)
-    return merge(sums, _tile.partial_statistics(*_group_block(z, fixed, first)))
+    return merge(sums, tile.partial_statistics(*_group_block(z, fixed, first)))
 
 
 def _pull_group(
@@ -335,6 +336,6 @@ def _pull_group(
 ) -> tuple[Array, Array]:
     rows, columns = inputs
     z, pull = logits(rows, Head(take(columns, first, size)), 0)
-    dz, _ = _tile.pullback(*_group_block(z, fixed, first), sums, _of_cross(g))
+    dz, _ = tile.pullback(*_group_block(z, fixed, first), sums, _of_cross(g))
     d_rows, head = pull(dz)
     return d_rows.T, head.kernel

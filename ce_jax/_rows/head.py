@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._narrow import narrowed
-from ._partial import ABSENT
-from ._tile import wide
+from .._platform.narrow import narrowed
+from .partial import ABSENT
+from .tile import wide
 
 _Carry = TypeVar("_Carry")
 _Tree = TypeVar("_Tree")

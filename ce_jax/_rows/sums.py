@@ -2,7 +2,7 @@
 
 A select keeps the two apart. To a CPU it would be dear: XLA finds a sum there together with the
 arithmetic that feeds it, but not with a select, and stores an array of the size of the tile first.
-So a CPU finds two sums or more of what is selected at once (see `_parts.sums_in_one`), which XLA
+So a CPU finds two sums or more of what is selected at once (see `parts.sums_in_one`), which XLA
 compiles in another way. Other platforms fuse selects like anything else.
 
 Exponentials relative to the maximum of a row of 9 to 32 numbers LLVM unrolls, for code that is slow
@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ._parts import FEW_CLASSES, Shapes, apart, in_parts, is_own, reduced, sums_in_one
+from .._platform.parts import FEW_CLASSES, Shapes, apart, in_parts, is_own, reduced, sums_in_one
 
 _UNROLLED_ROWS = range(9, 33)
 
 
 class Columns(NamedTuple):
-    """What every class of a row is weighted with: `probs` and `classes` of a `_tile.Target`."""
+    """What every class of a row is weighted with: `probs` and `classes` of a `tile.Target`."""
 
     probs: Any = None
     classes: Any = None
@@ -46,10 +46,10 @@ def sums(
     own_max: bool,
     stored: bool = True,
 ) -> dict[str, Any]:
-    """The sums of `_partial.Partial` that `columns` and `entropy` ask for.
+    """The sums of `partial.Partial` that `columns` and `entropy` ask for.
 
     They are relative to `base`, the `origin` of each row. `shapes` are those of
-    `_parts.best_shapes`; `own_max` is for `exp_shifted`, `stored` for `sum_exp`.
+    `parts.best_shapes`; `own_max` is for `exp_shifted`, `stored` for `sum_exp`.
     """
     # A CPU reads long rows as fast where it finds several sums of them.
     others = {platform: shape for platform, shape in shapes.items() if platform != "cpu"}

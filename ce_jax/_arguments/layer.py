@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from . import _budget, _checks, _class_blocks, _sharded, _target
-from ._head import Head
-from ._tile import wide
+from .._platform import block_sizes
+from .._rows import class_blocks, sharded
+from .._rows.head import Head
+from .._rows.tile import wide
+from . import checks, targets
 
 
 class Layer(NamedTuple):
@@ -27,9 +29,9 @@ class Layer(NamedTuple):
 
     hidden: Float[Array, "tokens width"]
     head: Head
-    label: _target.ClassIds
+    label: targets.ClassIds
     rows: tuple[int, ...]
-    options: _class_blocks.Options
+    options: class_blocks.Options
     token_block: int | None
 
 
@@ -50,35 +52,35 @@ def layer(
     statistics: bool,
 ) -> Layer:
     """Checks the arguments and divides the work."""
-    hidden, kernel = _checks.floating("hidden", hidden), _checks.floating("kernel", kernel)
-    class_axis = _checks.kernel_axis(hidden, kernel, class_axis)
+    hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
+    class_axis = checks.kernel_axis(hidden, kernel, class_axis)
     dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], kernel.shape[class_axis]
-    held = _sharded.all_classes(local, axis_name)
-    classes = _checks.class_count(num_classes, held)
+    held = sharded.all_classes(local, axis_name)
+    classes = checks.class_count(num_classes, held)
     head = Head(kernel)
     if bias is not None:
-        bias = _checks.floating("bias", bias)
-        _checks.shape_is("bias", bias, (local,), "one bias per class")
+        bias = checks.floating("bias", bias)
+        checks.shape_is("bias", bias, (local,), "one bias per class")
         head = head._replace(bias=bias)
     if logit_soft_cap is not None:
         head = head._replace(soft_cap=jnp.asarray(logit_soft_cap, dtype))
 
     counts = None
     if where is not None:
-        counts = _checks.boolean("where", where)
-        counts = _checks.broadcast("where", counts, rows, "the rows of hidden")
-    label = _target.class_ids(labels, rows, classes, counts, ignore_index)
+        counts = checks.boolean("where", where)
+        counts = checks.broadcast("where", counts, rows, "the rows of hidden")
+    label = targets.class_ids(labels, rows, classes, counts, ignore_index)
     label = jax.tree.map(jnp.ravel, label)
-    hidden = _target.without_excluded(jnp.reshape(hidden, (-1, hidden.shape[-1])), label.counts)
+    hidden = targets.without_excluded(jnp.reshape(hidden, (-1, hidden.shape[-1])), label.counts)
 
     if memory_budget is None:
-        memory_budget = _budget.default_budget(kernel.size * kernel.dtype.itemsize)
+        memory_budget = block_sizes.default_budget(kernel.size * kernel.dtype.itemsize)
     # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
     steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
     visited = local if axis_name is not None else classes
-    blocks = _budget.blocks(hidden.shape[0], visited, logit_bytes, memory_budget, summed=summed)
-    options = _class_blocks.Options(
+    blocks = block_sizes.blocks(hidden.shape[0], visited, logit_bytes, memory_budget, summed=summed)
+    options = class_blocks.Options(
         blocks.classes, class_axis, classes, axis_name, entropy=statistics, argmax=statistics
     )
     return Layer(hidden, head, label, rows, options, blocks.tokens)

@@ -4,7 +4,7 @@ With logits `u` of `p = softmax(u)` and `v` of `q = softmax(v)`, each less its m
 
     KL(p || q) = <p, u - v> - log sum exp(u) + log sum exp(v)
 
-One pass over the classes gathers this in sums that merge like those of `_tile`. Where p and q
+One pass over the classes gathers this in sums that merge like those of `_rows.tile`. Where p and q
 agree, `u - v` is as small as the divergence, where a cross-entropy less an entropy would lose all
 digits. With the cotangent `g` the derivative is
 
@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from . import _class_blocks, _sharded, _tile
-from ._head import First, Head, take
-from ._partial import ABSENT, Partial, merge
-from ._recomputed import WHOLE, Form, over_columns
-from ._sums import origin
-from ._tile import Target
+from . import class_blocks, sharded, tile
+from .columns import WHOLE, Form, over_columns
+from .head import First, Head, take
+from .partial import ABSENT, Partial, merge
+from .sums import origin
+from .tile import Target
 
 
 class Side(NamedTuple):
@@ -55,8 +55,8 @@ class Options(NamedTuple):
       columns: how many of the local classes to visit.
     """
 
-    p: _class_blocks.Options
-    q: _class_blocks.Options
+    p: class_blocks.Options
+    q: class_blocks.Options
     columns: int
 
 
@@ -118,10 +118,10 @@ def _tiles(
 
 
 def _tile_of(
-    options: _class_blocks.Options, side: Side, first: First, size: int
+    options: class_blocks.Options, side: Side, first: First, size: int
 ) -> tuple[Array, Callable[[Array], Side]]:
     if side.logits is None:
-        z, pull = _class_blocks.tile(options, side.hidden, side.head, first, size)
+        z, pull = class_blocks.block_logits(options, side.hidden, side.head, first, size)
 
         def pull_layer(dz: Array) -> Side:
             d_hidden, d_head = pull(dz)
@@ -130,10 +130,10 @@ def _tile_of(
         return z, pull_layer
     local = side.logits.shape[-1]
     z = take(side.logits, first, size, side.logits.ndim - 1)
-    z = z.astype(_tile.wide(z.dtype))
-    if options.classes < _sharded.all_classes(local, options.axis_name):
+    z = z.astype(tile.wide(z.dtype))
+    if options.classes < sharded.all_classes(local, options.axis_name):
         ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
-        ids = ids + _sharded.first_class(local, options.axis_name) + first
+        ids = ids + sharded.first_class(local, options.axis_name) + first
         z = jnp.where(ids < options.classes, z, -jnp.inf)
     return z, lambda dz: Side(logits=dz)
 
@@ -169,7 +169,7 @@ def _fold(
 
 
 def _read(u: Float[Array, "*rows block"], v: Float[Array, "*rows block"]) -> _Sums:
-    p, q = (_tile.partial_statistics(z, Target()) for z in (u, v))
+    p, q = (tile.partial_statistics(z, Target()) for z in (u, v))
     u, v = u - origin(p.base)[..., None], v - origin(q.base)[..., None]
     exp = jnp.exp(u)
     return _Sums(p, q, jnp.sum(exp * _where_likely(exp, u, v), -1))
@@ -195,10 +195,10 @@ def _rebased(
 
 
 def _across(axis_name: str | None, sums: _Sums) -> _Sums:
-    p, q = (_sharded.merge_across(x, axis_name) for x in (sums.p, sums.q))
+    p, q = (sharded.merge_across(x, axis_name) for x in (sums.p, sums.q))
     if axis_name is None:
         return sums
-    return _Sums(p, q, _sharded.sum_over(_rebased(sums, p.base, q.base), axis_name))
+    return _Sums(p, q, sharded.sum_over(_rebased(sums, p.base, q.base), axis_name))
 
 
 def _finish(sums: _Sums) -> Float[Array, "*rows"]:

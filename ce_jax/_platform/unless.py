@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Integer
 
-from ._parts import apart
+from .parts import apart
 
 _Tree = TypeVar("_Tree")
 

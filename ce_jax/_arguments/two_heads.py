@@ -7,10 +7,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from . import _budget, _checks, _class_blocks, _reduction, _sharded, _target
-from ._divergence import Options, Side
-from ._head import Head
-from ._tile import wide
+from .._platform import block_sizes
+from .._rows import class_blocks, sharded
+from .._rows.divergence import Options, Side
+from .._rows.head import Head
+from .._rows.tile import wide
+from . import checks, reductions, targets
 
 
 class Layer(NamedTuple):
@@ -74,33 +76,33 @@ def two_heads(
         name, t = "teacher_logits", _logits("teacher_logits", teacher_logits, axis_name)
     if t.rows != s.rows:
         raise ValueError(f"{name} must have the rows of hidden, {s.rows}, got {t.rows}")
-    held = [_sharded.all_classes(x.local, axis_name) for x in (s, t)]
+    held = [sharded.all_classes(x.local, axis_name) for x in (s, t)]
     if s.local != t.local and (num_classes is None or axis_name is not None):
         raise ValueError(
             f"{'teacher_logits' if teacher is None else 'teacher_kernel'} must have as many "
             f"classes as kernel, {s.local}, got {t.local}; without axis_name, num_classes can tell "
             "how many of them are no padding"
         )
-    classes = _checks.class_count(num_classes, min(held))
+    classes = checks.class_count(num_classes, min(held))
 
     dtype = jnp.promote_types(*(wide(_leaf(x.side).dtype) for x in (s, t)))
     counts = None
     if where is not None:
-        counts = _checks.boolean("where", where)
-        counts = _checks.broadcast("where", counts, s.rows, "the rows of hidden")
-    weights = _reduction.weights("sample_weight", sample_weight, s.rows, dtype)
+        counts = checks.boolean("where", where)
+        counts = checks.broadcast("where", counts, s.rows, "the rows of hidden")
+    weights = reductions.weights("sample_weight", sample_weight, s.rows, dtype)
     used = None if counts is None else counts.ravel()
     if weights is not None:  # a weight of 0 silences what is not finite
         heard = (weights.ravel() != 0) | _finite(s.side) & _finite(t.side)
         used = heard if used is None else used & heard
 
     if memory_budget is None:
-        memory_budget = _budget.default_budget(s.kernel_bytes + t.kernel_bytes)
+        memory_budget = block_sizes.default_budget(s.kernel_bytes + t.kernel_bytes)
     tokens, local = _leaf(s.side).shape[0], s.local if axis_name is not None else classes
     pair_bytes = s.logit_bytes + t.logit_bytes
-    block = _budget.blocks(tokens, local, pair_bytes, memory_budget, summed=False).classes
+    block = block_sizes.blocks(tokens, local, pair_bytes, memory_budget, summed=False).classes
     of_teacher, of_student = (
-        _class_blocks.Options(block, x.class_axis, classes, axis_name) for x in (t, s)
+        class_blocks.Options(block, x.class_axis, classes, axis_name) for x in (t, s)
     )
     return TwoHeads(
         student=_without_unused(s.side, used),
@@ -113,15 +115,15 @@ def two_heads(
 
 
 def _layer(prefix: str, x: Layer, class_axis: int, axis_name: str | None) -> _Checked:
-    hidden = _checks.floating(f"{prefix}hidden", x.hidden)
-    kernel = _checks.floating(f"{prefix}kernel", x.kernel)
-    class_axis = _checks.kernel_axis(hidden, kernel, class_axis, prefix)
-    _sharded.check_sharded(f"{prefix}kernel", kernel, axis_name)
+    hidden = checks.floating(f"{prefix}hidden", x.hidden)
+    kernel = checks.floating(f"{prefix}kernel", x.kernel)
+    class_axis = checks.kernel_axis(hidden, kernel, class_axis, prefix)
+    sharded.check_sharded(f"{prefix}kernel", kernel, axis_name)
     dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], kernel.shape[class_axis]
     head = Head(kernel)
     if x.bias is not None:
-        bias = _checks.floating(f"{prefix}bias", x.bias)
-        _checks.shape_is(f"{prefix}bias", bias, (local,), "one bias per class")
+        bias = checks.floating(f"{prefix}bias", x.bias)
+        checks.shape_is(f"{prefix}bias", bias, (local,), "one bias per class")
         head = head._replace(bias=bias)
     if x.soft_cap is not None:
         head = head._replace(soft_cap=jnp.asarray(x.soft_cap, dtype))
@@ -133,10 +135,10 @@ def _layer(prefix: str, x: Layer, class_axis: int, axis_name: str | None) -> _Ch
 
 
 def _logits(name: str, x: ArrayLike | None, axis_name: str | None) -> _Checked:
-    z = _checks.floating(name, jnp.asarray(x))
+    z = checks.floating(name, jnp.asarray(x))
     if z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., V] with V > 0, got {z.shape}")
-    _sharded.check_sharded(name, z, axis_name)
+    sharded.check_sharded(name, z, axis_name)
     rows, local = z.shape[:-1], z.shape[-1]
     side = Side(logits=z.reshape(-1, local))
     return _Checked(side, rows, local, 1, 2 * wide(z.dtype).itemsize + z.dtype.itemsize, 0)
@@ -149,11 +151,11 @@ def _leaf(side: Side) -> Array:
 def _finite(side: Side) -> Bool[Array, " tokens"]:
     """Where there is a softmax; logits may be -inf."""
     if side.logits is not None:
-        return jnp.isfinite(_target.largest(side.logits))
+        return jnp.isfinite(targets.largest(side.logits))
     return jnp.all(jnp.isfinite(side.hidden), -1)
 
 
 def _without_unused(side: Side, used: Bool[Array, " tokens"] | None) -> Side:
     if side.logits is not None:
-        return side._replace(logits=_target.without_excluded(side.logits, used))
-    return side._replace(hidden=_target.without_excluded(side.hidden, used))
+        return side._replace(logits=targets.without_excluded(side.logits, used))
+    return side._replace(hidden=targets.without_excluded(side.hidden, used))

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import _sharded, _tile
-from ._head import First, Head, Pull, logits, over_blocks, put, read_by_all, take, take_classes
-from ._partial import ABSENT, Partial, merge
+from . import sharded, tile
+from .head import First, Head, Pull, logits, over_blocks, put, read_by_all, take, take_classes
+from .partial import ABSENT, Partial, merge
 
 
 class Options(NamedTuple):
@@ -42,19 +42,19 @@ def row_statistics(
     options: Options,
     hidden: Float[Array, "tokens width"],
     head: Head,
-    target: _tile.Target,
+    target: tile.Target,
     *,
     forward_mode: bool = False,
-) -> _tile.RowStatistics:
+) -> tile.RowStatistics:
     """Statistics of each row of the logits, differentiable but for `argmax`."""
-    _sharded.check_sharded("kernel", head.kernel, options.axis_name)
-    hidden, head, target = _sharded.align((hidden, head, target))
+    sharded.check_sharded("kernel", head.kernel, options.axis_name)
+    hidden, head, target = sharded.align((hidden, head, target))
     if forward_mode:
-        return _tile.finish(_partial(options, hidden, head, target))
+        return tile.finish(_partial(options, hidden, head, target))
     return _fused(options, hidden, head, target)
 
 
-def tile(
+def block_logits(
     options: Options, hidden: Float[Array, "tokens width"], head: Head, first: First, size: int
 ) -> tuple[Float[Array, "tokens classes"], Pull]:
     """Logits of `size` classes from `first` on, and their pull-back.
@@ -78,16 +78,16 @@ def tile(
 def _padded(options: Options, head: Head) -> bool:
     """Whether a block may hold padding. Devices differ in theirs; one device leaves it out."""
     local = head.kernel.shape[options.class_axis]
-    sharded = options.axis_name is not None
-    return sharded and options.classes < _sharded.all_classes(local, options.axis_name)
+    spread = options.axis_name is not None
+    return spread and options.classes < sharded.all_classes(local, options.axis_name)
 
 
 def _first_class(options: Options, head: Head, first: First) -> First:
     local = head.kernel.shape[options.class_axis]
-    return _sharded.first_class(local, options.axis_name) + first
+    return sharded.first_class(local, options.axis_name) + first
 
 
-def _target_of(target: _tile.Target, first: First, size: int) -> _tile.Target:
+def _target_of(target: tile.Target, first: First, size: int) -> tile.Target:
     if target.classes is None or target.classes.ndim == 0:
         return target
     return target._replace(classes=take(target.classes, first, size))
@@ -101,12 +101,12 @@ def _extent(options: Options, head: Head) -> tuple[int, int]:
     return total, min(options.block, total)
 
 
-def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) -> Partial:
+def _partial(options: Options, hidden: Array, head: Head, target: tile.Target) -> Partial:
     hidden_of_block = read_by_all(hidden)
 
     def of_block(first: First, size: int) -> Partial:
-        z, _ = tile(options, hidden_of_block(), head, first, size)
-        return _tile.partial_statistics(
+        z, _ = block_logits(options, hidden_of_block(), head, first, size)
+        return tile.partial_statistics(
             z,
             _target_of(target, first, size),
             entropy=options.entropy,
@@ -121,47 +121,45 @@ def _partial(options: Options, hidden: Array, head: Head, target: _tile.Target) 
     like = jax.eval_shape(lambda: of_block(0, size))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     nothing = nothing._replace(base=jnp.full_like(nothing.base, -jnp.inf))
-    part = over_blocks(step, _sharded.like(nothing, hidden), total, size)
-    return _sharded.merge_across(part, options.axis_name)
+    part = over_blocks(step, sharded.like(nothing, hidden), total, size)
+    return sharded.merge_across(part, options.axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(
-    options: Options, hidden: Array, head: Head, target: _tile.Target
-) -> _tile.RowStatistics:
-    return _tile.finish(_partial(options, hidden, head, target))
+def _fused(options: Options, hidden: Array, head: Head, target: tile.Target) -> tile.RowStatistics:
+    return tile.finish(_partial(options, hidden, head, target))
 
 
-_Residuals = tuple[Array, Head, _tile.Target, Partial]
+_Residuals = tuple[Array, Head, tile.Target, Partial]
 
 
 def _fused_fwd(
-    options: Options, hidden: Array, head: Head, target: _tile.Target
-) -> tuple[_tile.RowStatistics, _Residuals]:
+    options: Options, hidden: Array, head: Head, target: tile.Target
+) -> tuple[tile.RowStatistics, _Residuals]:
     part = _partial(options, hidden, head, target)
-    return _tile.finish(part), (hidden, head, target, part)
+    return tile.finish(part), (hidden, head, target, part)
 
 
 def _fused_bwd(
-    options: Options, residuals: _Residuals, g: _tile.RowStatistics
-) -> tuple[Array, Head, _tile.Target]:
+    options: Options, residuals: _Residuals, g: tile.RowStatistics
+) -> tuple[Array, Head, tile.Target]:
     return _pulled_back(options, residuals, g._replace(argmax=ABSENT))
 
 
 # As a whole for those who differentiate outside `jit`, where loops would be compiled in each call.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _pulled_back(
-    options: Options, residuals: _Residuals, g: _tile.RowStatistics
-) -> tuple[Array, Head, _tile.Target]:
+    options: Options, residuals: _Residuals, g: tile.RowStatistics
+) -> tuple[Array, Head, tile.Target]:
     hidden, head, target, part = residuals
     hidden_of_block = read_by_all(hidden)
 
     def step(carry: tuple[Array, Head, Any], first: First, size: int) -> tuple[Array, Head, Any]:
         d_hidden, d_head, d_classes = carry
-        z, pull = tile(options, hidden_of_block(), head, first, size)
+        z, pull = block_logits(options, hidden_of_block(), head, first, size)
         first_class = _first_class(options, head, first)
         of_block = _target_of(target, first, size)
-        dz, d_target = _tile.pullback(z, of_block, part, g, first_class=first_class)
+        dz, d_target = tile.pullback(z, of_block, part, g, first_class=first_class)
         more_hidden, block = pull(dz)
         d_head = Head(
             kernel=put(d_head.kernel, block.kernel, first, options.class_axis),
@@ -175,12 +173,12 @@ def _pulled_back(
             )
         return d_hidden + more_hidden, d_head, d_classes
 
-    zeros = jnp.zeros(hidden.shape[::-1], _tile.wide(hidden.dtype))
+    zeros = jnp.zeros(hidden.shape[::-1], tile.wide(hidden.dtype))
     carry = (zeros, *jax.tree.map(jnp.zeros_like, (head, target.classes)))
     d_hidden, d_head, d_classes = over_blocks(
-        step, _sharded.like(carry, hidden), *_extent(options, head)
+        step, sharded.like(carry, hidden), *_extent(options, head)
     )
-    return d_hidden.T.astype(hidden.dtype), d_head, _tile.Target(classes=d_classes)
+    return d_hidden.T.astype(hidden.dtype), d_head, tile.Target(classes=d_classes)
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

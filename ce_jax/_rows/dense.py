@@ -9,21 +9,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from . import _sharded, _tile
-from ._narrow import narrowed
-from ._partial import ABSENT, Partial
-from ._parts import differs_alone, in_long_rows
+from .._platform.narrow import narrowed
+from .._platform.parts import differs_alone, in_long_rows
+from . import sharded, tile
+from .partial import ABSENT, Partial
 
 
 def row_statistics(
     logits: Float[Array, "*rows classes"],
-    target: _tile.Target,
+    target: tile.Target,
     *,
     entropy: bool = False,
     argmax: bool = False,
     axis_name: str | None = None,
     forward_mode: bool = False,
-) -> _tile.RowStatistics:
+) -> tile.RowStatistics:
     """Statistics of each row of `logits`, differentiable but for `argmax`.
 
     Args:
@@ -35,16 +35,16 @@ def row_statistics(
       axis_name: mapped mesh axis over which the classes are sharded.
       forward_mode: leave the derivative to JAX, which then can also push tangents forward.
     """
-    _sharded.check_sharded("logits", logits, axis_name)
+    sharded.check_sharded("logits", logits, axis_name)
     counts = target.counts
-    logits, target = _sharded.align((logits, target))
+    logits, target = sharded.align((logits, target))
     # As it came: statistics depend on it, and are alike on all devices of `axis_name`.
     target = target._replace(counts=counts)
     options = (entropy, argmax, axis_name)
     if forward_mode:
         if counts is not None:
             logits = jnp.where(counts[..., None], logits, 0)
-        dtype = _tile.wide(logits.dtype)  # so that cotangents add up in it
+        dtype = tile.wide(logits.dtype)  # so that cotangents add up in it
         logits = logits.astype(dtype)
         if target.probs is not None:  # what is neither allowed nor wanted has derivative 0
             absent = (target.probs == 0) & (logits == -jnp.inf)
@@ -71,15 +71,15 @@ def _statistics(
     options: _Options,
     alone: bool,
     logits: Float[Array, "*rows classes"],
-    target: _tile.Target,
-) -> tuple[_tile.RowStatistics, Partial]:
+    target: tile.Target,
+) -> tuple[tile.RowStatistics, Partial]:
     entropy, argmax, axis_name = options
-    first_class = _sharded.first_class(logits.shape[-1], axis_name)
+    first_class = sharded.first_class(logits.shape[-1], axis_name)
     # Sums relative to the maximum of all devices add up what the gradient needs anyway.
     join_max = None
     if axis_name is not None:
-        join_max = functools.partial(_sharded.max_over, axis_name=axis_name)
-    part = _tile.partial_statistics(
+        join_max = functools.partial(sharded.max_over, axis_name=axis_name)
+    part = tile.partial_statistics(
         logits,
         target,
         entropy=entropy,
@@ -89,14 +89,14 @@ def _statistics(
         alone=alone,
         whole=axis_name is None,
     )
-    part = _sharded.sum_across(part, axis_name)
-    return _tile.finish(part, target.counts), part
+    part = sharded.sum_across(part, axis_name)
+    return tile.finish(part, target.counts), part
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
-    options: _Options, logits: Float[Array, "*rows classes"], target: _tile.Target
-) -> _tile.RowStatistics:
+    options: _Options, logits: Float[Array, "*rows classes"], target: tile.Target
+) -> tile.RowStatistics:
     return _statistics(options, differs_alone(logits), logits, target)[0]
 
 
@@ -107,7 +107,7 @@ def _constant_unless(
     """The logits, as constants in rows that do not count.
 
     To set those to 0 would cost a CPU a copy of all logits. What derivative there is, of any order,
-    is set to 0 instead, where it is computed: the first one in `_tile.pullback`, others here.
+    is set to 0 instead, where it is computed: the first one in `tile.pullback`, others here.
     """
     del counts
     return logits
@@ -121,12 +121,12 @@ def _constant_unless_jvp(
     return _constant_unless(counts, logits), jnp.where(counts[..., None], d_logits, 0)
 
 
-_Residuals = tuple[ArrayLike, _tile.Target, Partial]
+_Residuals = tuple[ArrayLike, tile.Target, Partial]
 
 
 def _fused_fwd(
-    options: _Options, logits: Array, target: _tile.Target
-) -> tuple[_tile.RowStatistics, _Residuals]:
+    options: _Options, logits: Array, target: tile.Target
+) -> tuple[tile.RowStatistics, _Residuals]:
     if target.counts is not None:
         logits = _constant_unless(target.counts, logits)
     statistics, part = _statistics(options, False, logits, target)
@@ -134,24 +134,24 @@ def _fused_fwd(
 
 
 def _fused_bwd(
-    options: _Options, residuals: _Residuals, g: _tile.RowStatistics
-) -> tuple[Array, _tile.Target]:
+    options: _Options, residuals: _Residuals, g: tile.RowStatistics
+) -> tuple[Array, tile.Target]:
     return _pulled_back(options, residuals, g._replace(argmax=ABSENT))
 
 
 # As a whole for those who differentiate outside `jit`, where it would be run step by step.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _pulled_back(
-    options: _Options, residuals: _Residuals, g: _tile.RowStatistics
-) -> tuple[Array, _tile.Target]:
+    options: _Options, residuals: _Residuals, g: tile.RowStatistics
+) -> tuple[Array, tile.Target]:
     logits, target, part = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
     _, _, axis_name = options
-    first_class = _sharded.first_class(logits.shape[-1], axis_name)
-    dz, d_target = _tile.pullback(
+    first_class = sharded.first_class(logits.shape[-1], axis_name)
+    dz, d_target = tile.pullback(
         logits, target, part, g, first_class=first_class, whole=axis_name is None
     )
     d_target = jax.tree.map(
-        _sharded.with_sharding_of, d_target, target._replace(labels=ABSENT, counts=ABSENT)
+        sharded.with_sharding_of, d_target, target._replace(labels=ABSENT, counts=ABSENT)
     )
     if dz.dtype != logits.dtype:
         dz = in_long_rows(lambda dz: narrowed(dz, logits.dtype), dz)

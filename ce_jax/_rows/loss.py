@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
-from ._tile import RowStatistics
+from .tile import RowStatistics
 
 _Tree = TypeVar("_Tree")
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
-from . import _checks, _reduction, _sharded
-from ._parts import is_own
-from ._tile import wide
-from ._unless import unless
+from .._platform.parts import is_own
+from .._platform.unless import unless
+from .._rows import sharded
+from .._rows.tile import wide
+from . import checks, reductions
 
 
 class Rows(NamedTuple):
@@ -71,25 +72,25 @@ def rows_of(
 
     A row none of whose classes is included does not count.
     """
-    x = _checks.floating(name, x)
+    x = checks.floating(name, x)
     if x.ndim == 0:
         raise ValueError(f"{name} must have at least one axis, for the classes; got shape ()")
-    axes = _checks.axes(axis, x.ndim)
+    axes = checks.axes(axis, x.ndim)
     shape = x.shape
     x = classes_last(x, axes)
     if x.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one class, got shape {shape} with axis {axis}")
     if where is None:
         return Rows(x, None)
-    where = _checks.boolean("where", where)
+    where = checks.boolean("where", where)
     if where.ndim == len(shape):
-        included = _checks.broadcast("where", where, shape, f"the shape of {name}")
+        included = checks.broadcast("where", where, shape, f"the shape of {name}")
         included = classes_last(included, axes)
-        most = _sharded.max_over(jnp.max(included, -1).astype(jnp.float32), axis_name)
+        most = sharded.max_over(jnp.max(included, -1).astype(jnp.float32), axis_name)
         return Rows(jnp.where(included, x, -jnp.inf), most > 0)
     if where.ndim == x.ndim - 1:
         rows = f"the rows of {name}, whose own shape is {shape}"
-        return Rows(x, _checks.broadcast("where", where, x.shape[:-1], rows))
+        return Rows(x, checks.broadcast("where", where, x.shape[:-1], rows))
     raise ValueError(
         f"where must have the shape of the loss {x.shape[:-1]} (rows to include) or the shape of "
         f"{name} {shape} (classes to include), got {where.shape}"
@@ -131,12 +132,12 @@ def _silent(
     x, weightless = jax.lax.stop_gradient(x), sample_weight == 0
 
     def look() -> Array:
-        return weightless & ~jnp.isfinite(_sharded.max_over(largest(x), axis_name))
+        return weightless & ~jnp.isfinite(sharded.max_over(largest(x), axis_name))
 
     if not is_own(x) or axis_name is not None:
         return look()
     # A CPU looks only if some row weighs nothing.
-    nowhere = _sharded.like(weightless & False, x)
+    nowhere = sharded.like(weightless & False, x)
     heavy = jnp.min(jnp.abs(sample_weight), initial=1) > 0
     found: Array = jax.lax.platform_dependent(
         cpu=lambda: unless(heavy, nowhere, look), default=look
@@ -156,9 +157,9 @@ def distributions(
     labels: ArrayLike, shape: tuple[int, ...], axis: int | Sequence[int] | None, dtype: DTypeLike
 ) -> Float[Array, "*rows classes"]:
     """Labels that give every class a number, by rows, in the loss's dtype."""
-    labels = _checks.real("labels", labels).astype(dtype)
-    labels = _checks.broadcast("labels", labels, shape, "the shape of logits")
-    return classes_last(labels, _checks.axes(axis, len(shape)))
+    labels = checks.real("labels", labels).astype(dtype)
+    labels = checks.broadcast("labels", labels, shape, "the shape of logits")
+    return classes_last(labels, checks.axes(axis, len(shape)))
 
 
 def class_ids(
@@ -169,8 +170,8 @@ def class_ids(
     ignore_index: int | None,
 ) -> ClassIds:
     """Checks the labels of rows of the given shape and makes them safe to index with."""
-    labels = _checks.integer("labels", labels)
-    _checks.shape_is("labels", labels, rows, "one class id per row")
+    labels = checks.integer("labels", labels)
+    checks.shape_is("labels", labels, rows, "one class id per row")
     counts = counting(labels, counts, ignore_index)
     if labels.dtype.itemsize < 4:
         labels = labels.astype(jnp.int32)  # a number of classes may not fit into 8 or 16 bits
@@ -206,8 +207,8 @@ def class_weight(weight: ArrayLike | None, classes: int, dtype: DTypeLike) -> Ar
     """Per-class weights in the loss's dtype."""
     if weight is None:
         return None
-    weight = _checks.real("weight", weight)
-    _checks.shape_is("weight", weight, (classes,), "one weight per class")
+    weight = checks.real("weight", weight)
+    checks.shape_is("weight", weight, (classes,), "one weight per class")
     return weight.astype(dtype)
 
 
@@ -224,16 +225,16 @@ def elements(
     All come in the broadcast shape, the labels in the loss's dtype, and with a harmless value in
     the elements that do not count, or hold a NaN and weigh nothing.
     """
-    x, labels = _checks.floating(name, x), _checks.real("labels", labels)
-    shape = _checks.common_shape(name, x, "labels", labels)
+    x, labels = checks.floating(name, x), checks.real("labels", labels)
+    shape = checks.common_shape(name, x, "labels", labels)
     x = jnp.broadcast_to(x, shape)
     labels = jnp.broadcast_to(labels.astype(wide(x.dtype)), shape)
     counts = None
     if where is not None:
-        where = _checks.boolean("where", where)
-        counts = _checks.broadcast("where", where, shape, "the shape of the loss")
+        where = checks.boolean("where", where)
+        counts = checks.broadcast("where", where, shape, "the shape of the loss")
         x, labels = jnp.where(counts, x, 0.5), jnp.where(counts, labels, 0)
-    weights = _reduction.weights("sample_weight", sample_weight, shape, labels.dtype)
+    weights = reductions.weights("sample_weight", sample_weight, shape, labels.dtype)
     if weights is not None:
         x = jnp.where((weights == 0) & jnp.isnan(x), 0.5, x)
         labels = jnp.where((weights == 0) & jnp.isnan(labels), 0, labels)

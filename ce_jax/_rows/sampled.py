@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
-from . import _checks, _reduction, _sharded
-from ._head import Head, logits
-from ._partial import ABSENT
-from ._tile import wide
+from .._arguments import checks, reductions
+from . import sharded
+from .head import Head, logits
+from .partial import ABSENT
+from .tile import wide
 
 
 class Compared(NamedTuple):
@@ -42,8 +43,8 @@ def compared(
     sample_weight: ArrayLike | None,
 ) -> Compared:
     """Checks the logits and what to include: the number of dimensions of `where` decides."""
-    label = _checks.floating("label_logits", label_logits)
-    negatives = _checks.floating("negative_logits", negative_logits)
+    label = checks.floating("label_logits", label_logits)
+    negatives = checks.floating("negative_logits", negative_logits)
     if negatives.ndim != label.ndim + 1 or negatives.shape[:-1] != label.shape:
         raise ValueError(
             f"negative_logits must have the shape of label_logits, {label.shape}, and one axis "
@@ -53,19 +54,19 @@ def compared(
     label, negatives = label.astype(dtype), negatives.astype(dtype)
     counts = included = None
     if where is not None:
-        where = _checks.boolean("where", where)
+        where = checks.boolean("where", where)
         if where.ndim == negatives.ndim:
             meaning = "the shape of negative_logits"
-            included = _checks.broadcast("where", where, negatives.shape, meaning)
+            included = checks.broadcast("where", where, negatives.shape, meaning)
             negatives = jnp.where(included, negatives, 0)
         elif where.ndim == label.ndim:
-            counts = _checks.broadcast("where", where, label.shape, "the shape of the loss")
+            counts = checks.broadcast("where", where, label.shape, "the shape of the loss")
         else:
             raise ValueError(
                 f"where must have the shape of the loss {label.shape} (rows to include) or of "
                 f"negative_logits {negatives.shape} (negatives to include), got {where.shape}"
             )
-    weights = _reduction.weights("sample_weight", sample_weight, label.shape, dtype)
+    weights = reductions.weights("sample_weight", sample_weight, label.shape, dtype)
     kept = counts
     if weights is not None:
         # A weight of 0 silences NaN; where there is none, its derivative is the loss.
@@ -87,7 +88,7 @@ def layer_logits(
     forward_mode: bool,
 ) -> tuple[Float[Array, " n"], Float[Array, "n samples"]]:
     """Logits of the labels, and of the classes `ids`, the same for all rows or each row's own."""
-    hidden, head, labels, ids = _sharded.align((hidden, head, labels, ids))
+    hidden, head, labels, ids = sharded.align((hidden, head, labels, ids))
     rows_of = _gather if forward_mode else _rows_of_kernel
     logits_of = _plain_logits if forward_mode else _fused_logits
     # One read and, for the gradient, one write of the kernel's rows.

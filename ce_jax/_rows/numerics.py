@@ -13,8 +13,8 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Float
 
-from . import _checks
-from ._tile import wide
+from .._arguments import checks
+from .tile import wide
 
 # Coefficients of (e^x - 1) / x and of (e^x - 1 - x) / x^2, highest power first. With |x| <= 1/2 the
 # first term left out is below float64's rounding.
@@ -30,7 +30,7 @@ def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
     """`value` as an array, if it is real and, where it is known, finite and in `[low, high]`."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
         raise TypeError(f"{name} must be real, got {value!r}")
-    array = _checks.real(name, value)
+    array = checks.real(name, value)
     if not isinstance(array, jax.core.Tracer):
         known = np.asarray(array, np.float64)
         least, most = (_as_stored(bound, array.dtype) for bound in (low, high))
@@ -54,7 +54,7 @@ def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
 
 def positive_int(name: str, value: int) -> int:
     """`value`, if it is an int of at least 1."""
-    number = _checks.integer_option(name, value)
+    number = checks.integer_option(name, value)
     if number is None or number < 1:
         raise ValueError(f"{name} must be at least 1, got {value!r}")
     return number
@@ -62,7 +62,7 @@ def positive_int(name: str, value: int) -> int:
 
 def log_probability(name: str, x: ArrayLike) -> Float[Array, "..."]:
     """`x` in the loss's dtype; NaN where it is above 0 by more than rounding explains."""
-    x = _checks.floating(name, x)
+    x = checks.floating(name, x)
     x = x.astype(wide(x.dtype))
     x = x * jnp.where(x > _ROUNDING, jnp.nan, 1).astype(x.dtype)
     return jnp.where(x > 0, 0, x)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
-from . import _checks, _reduction, _sharded, _target
-from ._tile import wide
+from .._rows import sharded
+from .._rows.tile import wide
+from . import checks, reductions, targets
 
 
 class Sides(NamedTuple):
@@ -58,22 +59,22 @@ def sides(
             f"{column_name} must have shape [{least}{n}, {width}], as {row_name} has "
             f"{rows.shape}, got {columns.shape}"
         )
-    _sharded.check_sharded(row_name, rows, axis_name)
-    _sharded.check_sharded(column_name, columns, axis_name)
+    sharded.check_sharded(row_name, rows, axis_name)
+    sharded.check_sharded(column_name, columns, axis_name)
     row_counts = column_counts = None
     if where is not None:
-        row_counts = _checks.boolean("where", where)
-        row_counts = _checks.broadcast("where", row_counts, (n,), f"the rows of {row_name}")
-        row_counts = _sharded.like(row_counts, rows)
-        further = _sharded.like(jnp.ones(m - n, bool), row_counts)
+        row_counts = checks.boolean("where", where)
+        row_counts = checks.broadcast("where", row_counts, (n,), f"the rows of {row_name}")
+        row_counts = sharded.like(row_counts, rows)
+        further = sharded.like(jnp.ones(m - n, bool), row_counts)
         column_counts = jnp.concatenate([row_counts, further])
-        rows = _target.without_excluded(rows, row_counts)
-        columns = _target.without_excluded(columns, column_counts)
+        rows = targets.without_excluded(rows, row_counts)
+        columns = targets.without_excluded(columns, column_counts)
         column_counts = gathered(column_counts, axis_name)
     return Sides(
         rows=scaled(rows, logit_scale),
         columns=gathered(columns, axis_name),
-        first=jnp.asarray(_sharded.first_class(m, axis_name), jnp.int32),
+        first=jnp.asarray(sharded.first_class(m, axis_name), jnp.int32),
         row_counts=row_counts,
         column_counts=column_counts,
     )
@@ -81,7 +82,7 @@ def sides(
 
 def embeddings(name: str, x: ArrayLike) -> Float[Array, "n width"]:
     """`x`, if it is a row of numbers for each example."""
-    x = _checks.floating(name, x)
+    x = checks.floating(name, x)
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape [N, D], got {x.shape}")
     return x
@@ -106,10 +107,10 @@ def reduced(
     reduction: str,
 ) -> Float[Array, "..."]:
     """Masks, weights and reduces this device's losses; a sum or mean is over all devices."""
-    weights = _reduction.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
+    weights = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if counts is not None:  # before the weights, whose derivative is the loss
         loss = jnp.where(counts, loss, 0)
-    loss = _reduction.reduce(loss, None, weights, "none")
+    loss = reductions.reduce(loss, None, weights, "none")
     if reduction == "none":
         return loss
     return over_devices(jnp.sum(loss), loss.shape, counts, weights, axis_name, reduction)
@@ -124,9 +125,9 @@ def over_devices(
     reduction: str,
 ) -> Float[Array, ""]:
     """The "sum" or "mean" over all devices from this device's sum."""
-    denominator = _reduction.denominator(rows, total.dtype, counts, weights)
-    denominator = _sharded.like(denominator, total)
-    total = _sharded.sum_over(total, axis_name)
+    denominator = reductions.denominator(rows, total.dtype, counts, weights)
+    denominator = sharded.like(denominator, total)
+    total = sharded.sum_over(total, axis_name)
     if reduction == "sum":
         return total
-    return _reduction.divide(total, _sharded.sum_over(denominator, axis_name))
+    return reductions.divide(total, sharded.sum_over(denominator, axis_name))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from . import _checks
-from ._row_loss import weighted
+from .._rows.loss import weighted
+from . import checks
 
 
 def weights(
@@ -18,8 +18,8 @@ def weights(
     """Weights in the loss's shape and dtype."""
     if x is None:
         return None
-    x = _checks.real(name, x).astype(dtype)
-    return _checks.broadcast(name, x, shape, "the shape of the loss")
+    x = checks.real(name, x).astype(dtype)
+    return checks.broadcast(name, x, shape, "the shape of the loss")
 
 
 def denominator(
