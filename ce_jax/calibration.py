@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from ._arguments import checks, reductions, targets
+from ._arguments.options import positive_int, scalar
 from ._rows.bins import bin_of_rank, bin_sums
-from ._rows.numerics import positive_int, scalar
 from ._rows.tile import wide
 from .diagnostics import log_softmax
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks, reductions
+from ._arguments.options import scalar
 from ._arguments.sides import over_devices, reduced, sides
 from ._rows import pairs
-from ._rows.numerics import scalar
 from ._rows.tile import wide
 from .linear import linear_softmax_cross_entropy
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks, reductions, targets
+from ._arguments.options import scalar
 from ._arguments.two_heads import Layer, two_heads
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, divergence
 from ._rows.loss import silenced
-from ._rows.numerics import scalar
 from ._rows.tile import wide
 
 # The smallest temperature: below, logits of ordinary size overflow.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks
-from ._rows.numerics import scalar
+from ._arguments.options import scalar
 from ._rows.tile import wide
 
 # Of scalars. jaxtyping's own takes a sixth of the time in which this package is imported.

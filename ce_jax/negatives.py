@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray, Shaped
 
 from ._arguments import checks, targets
-from ._rows.head import First
-from ._rows.numerics import positive_int
-from ._rows.tile import wide
+from ._arguments.options import positive_int
+from ._rows.tile import First, wide
 
 
 class Negatives(NamedTuple):

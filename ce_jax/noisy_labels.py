@@ -12,8 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks, reductions, targets
 from ._rows import sharded
-from ._rows.sums import origin
-from ._rows.tile import wide
+from ._rows.tile import origin, wide
 from .softmax import softmax_cross_entropy
 
 _Axis = int | tuple[int, ...] | None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from ._arguments import checks, reductions
-from ._rows.numerics import option, positive_int, scalar
+from ._arguments.options import option, positive_int, scalar
 from ._rows.tile import wide
 
 

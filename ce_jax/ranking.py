@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks, reductions
-from ._rows.numerics import positive_int, scalar
+from ._arguments.options import positive_int, scalar
 from ._rows.sampled import compared
 from .sigmoid import sigmoid_binary_cross_entropy
 

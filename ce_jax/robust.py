@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks
+from ._arguments.options import log_probability, scalar
 from ._rows.loss import weighted
-from ._rows.numerics import expm1_ratio, log_probability, one_minus_exp, power, scalar
+from ._rows.numerics import expm1_ratio, one_minus_exp, power
 
 # Below this, 1 - p rounds to 1 in float64, and so do the factors made of it.
 _FAR = -100.0

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks, reductions, targets
-from ._rows.dense import row_statistics
+from ._arguments.options import option, scalar
+from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, weighted
-from ._rows.numerics import option, scalar
 from ._rows.tile import Target, wide
 
 
@@ -225,7 +225,7 @@ def _poly_loss_cross_entropy(
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
     top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
     z = z - jnp.where(jnp.isneginf(top), 0, top)
-    statistics = row_statistics(z, Target(probs=probs), forward_mode=forward_mode)
+    statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
     missed = -jnp.expm1(z - statistics.lse[..., None])
     loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)
     return reductions.reduce(loss, rows.counts, sample_weight, reduction)

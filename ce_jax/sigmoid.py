@@ -11,11 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks, reductions, targets
-from ._platform.narrow import narrowed
-from ._platform.parts import in_long_rows, in_one_axis
-from ._platform.unless import unless
 from ._rows.loss import silenced, weighted
-from ._rows.numerics import linear, log1p_below_one
+from ._rows.numerics import linear
 
 
 def sigmoid_binary_cross_entropy(
@@ -102,13 +99,8 @@ def _loss(
     forward_mode: bool,
 ) -> Array:
     z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
-    # With an option a CPU stores arrays in any case.
-    options = (weight, pos_weight, sample_weight, where, label_smoothing)
-    if reduction != "none" and z.dtype == y.dtype and all(x is None for x in options):
-        total = (_logistic if forward_mode else _fused)(True, z, y)
-        return total if reduction == "sum" else reductions.mean(total, z.shape)
     pos_weight = reductions.weights("pos_weight", pos_weight, y.shape, y.dtype)
-    loss = (_logistic if forward_mode else _fused)(False, z, y, pos_weight)
+    loss = (_logistic if forward_mode else _fused)(z, y, pos_weight)
     weight = reductions.weights("weight", weight, loss.shape, loss.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if weight is not None:
@@ -116,87 +108,41 @@ def _loss(
     return reductions.reduce(loss, counts, sample_weight, reduction)
 
 
-def _loss_of(
-    summed: bool,
-    z: Float[Array, "*shape"],
-    y: Float[Array, "*shape"],
-    pos_weight: Float[Array, "*shape"] | None = None,
-) -> Float[Array, "*shape"] | Float[Array, ""]:
-    """`pos_weight * y * log(1 + exp(-z)) + (1 - y) * log(1 + exp(z))`, for any z, or its sum.
+_Elements = tuple[ArrayLike, ArrayLike, ArrayLike | None]
 
-    Both logarithms are `log(1 + exp(-|z|))`, one of them plus `|z|`.
+
+@jax.custom_jvp
+def _logistic(z: Array, y: Array, pos_weight: Array | None) -> Float[Array, "*shape"]:
+    """`v y log(1 + exp(-z)) + (1 - y) log(1 + exp(z))`, where 0 times infinity is 0.
+
+    Both logarithms are `log(1 + exp(-|z|))`, and `|z|` more on the side where the logit is wrong.
+    An infinite logit counts as the largest number of its sign, which a coefficient of 0 makes 0;
+    the product times that number once more makes any other infinite.
     """
-    loss: Array
-    if summed:
-        loss = jax.lax.platform_dependent(
-            z, y, cpu=_sum_on_cpu, default=lambda z, y: jnp.sum(_losses(z, y, None))
-        )
-    else:
-        loss = in_one_axis(_losses, z, y, pos_weight)
-    return loss
-
-
-def _losses(z: Array, y: Array, pos_weight: Array | None) -> Array:
     z = z.astype(y.dtype)
-    positive, negative = _coefficients(y, pos_weight)
-    size = jnp.abs(z)
-    of_wrong = jnp.where(z > 0, negative, positive)
-    near = log1p_below_one(jnp.exp(-size))
-    if pos_weight is not None:
+    size, most = jnp.abs(z), jnp.finfo(z.dtype).max
+    finite = jnp.sign(z) * jnp.minimum(size, most)
+    near, excess = jnp.log1p(jnp.exp(-size)), jnp.minimum(size - jnp.abs(finite), most)
+    if pos_weight is None:
+        far = jnp.maximum(finite, 0) - y * finite
+    else:
+        positive, negative = pos_weight * y, 1 - y
+        far = positive * jnp.maximum(-finite, 0) + negative * jnp.maximum(finite, 0)
         near = (positive + negative) * near
-    # Last, or XLA would add up what precedes it in one way, and store what it is made of.
-    return jnp.where((size == jnp.inf) & (of_wrong == 0), 0, size * of_wrong + near)
-
-
-def _coefficients(y: Array, pos_weight: Array | None) -> tuple[Array, Array]:
-    return (y if pos_weight is None else y * pos_weight), 1 - y
-
-
-def _sum_on_cpu(z: Array, y: Array) -> Array:
-    """The sum of the losses, none of which is stored, as none is selected.
-
-    Infinite logits are NaN in the plain formula, and show in the sum: then it is found again.
-    """
-    total = jnp.sum(in_one_axis(_losses_if_finite, z, y))
-    return unless(jnp.isfinite(total), total, lambda: jnp.sum(in_one_axis(_losses_to_add, z, y)))
-
-
-def _losses_if_finite(z: Array, y: Array) -> Array:
-    return _far(z, y) + _near(z)
-
-
-def _losses_to_add(z: Array, y: Array) -> Array:
-    # An infinite logit costs nothing if the coefficient of its side is 0, and infinitely much if
-    # not: its finite substitute is multiplied by so much that a product overflows.
-    most = float(jnp.finfo(z.dtype).max)
-    finite = jnp.maximum(-jnp.maximum(-z, -most), -most)  # jnp.clip would be stored
-    excess = jnp.minimum(jnp.abs(z - finite), most / 2)
-    return _far(finite, y) * (1 + excess) + _near(z)
-
-
-def _far(z: Array, y: Array) -> Array:
-    # The greater one is that of the logit's sign, as they differ by z. A constant that the slopes
-    # have too XLA would store, as an array: so 1 - y is -(y - 1).
-    return -jnp.minimum(z * (y - 1), z * y)
-
-
-def _near(z: Array) -> Array:
-    return jnp.log1p(jnp.exp(-jnp.abs(z)))
+    return far + far * excess + near
 
 
 @jax.custom_jvp
 def _probabilities(z: Float[Array, "*shape"]) -> tuple[Array, Array]:
-    """The sigmoids `p` of z and `q` of -z.
+    """The sigmoids `p` of z and `q` of -z, as `p = 1 / (1 + e)` and `q = e p`.
 
-    With `p = 1 / (1 + e)` and `q = e p` neither loses digits to a subtraction, and there is no
-    select to keep a CPU from computing it in one pass. The exponent is bounded, as `inf * 0` would
-    be NaN (and `p` has to stay a normal number); a factor of 0 removes what is left of `p` at -inf.
+    So neither loses digits to a subtraction. The exponent is bounded, as `inf * 0` would be NaN and
+    `p` has to stay a normal number; a factor of 0 removes what is left of `p` at -inf.
     """
     most = float(jnp.finfo(z.dtype).max)
     e = jnp.exp(-jnp.maximum(z, -0.98 * math.log(most)))
     p = 1 / (1 + e)
-    above = jnp.minimum(jnp.maximum(z + most, 0), 1)
-    return above * p, e * p
+    return jnp.clip(z + most, 0, 1) * p, e * p
 
 
 # JAX's own derivative of the quotient divides by (1 + e)**2, which overflows long before e does.
@@ -210,67 +156,45 @@ def _probabilities_jvp(
     return (p, q), (slope, -slope)
 
 
-# Forward mode needs the slopes by a rule too: JAX's own derivative of |z| is wrong at 0.
-_logistic = jax.custom_jvp(_loss_of, nondiff_argnums=(0,))
-
-_Elements = tuple[ArrayLike, ArrayLike, ArrayLike | None]
-
-
-def _arrays(elements: _Elements) -> tuple[Array, Array, Array | None]:
-    z, y, pos_weight = elements  # scalars come as literals
-    return jnp.asarray(z), jnp.asarray(y), None if pos_weight is None else jnp.asarray(pos_weight)
-
-
 def _slopes(z: Array, y: Array, pos_weight: Array | None) -> tuple[Array, ...]:
-    """Derivatives of `_loss_of` by each of its arguments: `p - y` by the logits, and so on.
+    """Derivatives of the loss by each argument: `p - y` by the logits, where nothing is weighted.
 
-    What a factor of 0 multiplies is 0, also at an infinite logit.
+    Written as `(1 - y) p - y (1 - p)` it keeps its digits where `p` and `y` are close.
     """
     z = z.astype(y.dtype)
     p, q = _probabilities(z)
-    positive, negative = _coefficients(y, pos_weight)
-    dz = negative * p - positive * q
+    positive = y if pos_weight is None else pos_weight * y
+    dz = (1 - y) * p - positive * q
     if pos_weight is None:
         return dz, -z
-    # softplus(-z) and softplus(z), whose own slopes are p and q to all digits by the same rule.
-    of_positive, of_negative = (_logistic(False, x, jnp.zeros_like(x)) for x in (-z, z))
+    of_positive, of_negative = (_logistic(x, jnp.zeros_like(x), None) for x in (-z, z))
     return dz, weighted(pos_weight, of_positive) - of_negative, weighted(y, of_positive)
 
 
 @functools.partial(_logistic.defjvp, symbolic_zeros=True)
-def _logistic_jvp(
-    summed: bool, elements: _Elements, tangents: tuple[Any, ...]
-) -> tuple[Array, Array]:
-    arrays = _arrays(elements)
+def _logistic_jvp(elements: _Elements, tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    arrays = jax.tree.map(jnp.asarray, elements)  # scalars come as literals
     slopes = _slopes(*arrays)
-    tangent = linear(slopes, tangents[: len(slopes)])
-    return _logistic(summed, *arrays), jnp.sum(tangent) if summed else tangent
+    return _logistic(*arrays), linear(slopes, tangents[: len(slopes)])
 
 
-_fused = jax.custom_vjp(_loss_of, nondiff_argnums=(0,))
+@jax.custom_vjp
+def _fused(z: Array, y: Array, pos_weight: Array | None) -> Float[Array, "*shape"]:
+    return _logistic(z, y, pos_weight)
 
 
-# Both as a whole for those who differentiate outside `jit`, where conditionals would be compiled in
-# each call.
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _fused_fwd(
-    summed: bool, z: Array, y: Array, pos_weight: Array | None = None
-) -> tuple[Array, _Elements]:
-    # Reverse over reverse differentiates this value, so it needs the rule of forward mode.
-    return _logistic(summed, z, y, pos_weight), (z, y, pos_weight)
+def _fused_fwd(z: Array, y: Array, pos_weight: Array | None) -> tuple[Array, _Elements]:
+    return _logistic(z, y, pos_weight), (z, y, pos_weight)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _fused_bwd(_: bool, elements: _Elements, g: Array) -> tuple[Array | None, ...]:
-    arrays = _arrays(elements)
-
-    def by_logits(z: Array, y: Array, pos_weight: Array | None, g: Array) -> Array:
-        return narrowed(g * _slopes(z, y, pos_weight)[0], z.dtype)
-
-    dz = in_long_rows(by_logits, *arrays, g)
+# As a whole for those who differentiate outside `jit`, where it would be run step by step.
+@functools.partial(jax.jit, inline=True)
+def _fused_bwd(elements: _Elements, g: Array) -> tuple[Array | None, ...]:
+    z, y, pos_weight = jax.tree.map(jnp.asarray, elements)
+    dz, *others = _slopes(z, y, pos_weight)
     # An infinite slope by a label must not turn a loss that weighs nothing into NaN.
-    gradients = (dz, *(weighted(g, d) for d in _slopes(*arrays)[1:]))
-    return (*gradients, None) if elements[2] is None else gradients
+    gradients = ((g * dz).astype(z.dtype), *(weighted(g, d) for d in others))
+    return (*gradients, None) if pos_weight is None else gradients
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

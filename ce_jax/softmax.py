@@ -16,10 +16,9 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks, reductions, targets
 from ._rows import sharded
-from ._rows.dense import row_statistics
+from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
-from ._rows.partial import ABSENT
-from ._rows.tile import Target, wide
+from ._rows.tile import ABSENT, Target, wide
 
 _STATIC = ("axis", "ignore_index", "axis_name", "reduction", "forward_mode")
 _Axis = int | Sequence[int] | None
@@ -143,11 +142,9 @@ def _integer_loss(
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, classes, dtype)
     counts = targets.effective(z, label.counts, sample_weight, axis_name)
+    target = Target(labels=label.ids, classes=spread)
     statistics = row_statistics(
-        z,
-        Target(labels=label.ids, classes=spread, counts=counts),
-        axis_name=axis_name,
-        forward_mode=forward_mode,
+        Options(axis_name=axis_name), z, target, counts, forward_mode=forward_mode
     )
 
     label_weight = None
@@ -280,11 +277,9 @@ def _distribution_loss(
     spread = ABSENT
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, classes, dtype)
+    target = Target(probs=probs, classes=spread)
     statistics = row_statistics(
-        z,
-        Target(probs=probs, classes=spread, counts=counts),
-        axis_name=axis_name,
-        forward_mode=forward_mode,
+        Options(axis_name=axis_name), z, target, counts, forward_mode=forward_mode
     )
 
     statistics = silenced(sample_weight, statistics)

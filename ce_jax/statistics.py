@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from ._arguments import checks, targets
 from ._rows import sharded
-from ._rows.dense import row_statistics
+from ._rows.dense import Options, row_statistics
 from ._rows.tile import RowStatistics, Target
 
 
@@ -109,14 +109,9 @@ def _statistics(
     z = rows.values
     classes = sharded.all_classes(z.shape[-1], axis_name)
     label = targets.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
-    found = row_statistics(
-        z,
-        Target(labels=label.ids, counts=label.counts),
-        entropy=True,
-        argmax=True,
-        axis_name=axis_name,
-        forward_mode=forward_mode,
-    )
+    options = Options(entropy=True, argmax=True, axis_name=axis_name)
+    target = Target(labels=label.ids)
+    found = row_statistics(options, z, target, label.counts, forward_mode=forward_mode)
     return by_label(found, label)
 
 

@@ -8,9 +8,9 @@ import jax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks
+from ._arguments.options import scalar
 from ._arguments.sides import gathered, reduced, sides
 from ._rows import pairs, sharded
-from ._rows.numerics import scalar
 
 
 def supervised_contrastive_loss(

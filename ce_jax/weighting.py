@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._arguments import checks
-from ._rows.numerics import one_minus_exp, option, scalar
+from ._arguments.options import option, scalar
+from ._rows.numerics import one_minus_exp
 from ._rows.tile import wide
 
 

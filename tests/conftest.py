@@ -12,7 +12,7 @@ import hypothesis
 import jax
 import pytest
 
-from ce_jax._platform import parts
+from ce_jax import _platform
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,8 +48,8 @@ def _forget_programs():
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """As on one, where long rows are read in parts: over the eight here they might be sharded."""
-    monkeypatch.setattr(parts, "_may_be_sharded", lambda: False)
+    """As on one, where a platform has its own ways: over the eight here arrays might be sharded."""
+    monkeypatch.setattr(_platform, "_may_be_sharded", lambda: False)
     jax.clear_caches()  # it is asked when a loss is traced
     yield
     jax.clear_caches()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax._rows.numerics import log1p_below_one
 from tests import reference
 from tests.comparison import check, close, result_dtype, together
 from tests.helpers import GARBAGE, combinations, covering
@@ -154,14 +153,6 @@ def test_losses_at_the_edges(dtype):
         truth = reference.sigmoid_binary_cross_entropy(np.float64(z), np.float64(y))
     losses = ce_jax.sigmoid_binary_cross_entropy(z, y)
     np.testing.assert_allclose(losses, truth.astype(np.float32), rtol=1e-6)
-
-
-def test_log1p_below_one():
-    draw = np.random.default_rng(0)
-    x = np.concatenate([[0.0, 1.0, 2e-38], draw.uniform(size=9999), 10 ** draw.uniform(-37, 0, 99)])
-    x = x.astype(np.float32)
-    exact = np.log1p(x.astype(np.longdouble))
-    np.testing.assert_allclose(jax.jit(log1p_below_one)(x), exact, rtol=1e-7)
 
 
 @pytest.mark.cpu

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
-from .._platform.parts import is_own
-from .._platform.unless import unless
 from .._rows import sharded
 from .._rows.tile import wide
 from . import checks, reductions
@@ -129,20 +127,8 @@ def effective(
 def _silent(
     x: Float[Array, "*rows classes"], sample_weight: Float[Array, "*rows"], axis_name: str | None
 ) -> Bool[Array, "*rows"]:
-    x, weightless = jax.lax.stop_gradient(x), sample_weight == 0
-
-    def look() -> Array:
-        return weightless & ~jnp.isfinite(sharded.max_over(largest(x), axis_name))
-
-    if not is_own(x) or axis_name is not None:
-        return look()
-    # A CPU looks only if some row weighs nothing.
-    nowhere = sharded.like(weightless & False, x)
-    heavy = jnp.min(jnp.abs(sample_weight), initial=1) > 0
-    found: Array = jax.lax.platform_dependent(
-        cpu=lambda: unless(heavy, nowhere, look), default=look
-    )
-    return found
+    found = sharded.max_over(largest(jax.lax.stop_gradient(x)), axis_name)
+    return (sample_weight == 0) & ~jnp.isfinite(found)
 
 
 def largest(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:

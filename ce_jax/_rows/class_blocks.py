@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .. import _platform
 from . import sharded, tile
-from .head import First, Head, Pull, logits, over_blocks, put, read_by_all, take, take_classes
-from .partial import ABSENT, Partial, merge
+from .head import Head, Pull, logits, over_blocks, put, read_by_all, take, take_classes
+from .tile import ABSENT, First, Partial, Target, merge
 
 
 class Options(NamedTuple):
@@ -42,7 +43,7 @@ def row_statistics(
     options: Options,
     hidden: Float[Array, "tokens width"],
     head: Head,
-    target: tile.Target,
+    target: Target,
     *,
     forward_mode: bool = False,
 ) -> tile.RowStatistics:
@@ -87,7 +88,7 @@ def _first_class(options: Options, head: Head, first: First) -> First:
     return sharded.first_class(local, options.axis_name) + first
 
 
-def _target_of(target: tile.Target, first: First, size: int) -> tile.Target:
+def _target_of(target: Target, first: First, size: int) -> Target:
     if target.classes is None or target.classes.ndim == 0:
         return target
     return target._replace(classes=take(target.classes, first, size))
@@ -101,14 +102,16 @@ def _extent(options: Options, head: Head) -> tuple[int, int]:
     return total, min(options.block, total)
 
 
-def _partial(options: Options, hidden: Array, head: Head, target: tile.Target) -> Partial:
+def _partial(options: Options, hidden: Array, head: Head, target: Target) -> Partial:
     hidden_of_block = read_by_all(hidden)
 
     def of_block(first: First, size: int) -> Partial:
         z, _ = block_logits(options, hidden_of_block(), head, first, size)
-        return tile.partial_statistics(
+        return tile.read(
             z,
             _target_of(target, first, size),
+            _platform.normaliser(z),
+            _platform.row_sums,
             entropy=options.entropy,
             argmax=options.argmax,
             first_class=_first_class(options, head, first),
@@ -126,15 +129,15 @@ def _partial(options: Options, hidden: Array, head: Head, target: tile.Target) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(options: Options, hidden: Array, head: Head, target: tile.Target) -> tile.RowStatistics:
+def _fused(options: Options, hidden: Array, head: Head, target: Target) -> tile.RowStatistics:
     return tile.finish(_partial(options, hidden, head, target))
 
 
-_Residuals = tuple[Array, Head, tile.Target, Partial]
+_Residuals = tuple[Array, Head, Target, Partial]
 
 
 def _fused_fwd(
-    options: Options, hidden: Array, head: Head, target: tile.Target
+    options: Options, hidden: Array, head: Head, target: Target
 ) -> tuple[tile.RowStatistics, _Residuals]:
     part = _partial(options, hidden, head, target)
     return tile.finish(part), (hidden, head, target, part)
@@ -142,7 +145,7 @@ def _fused_fwd(
 
 def _fused_bwd(
     options: Options, residuals: _Residuals, g: tile.RowStatistics
-) -> tuple[Array, Head, tile.Target]:
+) -> tuple[Array, Head, Target]:
     return _pulled_back(options, residuals, g._replace(argmax=ABSENT))
 
 
@@ -150,7 +153,7 @@ def _fused_bwd(
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _pulled_back(
     options: Options, residuals: _Residuals, g: tile.RowStatistics
-) -> tuple[Array, Head, tile.Target]:
+) -> tuple[Array, Head, Target]:
     hidden, head, target, part = residuals
     hidden_of_block = read_by_all(hidden)
 
@@ -178,7 +181,7 @@ def _pulled_back(
     d_hidden, d_head, d_classes = over_blocks(
         step, sharded.like(carry, hidden), *_extent(options, head)
     )
-    return d_hidden.T.astype(hidden.dtype), d_head, tile.Target(classes=d_classes)
+    return d_hidden.T.astype(hidden.dtype), d_head, Target(classes=d_classes)
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

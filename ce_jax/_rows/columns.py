@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import sharded
-from .head import First, over_blocks, put, read_by_all
-from .tile import wide
+from .head import over_blocks, put, read_by_all
+from .tile import First, wide
 
 # For an input of which every block reads all.
 WHOLE = -1

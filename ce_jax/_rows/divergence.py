@@ -22,12 +22,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from .. import _platform
 from . import class_blocks, sharded, tile
 from .columns import WHOLE, Form, over_columns
-from .head import First, Head, take
-from .partial import ABSENT, Partial, merge
-from .sums import origin
-from .tile import Target
+from .head import Head, take
+from .tile import ABSENT, First, Partial, Target, merge, origin
 
 
 class Side(NamedTuple):
@@ -169,7 +168,7 @@ def _fold(
 
 
 def _read(u: Float[Array, "*rows block"], v: Float[Array, "*rows block"]) -> _Sums:
-    p, q = (tile.partial_statistics(z, Target()) for z in (u, v))
+    p, q = (tile.read(z, Target(), _platform.normaliser(z)) for z in (u, v))
     u, v = u - origin(p.base)[..., None], v - origin(q.base)[..., None]
     exp = jnp.exp(u)
     return _Sums(p, q, jnp.sum(exp * _where_likely(exp, u, v), -1))

@@ -7,15 +7,12 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
-from .._platform.narrow import narrowed
-from .partial import ABSENT
-from .tile import wide
+from .tile import ABSENT, First, wide
 
 _Carry = TypeVar("_Carry")
 _Tree = TypeVar("_Tree")
-First = int | Integer[Array, ""]
 
 
 class Head(NamedTuple):
@@ -58,7 +55,7 @@ def logits(
         if uncap is not None:
             dz, d_cap = uncap(dz)
         d_bias = ABSENT if head.bias is None else jnp.sum(dz, 0)
-        dz = narrowed(dz, hidden.dtype)
+        dz = dz.astype(hidden.dtype)
         pair = (hidden, dz) if class_axis == 1 else (dz, hidden)
         d_kernel = _dot(pair[0], 0, pair[1], 0)
         return _dot(head.kernel, class_axis, dz, 1), Head(d_kernel, d_bias, d_cap)

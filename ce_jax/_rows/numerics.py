@@ -1,4 +1,4 @@
-"""Options that may be traced, and functions whose plain formula fails near a limit."""
+"""Functions of which the plain formula fails near a limit."""
 
 from __future__ import annotations
 
@@ -9,63 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, ArrayLike, Float
-
-from .._arguments import checks
-from .tile import wide
+from jaxtyping import Array, Float
 
 # Coefficients of (e^x - 1) / x and of (e^x - 1 - x) / x^2, highest power first. With |x| <= 1/2 the
 # first term left out is below float64's rounding.
 _FIRST = tuple(1.0 / math.factorial(k + 1) for k in range(14, -1, -1))
 _SECOND = tuple(1.0 / math.factorial(k + 2) for k in range(14, -1, -1))
-# Those of (artanh(s) / s - 1) / s^2 in s^2. With s <= 1/3 the first one left out adds below 2e-9.
-_ARTANH = tuple(1.0 / (2 * k + 1) for k in range(7, 0, -1))
-# A log-probability this little above 0 is one that was rounded.
-_ROUNDING = 1e-3
-
-
-def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
-    """`value` as an array, if it is real and, where it is known, finite and in `[low, high]`."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
-        raise TypeError(f"{name} must be real, got {value!r}")
-    array = checks.real(name, value)
-    if not isinstance(array, jax.core.Tracer):
-        known = np.asarray(array, np.float64)
-        least, most = (_as_stored(bound, array.dtype) for bound in (low, high))
-        if not np.all((known >= least) & (known <= most) & np.isfinite(known)):
-            raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
-    return array
-
-
-def _as_stored(bound: float, dtype: jnp.dtype) -> float:
-    """`bound` rounded as a value of this dtype was, so that one equal to it does not miss it."""
-    return float(np.asarray(bound, dtype)) if jnp.issubdtype(dtype, jnp.floating) else bound
-
-
-def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
-    """A scalar `option`."""
-    array = option(name, value, low, high)
-    if array.ndim != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {array.shape}")
-    return array
-
-
-def positive_int(name: str, value: int) -> int:
-    """`value`, if it is an int of at least 1."""
-    number = checks.integer_option(name, value)
-    if number is None or number < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
-    return number
-
-
-def log_probability(name: str, x: ArrayLike) -> Float[Array, "..."]:
-    """`x` in the loss's dtype; NaN where it is above 0 by more than rounding explains."""
-    x = checks.floating(name, x)
-    x = x.astype(wide(x.dtype))
-    x = x * jnp.where(x > _ROUNDING, jnp.nan, 1).astype(x.dtype)
-    return jnp.where(x > 0, 0, x)
 
 
 def linear(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
@@ -81,6 +31,28 @@ def linear(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
     return functools.reduce(operator.add, terms)
 
 
+@jax.custom_jvp
+def product(weight: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`weight * x` for x > -inf, where 0 times infinity is 0.
+
+    An infinite `x` counts as the largest number, which 0 makes 0; the product times that number
+    once more makes any other infinite.
+    """
+    most = jnp.finfo(x.dtype).max
+    bounded = jnp.minimum(x, most)
+    finite = weight * bounded
+    return finite + finite * jnp.minimum(x - bounded, most)
+
+
+@product.defjvp
+def _product_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (weight, x), (t_weight, t_x) = primals, tangents
+    by_weight = jnp.where((weight == 0) & jnp.isinf(x), 0, x)
+    return product(weight, x), by_weight * t_weight + weight * t_x
+
+
 def _polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The polynomial with these coefficients, highest power first.
 
@@ -94,23 +66,6 @@ def _polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Floa
 def expm1_ratio(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`(e^x - 1) / x` for |x| <= 1/2, by its series: it and its derivatives hold at 0 too."""
     return _polynomial(_FIRST, x)
-
-
-def log1p_below_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`log(1 + x)` for 0 <= x <= 1: in float32 on a CPU in half the time, with half the error.
-
-    It is `2 artanh(s)` with `s = x / (2 + x)`, at most 1/3, of which eight terms are enough. As
-    `2 s = x - s x`, all of it but `x` can be a small correction.
-    """
-
-    def series(x: Array) -> Array:
-        s = x * (1 / (2 + x))  # so that XLA computes all of it at once
-        more = s * s * _polynomial(_ARTANH, s * s)
-        return x - s * (x - 2 * more)
-
-    cpu = series if x.dtype == jnp.float32 else jnp.log1p
-    found: Array = jax.lax.platform_dependent(x, cpu=cpu, default=jnp.log1p)
-    return found
 
 
 def one_minus_exp(x: Float[Array, "..."]) -> Float[Array, "..."]:

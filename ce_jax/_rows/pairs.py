@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from .. import _platform
 from .._arguments.sides import Sides
 from .._platform import block_sizes
-from .._platform.from_label import is_label
 from ..sigmoid import sigmoid_binary_cross_entropy
 from . import sharded, tile
 from .columns import WHOLE, Form, over_columns
-from .head import First, Head, logits, over_blocks, put, take
-from .partial import ABSENT, Partial, merge
-from .tile import RowStatistics, Target, wide
+from .head import Head, logits, over_blocks, put, take
+from .tile import ABSENT, First, Partial, RowStatistics, Target, is_label, merge, wide
 
 _Partials = tuple[Partial, Partial]
 
@@ -73,7 +72,7 @@ def _nothing(rows: int, dtype: jnp.dtype, target: bool) -> Partial:
     zero = jnp.zeros(rows, dtype)
     nothing = Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
     if target:
-        return nothing._replace(target_dot=zero, target_sum=zero)
+        return nothing._replace(cross=zero, target_sum=zero)
     return nothing._replace(label_logit=zero)
 
 
@@ -144,7 +143,7 @@ def _fold_both(
     rows, columns = inputs
     z, _ = logits(rows, Head(take(columns, first, size)), 0)
     parts = [
-        tile.partial_statistics(view, target, first_class=first_class)
+        tile.read(view, target, _platform.normaliser(view), first_class=first_class)
         for view, target, first_class in _views(z, fixed, first)
     ]
     of_columns = jax.tree.map(lambda x, new: put(x, new, first), sums[1], parts[1])
@@ -323,7 +322,8 @@ def _fold_group(
 ) -> Partial:
     rows, columns = inputs
     z, _ = logits(rows, Head(take(columns, first, size)), 0)
-    return merge(sums, tile.partial_statistics(*_group_block(z, fixed, first)))
+    z, target = _group_block(z, fixed, first)
+    return merge(sums, tile.read(z, target, _platform.normaliser(z), _platform.row_sums))
 
 
 def _pull_group(

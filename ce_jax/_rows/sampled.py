@@ -14,8 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 from .._arguments import checks, reductions
 from . import sharded
 from .head import Head, logits
-from .partial import ABSENT
-from .tile import wide
+from .tile import ABSENT, wide
 
 
 class Compared(NamedTuple):

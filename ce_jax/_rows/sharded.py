@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
-from .partial import ABSENT, NOWHERE, Partial, rebase
+from .tile import ABSENT, NOWHERE, Partial, rebase, scaled_sum
 
 _Tree = TypeVar("_Tree")
 
@@ -81,24 +81,16 @@ def merge_across(part: Partial, axis_name: str | None) -> Partial:
     """Merges the statistics of all devices of `axis_name`: one maximum, one sum of [rows] each."""
     if axis_name is None:
         return part
-    row_max = jax.lax.pmax(part.base, axis_name)
-    argmax = part.argmax
-    if argmax is not None:
-        argmax = jnp.where(part.base == row_max, argmax, NOWHERE)
-    return sum_across(rebase(part, row_max)._replace(base=row_max, argmax=argmax), axis_name)
-
-
-def sum_across(part: Partial, axis_name: str | None) -> Partial:
-    """Adds up the sums of all devices, which are relative to the maximum of all."""
-    if axis_name is None:
-        return part
+    spread = axis_name in _varying(part.base)  # not so if it is that of all devices already
+    row_max = max_over(part.base, axis_name) if spread else part.base
+    sum_exp = jax.lax.psum(scaled_sum(part.base, part.sum_exp, row_max), axis_name)
     argmax = part.argmax
     if argmax is not None:
         # The lowest class among those that reach the maximum, as `jnp.argmax` has it.
-        argmax = jax.lax.pmin(argmax, axis_name)
-    sums = part._replace(base=ABSENT, argmax=ABSENT)
-    total: Partial = jax.lax.psum(sums, axis_name)
-    return total._replace(base=part.base, argmax=argmax)
+        argmax = jax.lax.pmin(jnp.where(part.base == row_max, argmax, NOWHERE), axis_name)
+    shares = rebase(part, row_max, sum_exp)._replace(base=ABSENT, sum_exp=ABSENT, argmax=ABSENT)
+    total: Partial = jax.lax.psum(shares, axis_name)
+    return total._replace(base=row_max, sum_exp=sum_exp, argmax=argmax)
 
 
 def whole(x: Array) -> Array:

@@ -10,35 +10,36 @@ a target `t` and class coefficients `a` are
     entropy     = lse - <softmax(z), z>
 
 A row may come in one tile (dense logits), in many (blocks of `hidden @ kernel`) or spread over
-devices: `partial_statistics` reads a tile, `merge` joins two partial results, `finish` turns the
-joined one into the numbers above. Their derivative is one line, in `pullback`. With the cotangents
-`g` of these numbers, `p = softmax(z)`, `T = sum(t)` and `A = sum(a)`:
+devices: `read` reads a tile, `merge` joins two partial results, `finish` turns the joined one into
+the numbers above. Their derivative is one line, in `pullback`. With the cotangents `g` of these
+numbers, `p = softmax(z)`, `T = sum(t)` and `A = sum(a)`:
 
     dz = (g_lse + T g_cross + A g_uniform) p - g_cross t - g_uniform a - g_entropy p (log p + H)
 
 and `g_label_logit` more in the label's column. For a one-hot `t` and the loss `cross` alone that is
 `p - y`. `T` is not assumed to be 1, as class weights, soft labels and smoothing make it any number.
 
-All sums are kept relative to the row's maximum: `lse - z` computed from two large numbers would
-lose the digits that `log p` is made of.
+`lse - z` is found from logits relative to the row's maximum: the difference of two large numbers
+would lose the digits that `log p` is made of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from .._platform import from_label
-from .._platform.from_label import at_label, is_label
-from .._platform.narrow import narrowed
-from .._platform.one_reading import read
-from .._platform.parts import Shapes, best_shapes, row_argmax, row_maxima
-from .partial import ABSENT, NOWHERE, Partial
-from .sums import Columns, exp_shifted, finite_exponent, origin, shift, spread, sums
+from .numerics import product
+
+# A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
+ABSENT: Any = None
+# An `argmax` above every class: the tile does not hold the maximum of the row.
+NOWHERE = jnp.iinfo(jnp.int32).max
+# The first class of a tile, or of a block.
+First = int | Integer[Array, ""]
 
 
 class Target(NamedTuple):
@@ -49,14 +50,11 @@ class Target(NamedTuple):
       probs: a weight for every class of the tile, instead of `labels`.
       classes: coefficients `a` of the part that is the same for all rows, one per class, or one for
         all classes.
-      counts: whether the row counts. Others may hold anything: no derivative reaches them or comes
-        from them, and their statistics are not to be used.
     """
 
     labels: Integer[Array, "*rows"] = ABSENT
     probs: Float[Array, "*rows classes"] = ABSENT
     classes: Float[Array, " classes"] | Float[Array, ""] = ABSENT
-    counts: Bool[Array, "*rows"] | None = ABSENT
 
 
 class RowStatistics(NamedTuple):
@@ -71,96 +69,165 @@ class RowStatistics(NamedTuple):
     argmax: Integer[Array, "*rows"] = ABSENT
 
 
+class Partial(NamedTuple):
+    """The statistics of the softmax over the classes seen so far, and what merges them with others.
+
+    The normaliser is `lse = base + log(sum_exp)`, where `base` is the largest logit and `sum_exp`
+    is `sum exp(z - base)`. `label_logit` is 0 as long as the label was not seen. `cross`, `uniform`
+    and `entropy` are relative to this `lse`; `target_sum`, `classes_sum`, `classes_count` are
+    `sum(t)`, and `sum(a)` and the number of the classes with `z > -inf`. `argmax` counts from the
+    first class of the whole row.
+    """
+
+    base: Float[Array, "*rows"]
+    sum_exp: Float[Array, "*rows"]
+    label_logit: Float[Array, "*rows"] = ABSENT
+    cross: Float[Array, "*rows"] = ABSENT
+    target_sum: Float[Array, "*rows"] = ABSENT
+    uniform: Float[Array, "*rows"] = ABSENT
+    classes_sum: Float[Array, "*rows"] = ABSENT
+    classes_count: Float[Array, "*rows"] = ABSENT
+    entropy: Float[Array, "*rows"] = ABSENT
+    argmax: Integer[Array, "*rows"] = ABSENT
+
+
+# Adds up arrays over the classes, each by itself.
+RowSums = Callable[[dict[str, Array]], dict[str, Array]]
+
+
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype in which logits of `dtype` are accumulated: float32, or float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def partial_statistics(
+def row_maxima(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
+    """The largest logit of each row, as a constant: no statistic depends on it."""
+    return jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
+
+
+def sum_exp(
+    z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"]
+) -> Float[Array, "*rows"]:
+    """The sum of exponentials relative to a maximum."""
+    return jnp.sum(jnp.exp(shift(z, row_max)), -1)
+
+
+def normaliser(
+    z: Float[Array, "*rows classes"],
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """The `row_maxima`, and the sum of exponentials relative to them."""
+    row_max = row_maxima(z)
+    return row_max, sum_exp(z, row_max)
+
+
+def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
+    """The sums over the classes."""
+    return {name: jnp.sum(x, -1) for name, x in summands.items()}
+
+
+def read(
     z: Float[Array, "*rows classes"],
     target: Target,
+    normaliser: tuple[Float[Array, "*rows"], Float[Array, "*rows"]],
+    row_sums: RowSums = row_sums,
     *,
     entropy: bool = False,
     argmax: bool = False,
-    first_class: int | Integer[Array, ""] = 0,
-    join_max: Callable[[Array], Array] | None = None,
-    alone: bool = False,
-    whole: bool = False,
+    first_class: First = 0,
 ) -> Partial:
-    """Reads one tile, whose first column is class `first_class` of the row.
+    """The statistics of one tile, whose first column is class `first_class` of the row.
 
-    `join_max` turns the maxima of a tile into those of whole rows, which the sums then are relative
-    to. `alone` says that no derivative will be taken, `whole` that rows are, and hold their labels.
+    `normaliser` is that of the tile, perhaps relative to the maximum of the whole row.
     """
-    shapes = best_shapes(z, alone=alone, entropy=entropy)
-    columns = Columns(target.probs, target.classes)
-    labels_only = not (jax.tree.leaves(columns) or entropy or argmax)
-    if whole and labels_only and from_label.is_worth_it(z):
-        return _relative_to_labels(z, target, shapes, alone)
-    if join_max is None:
-        out = read(shapes, z, columns, wide(z.dtype), entropy=entropy)
-        local_max = out.base
-    else:
-        local_max = row_maxima(z, shapes).astype(wide(z.dtype))
-        row_max = join_max(local_max)
-        found = sums(z, origin(row_max), columns, entropy=entropy, shapes=shapes, own_max=False)
-        out = Partial(base=row_max, **found)
+    row_max, _ = normaliser
+    out, shifted = Partial(*normaliser), shift(z, row_max)
+    surprise = _log(out.sum_exp)[..., None] - shifted  # that of a class is -log p
     if target.labels is not None:
-        logit = _label_logit(z, target.labels, first_class, whole)
-        out = out._replace(label_logit=logit.astype(out.base.dtype))
+        out = out._replace(label_logit=_label_logit(z, target.labels, first_class))
+    if target.probs is not None:
+        probs = target.probs.astype(surprise.dtype)
+        cross = product(probs, surprise)
+        out = out._replace(**row_sums({"cross": cross, "target_sum": probs}))
+    if target.classes is not None:
+        classes, allowed = _spread(target.classes, z)
+        uniform = jnp.where(allowed, classes * _finite(surprise), 0)
+        counts = {"classes_sum": classes, "classes_count": allowed.astype(surprise.dtype)}
+        out = out._replace(**row_sums({"uniform": uniform, **counts}))
+    if entropy:
+        found = row_sums({"entropy": jnp.exp(shifted) * _finite_exponent(surprise)})
+        out = out._replace(entropy=found["entropy"] / _nonzero(out.sum_exp))
     if argmax:
-        largest = row_argmax(z) + first_class
-        if join_max is not None:
-            largest = jnp.where(local_max == out.base, largest, NOWHERE)
-        out = out._replace(argmax=largest)
+        # Where the tile has no class with the maximum of the whole row, NOWHERE is left.
+        ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) + first_class
+        reached = z.astype(row_max.dtype) == row_max[..., None]
+        out = out._replace(argmax=jnp.min(jnp.where(reached, ids, NOWHERE), -1))
     return out
 
 
-def _relative_to_labels(
-    z: Float[Array, "*rows classes"], target: Target, shapes: Shapes, alone: bool
+def rebase(
+    part: Partial, row_max: Float[Array, "*rows"], sum_exp: Float[Array, "*rows"]
 ) -> Partial:
-    logit = at_label(z, target.labels).astype(wide(z.dtype))
-    # Where narrow rows are cut, they share nothing with the pull-back, on purpose.
-    shared = not alone and (z.dtype == logit.dtype or "cpu" not in shapes)
-    found = from_label.sums(z, target.labels, logit, target.counts, shapes=shapes, shared=shared)
-    attempt = found.attempt if shared else ABSENT
-    return Partial(found.base, found.sum_exp, logit, attempt=attempt)
+    """What a part adds to the statistics of a softmax over more classes, given its normaliser.
+
+    With `ahead` the difference of both `lse`, `lse - z` grows by that in each class, and a share
+    `exp(-ahead)` of all probability is in the part. `argmax` stays what it was.
+    """
+    ahead = origin(row_max) - origin(part.base) + _log(sum_exp) - _log(part.sum_exp)
+    out = part._replace(base=row_max, sum_exp=scaled_sum(part.base, part.sum_exp, row_max))
+    if part.cross is not None:
+        out = out._replace(cross=part.cross + product(part.target_sum, ahead))
+    if part.uniform is not None:
+        out = out._replace(uniform=part.uniform + part.classes_sum * _finite(ahead))
+    if part.entropy is not None:
+        share = out.sum_exp / _nonzero(sum_exp)
+        out = out._replace(entropy=share * (part.entropy + _finite_exponent(ahead)))
+    return out
 
 
-def finish(part: Partial, counts: Bool[Array, "*rows"] | None = None) -> RowStatistics:
-    """Turns the sums over all classes of a row into its statistics."""
-    log_sum = jnp.log(part.sum_exp)
-    base = origin(part.base)
-    out = RowStatistics(lse=base + log_sum, argmax=part.argmax)
+def scaled_sum(base: Array, sum_exp: Array, row_max: Array) -> Float[Array, "*rows"]:
+    """A sum of exponentials relative to `base`, relative to another maximum."""
+    scale = jnp.exp(origin(base) - origin(row_max))
+    return sum_exp * jnp.where(base == -jnp.inf, 0, scale)  # nothing seen: may overflow
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Joins the statistics of two disjoint sets of classes."""
+    row_max = jnp.maximum(a.base, b.base)
+    argmax = ABSENT
+    if a.argmax is not None:
+        of_equals = jnp.where(a.base == b.base, jnp.minimum(a.argmax, b.argmax), a.argmax)
+        argmax = jnp.where(b.base > a.base, b.argmax, of_equals)
+    sum_exp = scaled_sum(*a[:2], row_max) + scaled_sum(*b[:2], row_max)
+    parts = (rebase(x, row_max, sum_exp)._replace(base=ABSENT, argmax=ABSENT) for x in (a, b))
+    total: Partial = jax.tree.map(jnp.add, *parts)
+    return total._replace(base=row_max, argmax=argmax)
+
+
+def finish(part: Partial) -> RowStatistics:
+    """The statistics of a row of which all classes were seen."""
+    log_sum, base = jnp.log(part.sum_exp), origin(part.base)
+    out = RowStatistics(
+        lse=base + log_sum,
+        cross=part.cross,
+        label_logit=part.label_logit,
+        uniform=part.uniform,
+        uniform_count=part.classes_count,
+        entropy=part.entropy,
+        argmax=part.argmax,
+    )
     if part.label_logit is not None:
-        if part.attempt is not None and part.attempt.bare is not None:
-            own, rest, gap = part.attempt.bare
-            cross = jnp.log1p(rest / own) - gap
-        else:
-            cross = log_sum - (part.label_logit - base)
-        out = out._replace(cross=cross, label_logit=part.label_logit)
-    if part.target_dot is not None:
-        out = out._replace(cross=part.target_sum * log_sum - part.target_dot)
-    if part.classes_dot is not None:
-        out = out._replace(
-            uniform=part.classes_sum * log_sum - part.classes_dot,
-            uniform_count=part.classes_count,
-        )
-    if part.exp_dot is not None:
-        out = out._replace(entropy=log_sum - part.exp_dot / part.sum_exp)
-    return _batched_alike(out, part, counts)
+        out = out._replace(cross=log_sum - (part.label_logit - base))
+    return _batched_alike(out, part)
 
 
-def _batched_alike(
-    out: RowStatistics, part: Partial, counts: Bool[Array, "*rows"] | None
-) -> RowStatistics:
+def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
     """Adds a zero that depends on the whole target to each statistic.
 
     Under `vmap` over labels or weights alone, `lse` would be one for the whole batch. JAX from 0.12
     on takes no cotangent of such an output from a custom_vjp, as it could be counted too often.
     """
     zero = jnp.zeros((), out.lse.dtype)
-    for x in (part.label_logit, part.target_sum, part.classes_sum, counts):
+    for x in (part.label_logit, part.target_sum, part.classes_sum):
         if x is not None:
             zero = zero + ((x != x) & False).astype(zero.dtype)
     return jax.tree.map(lambda x: x + zero, out._replace(argmax=ABSENT))._replace(argmax=out.argmax)
@@ -172,28 +239,16 @@ def pullback(
     part: Partial,
     g: RowStatistics,
     *,
-    first_class: int | Integer[Array, ""] = 0,
-    whole: bool = False,
+    first_class: First = 0,
 ) -> tuple[Float[Array, "*rows classes"], Target]:
     """Cotangents of a tile and of its target, from those of the statistics of the whole row.
 
-    `part` is the merged one; `whole` says that there was but one tile. `z - base` and its
-    exponential are written as in `partial_statistics`, so that XLA merges them when forward and
-    backward are compiled together, and then keeps or recomputes the exponential as suits the
-    platform: a CPU keeps it (an exponential costs more than memory traffic), a GPU recomputes it
-    and holds nothing of this size.
+    `part` is that of the whole row. `z - base` and its exponential are written as in `read`, so
+    that XLA finds them once where forward and backward are compiled together.
     """
-    shifted = shift(z, origin(part.base))
-    if part.attempt is None:
-        exp = exp_shifted(z, origin(part.base), own_max=whole)
-    else:
-        exp = from_label.exponentials(z, part.base, part.attempt)
-    counts = target.counts
-    if counts is not None:
-        # Numbers that a cotangent of 0 makes 0, whatever the row holds.
-        exp, shifted = (jnp.where(counts[..., None], x, 0) for x in (exp, shifted))
-        part = jax.tree.map(lambda x: jnp.where(counts, x, 1), part._replace(attempt=ABSENT))
-    log_sum = jnp.log(part.sum_exp)
+    shifted = shift(z, part.base)
+    exp = jnp.exp(shifted)
+    surprise = _log(part.sum_exp)[..., None] - shifted
     onto_p = g.lse
     if target.labels is not None:
         onto_p = onto_p + g.cross
@@ -208,40 +263,90 @@ def pullback(
         dz = dz - jnp.where(is_label(target.labels, z, first_class), onto_label[..., None], 0)
     if target.probs is not None:
         dz = dz - g.cross[..., None] * target.probs.astype(dz.dtype)
-        d_probs = g.cross[..., None] * (log_sum[..., None] - shifted)
-        # Of a class with -inf, unless a row that counts has a share of it.
-        absent = ((target.probs == 0) | (g.cross == 0)[..., None]) & (shifted == -jnp.inf)
-        d_probs = narrowed(jnp.where(absent, 0, d_probs), target.probs.dtype)
-        d_target = d_target._replace(probs=d_probs)
+        absent = _unwanted(target.probs, surprise) | _silent(g.cross, surprise)
+        d_probs = jnp.where(absent, 0, g.cross[..., None] * surprise)
+        d_target = d_target._replace(probs=d_probs.astype(target.probs.dtype))
     if target.classes is not None:
-        classes, allowed = spread(target.classes, z)
+        classes, allowed = _spread(target.classes, z)
         dz = dz - g.uniform[..., None] * classes
-        surprise = jnp.where(allowed, log_sum[..., None] - shifted, 0)
-        d_classes = g.uniform[..., None] * surprise
+        absent = ~allowed | _silent(g.uniform, surprise)
+        d_classes = g.uniform[..., None] * jnp.where(absent, 0, surprise)
         rows = range(z.ndim - target.classes.ndim)
         d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(rows)))
-    if part.exp_dot is not None:
-        # log p + H is (z - base) - exp_dot / sum_exp: the logarithm of the sum cancels.
-        mean = part.exp_dot / part.sum_exp
+    if part.entropy is not None:
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
-        dz = dz - exp * onto_log_p * (finite_exponent(shifted) - mean[..., None])
+        dz = dz + exp * onto_log_p * (_finite_exponent(surprise) - part.entropy[..., None])
     return dz, d_target
 
 
+def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """What is subtracted from a row: its maximum, or a finite number where all of it is -inf."""
+    return jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
+
+
+def shift(
+    z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"]
+) -> Float[Array, "*rows classes"]:
+    """The tile relative to the `origin` of its rows, in the dtype of that."""
+    return z.astype(row_max.dtype) - origin(row_max)[..., None]
+
+
+def _log(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    return jnp.log(_nonzero(sum_exp))
+
+
+def _nonzero(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """The sum, or a small number where no class was seen that is allowed."""
+    return jnp.maximum(sum_exp, jnp.finfo(sum_exp.dtype).tiny)
+
+
+def _finite_exponent(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The surprise, or a finite one of which the probability is 0 as well."""
+    return jnp.minimum(surprise, 1e4)  # with a larger one a derivative of 0 times it would overflow
+
+
+def _finite(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The surprise, with the largest finite number for inf, to which it may overflow."""
+    return jnp.minimum(surprise, jnp.finfo(surprise.dtype).max)
+
+
+def is_label(
+    labels: Integer[Array, "*rows"], z: Float[Array, "*rows classes"], first_class: First = 0
+) -> Bool[Array, "*rows classes"]:
+    """True in the column of each row's label, by comparison: a scatter is slow off the CPU."""
+    columns = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
+    return columns == (labels - first_class)[..., None]
+
+
 def _label_logit(
-    z: Float[Array, "*rows classes"],
-    labels: Integer[Array, "*rows"],
-    first_class: int | Integer[Array, ""],
-    whole: bool,
+    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"], first_class: First
 ) -> Float[Array, "*rows"]:
-    """The logit of the label, 0 where the label is not in this tile."""
+    """The logit of the label, 0 where the label is not in this tile, in the accumulation dtype."""
     spec = jax.typeof(z).sharding.spec
     if spec and spec[-1] is not None:
         # JAX refuses to gather along an axis that it knows to be sharded (explicit axis types).
-        return jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
-    # A gather of one element per row is far cheaper than comparing every class with the label.
-    if whole:
-        return at_label(z, labels)
+        logit = jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
+        return logit.astype(wide(z.dtype))
     local = labels - first_class
     inside = (local >= 0) & (local < z.shape[-1])
-    return jnp.where(inside, at_label(z, jnp.where(inside, local, 0)), 0)
+    column = jnp.where(inside, local, 0)[..., None]
+    found = jnp.take_along_axis(z, column, axis=-1, mode="promise_in_bounds")[..., 0]
+    return jnp.where(inside, found, 0).astype(wide(z.dtype))
+
+
+def _unwanted(probs: Array, surprise: Array) -> Bool[Array, "*rows classes"]:
+    """Classes that are neither allowed nor wanted, where 0 times infinity is 0."""
+    return (probs == 0) & (surprise == jnp.inf)
+
+
+def _silent(g: Float[Array, "*rows"], surprise: Array) -> Bool[Array, "*rows classes"]:
+    """Where NaN or infinity is multiplied by 0: in rows that do not count."""
+    return (g == 0)[..., None] & ~jnp.isfinite(surprise)
+
+
+def _spread(
+    classes: Float[Array, "..."], z: Float[Array, "*rows classes"]
+) -> tuple[Float[Array, "*rows classes"], Bool[Array, "*rows classes"]]:
+    """The class coefficients in each row, 0 where a class is not allowed, and which are."""
+    allowed = z > -jnp.inf
+    return jnp.where(allowed, classes, 0), allowed

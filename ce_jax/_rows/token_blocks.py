@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .. import _platform
 from . import class_blocks, sharded, tile
-from .head import First, Head, over_blocks, put, read_by_all, take, take_classes
+from .head import Head, over_blocks, put, read_by_all, take, take_classes
+from .tile import First
 
 
 class RowInputs(NamedTuple):
@@ -100,7 +102,7 @@ def _fused_fwd(
         z, pull = class_blocks.block_logits(
             options.head, part(hidden), head, 0, head.kernel.shape[options.head.class_axis]
         )
-        partial = tile.partial_statistics(z, of_block)
+        partial = tile.read(z, of_block, _platform.normaliser(z), _platform.row_sums)
 
         def block_loss(statistics: tile.RowStatistics, scales: Any, shared: Any) -> Array:
             inputs = block._replace(scales=scales, shared=shared)

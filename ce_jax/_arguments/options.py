@@ -1,0 +1,58 @@
+"""Float options that may be traced: checked where their value is known."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from .._rows.tile import wide
+from . import checks
+
+# A log-probability this little above 0 is one that was rounded.
+_ROUNDING = 1e-3
+
+
+def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
+    """`value` as an array, if it is real and, where it is known, finite and in `[low, high]`."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
+        raise TypeError(f"{name} must be real, got {value!r}")
+    array = checks.real(name, value)
+    if not isinstance(array, jax.core.Tracer):
+        known = np.asarray(array, np.float64)
+        least, most = (_as_stored(bound, array.dtype) for bound in (low, high))
+        if not np.all((known >= least) & (known <= most) & np.isfinite(known)):
+            raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
+    return array
+
+
+def _as_stored(bound: float, dtype: jnp.dtype) -> float:
+    """`bound` rounded as a value of this dtype was, so that one equal to it does not miss it."""
+    return float(np.asarray(bound, dtype)) if jnp.issubdtype(dtype, jnp.floating) else bound
+
+
+def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
+    """A scalar `option`."""
+    array = option(name, value, low, high)
+    if array.ndim != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {array.shape}")
+    return array
+
+
+def positive_int(name: str, value: int) -> int:
+    """`value`, if it is an int of at least 1."""
+    number = checks.integer_option(name, value)
+    if number is None or number < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return number
+
+
+def log_probability(name: str, x: ArrayLike) -> Float[Array, "..."]:
+    """`x` in the loss's dtype; NaN where it is above 0 by more than rounding explains."""
+    x = checks.floating(name, x)
+    x = x.astype(wide(x.dtype))
+    x = x * jnp.where(x > _ROUNDING, jnp.nan, 1).astype(x.dtype)
+    return jnp.where(x > 0, 0, x)
