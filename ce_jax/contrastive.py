@@ -9,32 +9,31 @@ logits, for one collective that the derivative turns into one too.
 
 from __future__ import annotations
 
-import functools
 from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions
+from ._arguments.compiled import compiled
 from ._arguments.sides import over_devices, reduced, sides
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import pairs
 from ._rows.numerics import scalar
 from ._rows.tile import wide
 from .linear import linear_softmax_cross_entropy
 
-_STATIC = ("axis_name", "reduction", "memory_budget", "forward_mode")
-
 
 def info_nce_loss(
-    queries: Shaped[ArrayLike, "..."],
-    keys: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    queries: ArrayLike,
+    keys: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    logit_scale: Shaped[ArrayLike, ""] = 1.0,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    logit_scale: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -94,16 +93,16 @@ def info_nce_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _info_nce(
-    queries: ArrayLike,
-    keys: ArrayLike,
-    where: ArrayLike | None,
+    queries: Array,
+    keys: Array,
+    where: Array | None,
     logit_scale: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array:
@@ -135,14 +134,14 @@ def _info_nce(
 
 
 def clip_loss(
-    images: Shaped[ArrayLike, "..."],
-    texts: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    images: ArrayLike,
+    texts: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    logit_scale: Shaped[ArrayLike, ""] = 1.0,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    logit_scale: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -204,16 +203,16 @@ def clip_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _clip(
-    images: ArrayLike,
-    texts: ArrayLike,
-    where: ArrayLike | None,
+    images: Array,
+    texts: Array,
+    where: Array | None,
     logit_scale: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array:
@@ -226,15 +225,15 @@ def _clip(
 
 
 def siglip_loss(
-    images: Shaped[ArrayLike, "..."],
-    texts: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    images: ArrayLike,
+    texts: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    logit_scale: Shaped[ArrayLike, ""] = 1.0,
-    logit_bias: Shaped[ArrayLike, ""] = 0.0,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    logit_scale: Scalar = 1.0,
+    logit_bias: Scalar = 0.0,
+    sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -296,17 +295,17 @@ def siglip_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _siglip(
-    images: ArrayLike,
-    texts: ArrayLike,
-    where: ArrayLike | None,
+    images: Array,
+    texts: Array,
+    where: Array | None,
     logit_scale: Array,
     logit_bias: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array:

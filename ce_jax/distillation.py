@@ -2,15 +2,16 @@ r"""Learning from a teacher: the divergence between its softmax and the student'
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import array, compiled
 from ._arguments.two_heads import Layer, two_heads
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, divergence
 from ._rows.loss import silenced
@@ -22,16 +23,16 @@ _COLDEST = 1e-6
 
 
 def distillation_loss(
-    logits: Shaped[ArrayLike, "..."],
-    teacher_logits: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    teacher_logits: ArrayLike,
     axis: int | Sequence[int] | None = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
-    temperature: Shaped[ArrayLike, ""] = 1.0,
+    temperature: Scalar = 1.0,
     reverse: bool = False,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Kullback-Leibler divergence of the student's softmax from the teacher's, in nats.
@@ -95,22 +96,18 @@ def distillation_loss(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("axis", "reverse", "axis_name", "reduction", "forward_mode"),
-    inline=True,
-)
+@compiled
 def _distillation(
-    logits: ArrayLike,
-    teacher_logits: ArrayLike,
-    where: ArrayLike | None,
+    logits: Array,
+    teacher_logits: Array,
+    where: Array | None,
     temperature: Array | None,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
     reverse: bool,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     student = targets.rows_of("logits", logits, axis, where, axis_name)
@@ -160,25 +157,25 @@ def _temperature(value: ArrayLike) -> Array | None:
 
 
 def linear_distillation_loss(
-    hidden: Shaped[ArrayLike, "..."],
-    kernel: Shaped[ArrayLike, "..."],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
     *,
-    teacher_logits: Shaped[ArrayLike, "..."] | None = None,
-    teacher_hidden: Shaped[ArrayLike, "..."] | None = None,
-    teacher_kernel: Shaped[ArrayLike, "..."] | None = None,
-    bias: Shaped[ArrayLike, "..."] | None = None,
-    teacher_bias: Shaped[ArrayLike, "..."] | None = None,
+    teacher_logits: ArrayLike | None = None,
+    teacher_hidden: ArrayLike | None = None,
+    teacher_kernel: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    teacher_bias: ArrayLike | None = None,
     class_axis: int = -1,
     teacher_class_axis: int = -1,
     num_classes: int | None = None,
-    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    teacher_logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    temperature: Shaped[ArrayLike, ""] = 1.0,
+    logit_soft_cap: Scalar | None = None,
+    teacher_logit_soft_cap: Scalar | None = None,
+    temperature: Scalar = 1.0,
     reverse: bool = False,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -240,11 +237,17 @@ def linear_distillation_loss(
       As `distillation_loss`.
     """
     checks.reduction(reduction)
-    student = Layer(hidden, kernel, bias, checks.soft_cap(logit_soft_cap))
+    cap = checks.soft_cap("logit_soft_cap", logit_soft_cap)
+    student = Layer(array("hidden", hidden), array("kernel", kernel), array("bias", bias), cap)
     teacher = None
     if teacher_hidden is not None and teacher_kernel is not None:
-        cap = checks.soft_cap(teacher_logit_soft_cap)
-        teacher = Layer(teacher_hidden, teacher_kernel, teacher_bias, cap)
+        cap = checks.soft_cap("teacher_logit_soft_cap", teacher_logit_soft_cap)
+        teacher = Layer(
+            array("teacher_hidden", teacher_hidden),
+            array("teacher_kernel", teacher_kernel),
+            array("teacher_bias", teacher_bias),
+            cap,
+        )
     of_layer = (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap)
     if (teacher is None) == (teacher_logits is None) or (
         teacher is None and any(x is not None for x in of_layer)
@@ -271,34 +274,21 @@ def linear_distillation_loss(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "class_axis",
-        "teacher_class_axis",
-        "num_classes",
-        "reverse",
-        "axis_name",
-        "reduction",
-        "memory_budget",
-        "forward_mode",
-    ),
-    inline=True,
-)
+@compiled
 def _linear_distillation(
     student: Layer,
     teacher: Layer | None,
-    teacher_logits: ArrayLike | None,
+    teacher_logits: Array | None,
     temperature: Array | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
+    sample_weight: Array | None,
+    where: Array | None,
     *,
     class_axis: int,
     teacher_class_axis: int,
     num_classes: int | None,
     reverse: bool,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array:

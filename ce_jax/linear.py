@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
 from ._arguments.layer import Layer, layer
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import class_blocks, sharded, token_blocks
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
 from ._rows.tile import RowStatistics, Target, wide
@@ -26,23 +28,23 @@ LogProbLoss = Callable[[Array], Array]
 
 
 def linear_softmax_cross_entropy(
-    hidden: Shaped[ArrayLike, "..."],
-    kernel: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
     *,
-    bias: Shaped[ArrayLike, "..."] | None = None,
+    bias: ArrayLike | None = None,
     class_axis: int = -1,
     num_classes: int | None = None,
-    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    logit_soft_cap: Scalar | None = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     ignore_index: int | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    z_loss: Shaped[ArrayLike, "..."] = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     log_prob_loss: LogProbLoss | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     return_statistics: bool = False,
     memory_budget: int | None = None,
     forward_mode: bool = False,
@@ -125,7 +127,7 @@ def linear_softmax_cross_entropy(
         kernel,
         labels,
         bias,
-        checks.soft_cap(logit_soft_cap),
+        checks.soft_cap("logit_soft_cap", logit_soft_cap),
         weight,
         sample_weight,
         where,
@@ -143,39 +145,25 @@ def linear_softmax_cross_entropy(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "class_axis",
-        "num_classes",
-        "ignore_index",
-        "log_prob_loss",
-        "axis_name",
-        "reduction",
-        "return_statistics",
-        "memory_budget",
-        "forward_mode",
-    ),
-    inline=True,
-)
+@compiled
 def _linear_loss(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    bias: ArrayLike | None,
-    logit_soft_cap: ArrayLike | None,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
-    z_loss: ArrayLike | None,
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    bias: Array | None,
+    logit_soft_cap: Array | None,
+    weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    label_smoothing: Array | None,
+    z_loss: Array | None,
     *,
     class_axis: int,
     num_classes: int | None,
     ignore_index: int | None,
     log_prob_loss: LogProbLoss | None,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     return_statistics: bool,
     memory_budget: int | None,
     forward_mode: bool,
@@ -271,15 +259,15 @@ def _by_label(found: RowStatistics, x: Layer) -> SoftmaxStatistics:
 
 
 def linear_softmax_statistics(
-    hidden: Shaped[ArrayLike, "..."],
-    kernel: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
     *,
-    bias: Shaped[ArrayLike, "..."] | None = None,
+    bias: ArrayLike | None = None,
     class_axis: int = -1,
     num_classes: int | None = None,
-    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    logit_soft_cap: Scalar | None = None,
+    where: ArrayLike | None = None,
     ignore_index: int | None = None,
     axis_name: str | None = None,
     memory_budget: int | None = None,
@@ -335,7 +323,7 @@ def linear_softmax_statistics(
         kernel,
         labels,
         bias,
-        checks.soft_cap(logit_soft_cap),
+        checks.soft_cap("logit_soft_cap", logit_soft_cap),
         where,
         class_axis=checks.integer_option("class_axis", class_axis),
         num_classes=checks.integer_option("num_classes", num_classes),
@@ -346,25 +334,14 @@ def linear_softmax_statistics(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "class_axis",
-        "num_classes",
-        "ignore_index",
-        "axis_name",
-        "memory_budget",
-        "forward_mode",
-    ),
-    inline=True,
-)
+@compiled
 def _linear_statistics(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    bias: ArrayLike | None,
-    logit_soft_cap: ArrayLike | None,
-    where: ArrayLike | None,
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    bias: Array | None,
+    logit_soft_cap: Array | None,
+    where: Array | None,
     *,
     class_axis: int,
     num_classes: int | None,

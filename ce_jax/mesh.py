@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from . import denominator, linear, softmax, statistics
 from ._arguments import checks, placement, reductions
+from ._arguments.compiled import array, compiled
 from ._rows import sharded
 
 _Arguments = ParamSpec("_Arguments")
@@ -35,7 +36,7 @@ _CHECKS: dict[str, Callable[..., Any]] = {
     "axis": checks.static_axis,
     "label_smoothing": functools.partial(checks.float_option, "label_smoothing", high=1.0),
     "z_loss": functools.partial(checks.float_option, "z_loss"),
-    "logit_soft_cap": checks.soft_cap,
+    "logit_soft_cap": functools.partial(checks.soft_cap, "logit_soft_cap"),
     **{
         name: functools.partial(checks.integer_option, name)
         for name in ("ignore_index", "num_classes", "memory_budget")
@@ -128,7 +129,9 @@ def on_mesh(
             if name != "axis_name"
         }
         arrays = {
-            name: options.pop(name) for name in _ARRAYS + _SCALARS if options.get(name) is not None
+            name: array(name, options.pop(name))
+            for name in _ARRAYS + _SCALARS
+            if options.get(name) is not None
         }
         plan = fixed
         if plan is None:
@@ -153,7 +156,7 @@ class _Task(NamedTuple):
     options: tuple[tuple[str, Any], ...]
 
 
-@functools.partial(jax.jit, static_argnames=("task",), inline=True)
+@compiled
 def _run(task: _Task, arrays: dict[str, Array]) -> Any:
     plan, options = task.plan, dict(task.options)
     arrays = {name: jnp.asarray(x) for name, x in arrays.items()}

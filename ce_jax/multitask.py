@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks
+from ._arguments.types import ArrayLike, Scalar
 from ._rows.numerics import scalar
 from ._rows.tile import wide
 
@@ -20,7 +21,7 @@ PyTree: TypeAlias = Any
 _LOWEST = -30.0
 
 
-def init_log_variances(losses: PyTree, *, value: Shaped[ArrayLike, ""] = 0.0) -> PyTree:
+def init_log_variances(losses: PyTree, *, value: Scalar = 0.0) -> PyTree:
     r"""The parameters of `uncertainty_weighted_loss`: :math:`s_i = \log \sigma_i^2` of each task.
 
     Args:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from ._arguments import checks, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike
 from ._rows.head import First
 from ._rows.numerics import positive_int
 from ._rows.tile import wide
@@ -129,7 +131,7 @@ def _log_uniform_negatives(
     return Negatives(ids, _log_uniform_log_prob(ids, items) + jnp.log(samples))
 
 
-def log_uniform_log_prob(ids: Shaped[ArrayLike, "..."], num_items: int) -> Float[Array, "..."]:
+def log_uniform_log_prob(ids: ArrayLike, num_items: int) -> Float[Array, "..."]:
     r"""Log-probability with which `log_uniform_negatives` draws a class.
 
     .. math:: \log q_k = \log \frac{\log (k + 2) - \log (k + 1)}{\log (C + 1)}
@@ -166,10 +168,10 @@ def _log_uniform_log_prob(ids: ArrayLike, items: int) -> Array:
 
 
 def in_batch_negatives(
-    labels: Shaped[ArrayLike, "..."],
-    log_prob: Shaped[ArrayLike, "..."],
+    labels: ArrayLike,
+    log_prob: ArrayLike,
     *,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
 ) -> Negatives:
     r"""The labels of a batch as negatives of one another.
 
@@ -207,10 +209,8 @@ def in_batch_negatives(
     return _in_batch_negatives(labels, log_prob, where)
 
 
-@functools.partial(jax.jit, inline=True)
-def _in_batch_negatives(
-    labels: ArrayLike, log_prob: ArrayLike, where: ArrayLike | None
-) -> Negatives:
+@compiled
+def _in_batch_negatives(labels: Array, log_prob: Array, where: Array | None) -> Negatives:
     labels, log_prob = checks.integer("labels", labels), checks.floating("log_prob", log_prob)
     if labels.ndim != 1:
         raise ValueError(f"labels must have shape [N], got {labels.shape}")
@@ -218,7 +218,7 @@ def _in_batch_negatives(
     log_prob = log_prob.astype(wide(log_prob.dtype))
     exists = jnp.ones(labels.shape, bool)
     if where is not None:
-        exists = checks.broadcast("where", checks.boolean("where", where), labels.shape, "labels")
+        exists = checks.of_rows("where", checks.boolean("where", where), labels.shape, "labels")
     others = jnp.maximum(jnp.sum(exists) - 1, 1).astype(log_prob.dtype)
     log_count = jnp.where(exists, log_prob + jnp.log(others), jnp.inf)
     return Negatives(jnp.where(exists, labels, 0), log_count)

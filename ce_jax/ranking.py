@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows.numerics import positive_int, scalar
 from ._rows.sampled import compared
 from .sigmoid import sigmoid_binary_cross_entropy
 
-_STATIC = ("reduction", "forward_mode")
-
 
 def bpr_loss(
-    label_logits: Shaped[ArrayLike, "..."],
-    negative_logits: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Bayesian personalised ranking: cross-entropy of ranking the label above each negative.
@@ -66,14 +63,14 @@ def bpr_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _bpr(
-    label_logits: ArrayLike,
-    negative_logits: ArrayLike,
-    where: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    label_logits: Array,
+    negative_logits: Array,
+    where: Array | None,
+    sample_weight: Array | None,
     *,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     x = compared(label_logits, negative_logits, where, sample_weight)
@@ -89,14 +86,14 @@ def _bpr(
 
 
 def gbce_loss(
-    label_logits: Shaped[ArrayLike, "..."],
-    negative_logits: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None = None,
     *,
     num_items: int,
-    calibration: Shaped[ArrayLike, ""] = 0.75,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    calibration: Scalar = 0.75,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Binary cross-entropy that makes up for the negatives that were not drawn.
@@ -158,16 +155,16 @@ def gbce_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("items", *_STATIC), inline=True)
+@compiled
 def _gbce(
-    label_logits: ArrayLike,
-    negative_logits: ArrayLike,
-    where: ArrayLike | None,
+    label_logits: Array,
+    negative_logits: Array,
+    where: Array | None,
     calibration: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     items: int,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     x = compared(label_logits, negative_logits, where, sample_weight)

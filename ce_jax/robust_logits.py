@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows.dense import row_statistics
 from ._rows.loss import silenced, weighted
 from ._rows.numerics import option, scalar
@@ -17,14 +18,14 @@ from ._rows.tile import Target, wide
 
 
 def sigmoid_focal_loss(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    alpha: Shaped[ArrayLike, "..."] | None = None,
-    gamma: Shaped[ArrayLike, "..."] = 2.0,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "none",
 ) -> Float[Array, "..."]:
     r"""Binary cross-entropy that counts less where the model is right already.
 
@@ -78,16 +79,16 @@ def sigmoid_focal_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("reduction",), inline=True)
+@compiled
 def _sigmoid_focal_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
+    logits: Array,
+    labels: Array,
     alpha: Array | None,
     gamma: Array,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
+    sample_weight: Array | None,
+    where: Array | None,
     *,
-    reduction: str,
+    reduction: Reduction,
 ) -> Array:
     z, y, counts = targets.elements("logits", logits, labels, where, None, sample_weight)
     z = z.astype(y.dtype)
@@ -106,7 +107,7 @@ def _sigmoid_focal_loss(
     size = jnp.where(denied == 0, 0, jnp.where(z > 0, z, -z))
     loss = jnp.where(infinite, denied ** (1 + gamma) * size, loss)
 
-    share = reductions.weights("alpha", alpha, y.shape, y.dtype)
+    share = reductions.element_weights("alpha", alpha, y.shape, y.dtype)
     if share is not None:
         loss = weighted(share * y + (1 - share) * (1 - y), silenced(sample_weight, loss))
     return reductions.reduce(loss, counts, sample_weight, reduction)
@@ -135,14 +136,14 @@ def _log_miss_and_cross(
 
 
 def poly_loss_cross_entropy(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    epsilon: Shaped[ArrayLike, ""] = 2.0,
+    epsilon: Scalar = 2.0,
     axis: int | Sequence[int] | None = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    where: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy with target distributions, and a linear term of the probability missed.
@@ -201,16 +202,16 @@ def poly_loss_cross_entropy(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "reduction", "forward_mode"), inline=True)
+@compiled
 def _poly_loss_cross_entropy(
-    logits: ArrayLike,
-    labels: ArrayLike,
+    logits: Array,
+    labels: Array,
     epsilon: Array,
-    where: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    where: Array | None,
+    sample_weight: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where)

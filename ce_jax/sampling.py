@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows.head import Head
 from ._rows.sampled import Compared, compared, layer_logits
 from ._rows.tile import wide
@@ -19,14 +20,14 @@ from .softmax import softmax_cross_entropy_with_integer_labels
 
 
 def sampled_softmax_cross_entropy(
-    label_logits: Shaped[ArrayLike, "..."],
-    negative_logits: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    log_expected_count: Shaped[ArrayLike, "..."] | None = None,
-    label_log_expected_count: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    log_expected_count: ArrayLike | None = None,
+    label_log_expected_count: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Softmax cross-entropy with the normaliser estimated from the label and a sample.
@@ -89,16 +90,16 @@ def sampled_softmax_cross_entropy(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "forward_mode"), inline=True)
+@compiled
 def _sampled_softmax(
-    label_logits: ArrayLike,
-    negative_logits: ArrayLike,
-    where: ArrayLike | None,
-    log_expected_count: ArrayLike | None,
-    label_log_expected_count: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    label_logits: Array,
+    negative_logits: Array,
+    where: Array | None,
+    log_expected_count: Array | None,
+    label_log_expected_count: Array | None,
+    sample_weight: Array | None,
     *,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     return _loss(
@@ -111,19 +112,19 @@ def _sampled_softmax(
 
 
 def linear_sampled_softmax_cross_entropy(
-    hidden: Shaped[ArrayLike, "..."],
-    kernel: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
     negatives: Negatives,
     *,
-    bias: Shaped[ArrayLike, "..."] | None = None,
+    bias: ArrayLike | None = None,
     class_axis: int = -1,
-    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    label_log_expected_count: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    logit_soft_cap: Scalar | None = None,
+    label_log_expected_count: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     ignore_index: int | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Sampled softmax cross-entropy of a linear layer, of whose classes only those drawn are read.
@@ -177,7 +178,7 @@ def linear_sampled_softmax_cross_entropy(
         labels,
         negatives,
         bias,
-        checks.soft_cap(logit_soft_cap),
+        checks.soft_cap("logit_soft_cap", logit_soft_cap),
         label_log_expected_count,
         sample_weight,
         where,
@@ -188,25 +189,21 @@ def linear_sampled_softmax_cross_entropy(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("class_axis", "ignore_index", "reduction", "forward_mode"),
-    inline=True,
-)
+@compiled
 def _linear_sampled_softmax(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
     negatives: Negatives,
-    bias: ArrayLike | None,
-    logit_soft_cap: ArrayLike | None,
-    label_log_expected_count: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
+    bias: Array | None,
+    logit_soft_cap: Array | None,
+    label_log_expected_count: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
     *,
     class_axis: int,
     ignore_index: int | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
@@ -222,7 +219,7 @@ def _linear_sampled_softmax(
     counts = None
     if where is not None:
         counts = checks.boolean("where", where)
-        counts = checks.broadcast("where", counts, rows, "the rows of hidden")
+        counts = checks.of_rows("where", counts, rows, "the rows of hidden")
     label = targets.class_ids(labels, rows, classes, counts, ignore_index)
     drawn = _drawn(negatives, rows, classes, dtype)
     weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
@@ -289,7 +286,7 @@ def _loss(
     x: Compared,
     log_expected_count: ArrayLike | None,
     label_log_expected_count: ArrayLike | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     negatives = _corrected(x.negatives, "log_expected_count", log_expected_count)

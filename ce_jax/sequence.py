@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike
 from ._rows.tile import wide
 
 
@@ -29,10 +29,10 @@ class NextTokens(NamedTuple):
 
 
 def next_tokens(
-    tokens: Shaped[ArrayLike, "..."],
+    tokens: ArrayLike,
     *,
-    segment_ids: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     pad_id: int | None = None,
 ) -> NextTokens:
     r"""Inputs, labels and mask with which a sequence is learnt token by token.
@@ -73,11 +73,11 @@ def next_tokens(
     return _next_tokens(tokens, segment_ids, where, pad_id=checks.integer_option("pad_id", pad_id))
 
 
-@functools.partial(jax.jit, static_argnames=("pad_id",), inline=True)
+@compiled
 def _next_tokens(
-    tokens: ArrayLike,
-    segment_ids: ArrayLike | None,
-    where: ArrayLike | None,
+    tokens: Array,
+    segment_ids: Array | None,
+    where: Array | None,
     *,
     pad_id: int | None,
 ) -> NextTokens:
@@ -97,13 +97,11 @@ def _next_tokens(
         counts &= (here == there) & (there != 0)
     if where is not None:
         where = checks.boolean("where", where)
-        counts &= checks.broadcast("where", where, tokens.shape, "the shape of tokens")[..., 1:]
+        counts &= checks.of_rows("where", where, tokens.shape, "tokens")[..., 1:]
     return NextTokens(tokens[..., :-1], labels, counts)
 
 
-def perplexity(
-    total: Shaped[ArrayLike, "..."], count: Shaped[ArrayLike, "..."]
-) -> Float[Array, "..."]:
+def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:
     r"""Perplexity, from the sum of the losses and their number.
 
     .. math:: e^{L / N}
@@ -134,9 +132,7 @@ def perplexity(
     return _per_item(total, count, name="count", bits=False)
 
 
-def bits_per_byte(
-    total: Shaped[ArrayLike, "..."], num_bytes: Shaped[ArrayLike, "..."]
-) -> Float[Array, "..."]:
+def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]:
     r"""Length of the text's encoding by the model, in bits for each byte of the text.
 
     .. math:: \frac{L}{B \ln 2}
@@ -166,11 +162,10 @@ def bits_per_byte(
     return _per_item(total, num_bytes, name="num_bytes", bits=True)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "bits"), inline=True)
-def _per_item(total: ArrayLike, count: ArrayLike, *, name: str, bits: bool) -> Array:
+@compiled
+def _per_item(total: Array, count: Array, *, name: str, bits: bool) -> Array:
     nats, items = checks.real("total", total), checks.real(name, count)
-    shape = checks.common_shape("total", nats, name, items)
-    dtype = wide(nats.dtype)
-    nats, items = (jnp.broadcast_to(x, shape).astype(dtype) for x in (nats, items))
+    items = checks.of_rows(name, items, nats.shape, "total")
+    nats, items = (x.astype(wide(nats.dtype)) for x in (nats, items))
     mean = jnp.where(items == 0, jnp.nan, nats / jnp.where(items == 0, 1, items))
     return mean / math.log(2) if bits else jnp.exp(mean)

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._platform.narrow import narrowed
 from ._platform.parts import in_long_rows, in_one_axis
 from ._platform.unless import unless
@@ -19,15 +21,15 @@ from ._rows.numerics import linear, log1p_below_one
 
 
 def sigmoid_binary_cross_entropy(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    pos_weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    reduction: str = "none",
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    label_smoothing: Scalar = 0.0,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between sigmoid(logits) and binary labels, element by element, in nats.
@@ -88,17 +90,17 @@ def sigmoid_binary_cross_entropy(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "forward_mode"), inline=True)
+@compiled
 def _loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    weight: ArrayLike | None,
-    pos_weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    weight: Array | None,
+    pos_weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    label_smoothing: Array | None,
     *,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
@@ -107,9 +109,9 @@ def _loss(
     if reduction != "none" and z.dtype == y.dtype and all(x is None for x in options):
         total = (_logistic if forward_mode else _fused)(True, z, y)
         return total if reduction == "sum" else reductions.mean(total, z.shape)
-    pos_weight = reductions.weights("pos_weight", pos_weight, y.shape, y.dtype)
+    pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
     loss = (_logistic if forward_mode else _fused)(False, z, y, pos_weight)
-    weight = reductions.weights("weight", weight, loss.shape, loss.dtype)
+    weight = reductions.element_weights("weight", weight, loss.shape, loss.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, silenced(sample_weight, loss))

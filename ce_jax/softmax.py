@@ -7,37 +7,36 @@ Each function runs the same four stages: target (`_arguments.targets`), row stat
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import sharded
 from ._rows.dense import row_statistics
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
 from ._rows.partial import ABSENT
 from ._rows.tile import Target, wide
 
-_STATIC = ("axis", "ignore_index", "axis_name", "reduction", "forward_mode")
 _Axis = int | Sequence[int] | None
 
 
 def softmax_cross_entropy_with_integer_labels(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    z_loss: Shaped[ArrayLike, "..."] = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between softmax(logits) and class ids, in nats.
@@ -116,20 +115,20 @@ def softmax_cross_entropy_with_integer_labels(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _integer_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
-    z_loss: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    weight: Array | None,
+    sample_weight: Array | None,
+    label_smoothing: Array | None,
+    z_loss: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where, axis_name)
@@ -160,17 +159,17 @@ def _integer_loss(
 
 
 def softmax_cross_entropy(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] | None = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    z_loss: Shaped[ArrayLike, "..."] = 0.0,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between softmax(logits) and target distributions, in nats.
@@ -244,21 +243,19 @@ def softmax_cross_entropy(
 safe_softmax_cross_entropy = softmax_cross_entropy
 
 
-@functools.partial(
-    jax.jit, static_argnames=("axis", "axis_name", "reduction", "forward_mode"), inline=True
-)
+@compiled
 def _distribution_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
-    z_loss: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    weight: Array | None,
+    sample_weight: Array | None,
+    label_smoothing: Array | None,
+    z_loss: Array | None,
     *,
     axis: _Axis,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where, axis_name)

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._platform.parts import is_own
 from .._platform.unless import unless
 from .._rows import sharded
 from .._rows.tile import wide
 from . import checks, reductions
+from .types import ArrayLike
 
 
 class Rows(NamedTuple):
@@ -84,16 +85,18 @@ def rows_of(
         return Rows(x, None)
     where = checks.boolean("where", where)
     if where.ndim == len(shape):
-        included = checks.broadcast("where", where, shape, f"the shape of {name}")
+        included = checks.of_rows("where", where, shape, name)
         included = classes_last(included, axes)
         most = sharded.max_over(jnp.max(included, -1).astype(jnp.float32), axis_name)
         return Rows(jnp.where(included, x, -jnp.inf), most > 0)
-    if where.ndim == x.ndim - 1:
-        rows = f"the rows of {name}, whose own shape is {shape}"
-        return Rows(x, checks.broadcast("where", where, x.shape[:-1], rows))
+    if where.ndim in (0, x.ndim - 1):
+        of_classes = checks.indexing("where", where.shape, shape)
+        rows = f"the rows of {name}" + of_classes.replace("; write", "; for classes write")
+        return Rows(x, checks.of_rows("where", where, x.shape[:-1], rows))
     raise ValueError(
-        f"where must have the shape of the loss {x.shape[:-1]} (rows to include) or the shape of "
-        f"{name} {shape} (classes to include), got {where.shape}"
+        f"where must have the axes of the loss {x.shape[:-1]} (rows to include) or the axes of "
+        f"{name} {shape} (classes to include), or none, got {where.shape}"
+        + checks.indexing("where", where.shape, shape)
     )
 
 
@@ -157,9 +160,22 @@ def distributions(
     labels: ArrayLike, shape: tuple[int, ...], axis: int | Sequence[int] | None, dtype: DTypeLike
 ) -> Float[Array, "*rows classes"]:
     """Labels that give every class a number, by rows, in the loss's dtype."""
-    labels = checks.real("labels", labels).astype(dtype)
-    labels = checks.broadcast("labels", labels, shape, "the shape of logits")
-    return classes_last(labels, checks.axes(axis, len(shape)))
+    labels = checks.real("labels", labels)
+    axes = checks.axes(axis, len(shape))
+    if jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape != shape:
+        raise ValueError(
+            f"labels of an integer dtype must have the shape of logits, {shape}, a number for each "
+            f"class, got {labels.shape}; class ids go to softmax_cross_entropy_with_integer_labels"
+        )
+    whole = (1,) * (len(shape) - labels.ndim) + labels.shape
+    if len(whole) == len(shape) and any(whole[a] == 1 != shape[a] for a in axes):
+        raise ValueError(
+            f"labels must have a number for every class of logits, {shape} with the class axis "
+            f"{axis}, got {labels.shape}; class ids go, as integers of the loss's shape, to "
+            "softmax_cross_entropy_with_integer_labels"
+        )
+    labels = checks.broadcast("labels", labels.astype(dtype), shape, "the shape of logits")
+    return classes_last(labels, axes)
 
 
 def class_ids(
@@ -170,7 +186,16 @@ def class_ids(
     ignore_index: int | None,
 ) -> ClassIds:
     """Checks the labels of rows of the given shape and makes them safe to index with."""
-    labels = checks.integer("labels", labels)
+    per_class = (
+        "; labels that give each class a number, such as one-hot ones, go to softmax_cross_entropy,"
+        " or through jnp.argmax"
+    )
+    labels = checks.integer("labels", labels, f"; write labels.astype(int){per_class}")
+    if labels.ndim == len(rows) + 1 and labels.shape[-1] != 1:
+        raise ValueError(
+            f"labels must have shape {tuple(rows)} (one class id per row), got {labels.shape}"
+            + per_class
+        )
     checks.shape_is("labels", labels, rows, "one class id per row")
     counts = counting(labels, counts, ignore_index)
     if labels.dtype.itemsize < 4:
@@ -222,17 +247,17 @@ def elements(
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Bool[Array, "*shape"] | None]:
     """Inputs of an element-wise loss, its smoothed binary labels, and which elements count.
 
-    All come in the broadcast shape, the labels in the loss's dtype, and with a harmless value in
-    the elements that do not count, or hold a NaN and weigh nothing.
+    All come in the shape of `x`, the labels in the loss's dtype, and with a harmless value in the
+    elements that do not count, or hold a NaN and weigh nothing.
     """
     x, labels = checks.floating(name, x), checks.real("labels", labels)
-    shape = checks.common_shape(name, x, "labels", labels)
-    x = jnp.broadcast_to(x, shape)
-    labels = jnp.broadcast_to(labels.astype(wide(x.dtype)), shape)
+    shape = x.shape
+    labels = labels.astype(wide(x.dtype))
+    labels = checks.broadcast("labels", labels, shape, f"the shape of {name}")
     counts = None
     if where is not None:
         where = checks.boolean("where", where)
-        counts = checks.broadcast("where", where, shape, "the shape of the loss")
+        counts = checks.of_rows("where", where, shape, "the loss")
         x, labels = jnp.where(counts, x, 0.5), jnp.where(counts, labels, 0)
     weights = reductions.weights("sample_weight", sample_weight, shape, labels.dtype)
     if weights is not None:

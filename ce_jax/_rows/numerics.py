@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from .._arguments import checks
+from .._arguments.types import ArrayLike
 from .tile import wide
 
 # Coefficients of (e^x - 1) / x and of (e^x - 1 - x) / x^2, highest power first. With |x| <= 1/2 the
@@ -28,8 +29,6 @@ _ROUNDING = 1e-3
 
 def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
     """`value` as an array, if it is real and, where it is known, finite and in `[low, high]`."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
-        raise TypeError(f"{name} must be real, got {value!r}")
     array = checks.real(name, value)
     if not isinstance(array, jax.core.Tracer):
         known = np.asarray(array, np.float64)

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._arguments import checks, reductions
+from .._arguments.types import ArrayLike
 from . import sharded
 from .head import Head, logits
 from .partial import ABSENT
@@ -56,15 +57,15 @@ def compared(
     if where is not None:
         where = checks.boolean("where", where)
         if where.ndim == negatives.ndim:
-            meaning = "the shape of negative_logits"
-            included = checks.broadcast("where", where, negatives.shape, meaning)
+            included = checks.of_rows("where", where, negatives.shape, "negative_logits")
             negatives = jnp.where(included, negatives, 0)
-        elif where.ndim == label.ndim:
-            counts = checks.broadcast("where", where, label.shape, "the shape of the loss")
+        elif where.ndim in (0, label.ndim):
+            counts = checks.of_rows("where", where, label.shape, "the loss")
         else:
             raise ValueError(
-                f"where must have the shape of the loss {label.shape} (rows to include) or of "
-                f"negative_logits {negatives.shape} (negatives to include), got {where.shape}"
+                f"where must have the axes of the loss {label.shape} (rows to include) or of "
+                f"negative_logits {negatives.shape} (negatives to include), or none, got "
+                f"{where.shape}" + checks.indexing("where", where.shape, negatives.shape)
             )
     weights = reductions.weights("sample_weight", sample_weight, label.shape, dtype)
     kept = counts
