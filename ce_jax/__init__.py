@@ -23,7 +23,7 @@ from .information import entropy as entropy
 from .information import kl_divergence as kl_divergence
 from .information import self_information as self_information
 from .linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
-from .linear import linear_softmax_statistics as linear_softmax_statistics
+from .linear_statistics import linear_softmax_statistics as linear_softmax_statistics
 from .mesh import on_mesh as on_mesh
 from .multitask import init_log_variances as init_log_variances
 from .multitask import uncertainty_weighted_loss as uncertainty_weighted_loss
@@ -99,14 +99,32 @@ if TYPE_CHECKING:
     from optax.losses import triplet_margin_loss as triplet_margin_loss
 
 # Losses that are no cross-entropies come from optax, so that `optax.losses` can be replaced.
-_OF_OPTAX = """
-    binary_dice_loss convex_kl_divergence cosine_distance cosine_similarity ctc_loss
-    ctc_loss_with_forward_probs dice_loss generalized_kl_divergence hinge_loss huber_loss
-    kl_divergence_with_log_targets l2_loss log_cosh make_fenchel_young_loss
-    multiclass_generalized_dice_loss multiclass_hinge_loss multiclass_perceptron_loss
-    multiclass_sparsemax_loss ntxent perceptron_loss ranking_softmax_loss sparsemax_loss
-    squared_error triplet_margin_loss
-""".split()
+_OF_OPTAX = (
+    "binary_dice_loss",
+    "convex_kl_divergence",
+    "cosine_distance",
+    "cosine_similarity",
+    "ctc_loss",
+    "ctc_loss_with_forward_probs",
+    "dice_loss",
+    "generalized_kl_divergence",
+    "hinge_loss",
+    "huber_loss",
+    "kl_divergence_with_log_targets",
+    "l2_loss",
+    "log_cosh",
+    "make_fenchel_young_loss",
+    "multiclass_generalized_dice_loss",
+    "multiclass_hinge_loss",
+    "multiclass_perceptron_loss",
+    "multiclass_sparsemax_loss",
+    "ntxent",
+    "perceptron_loss",
+    "ranking_softmax_loss",
+    "sparsemax_loss",
+    "squared_error",
+    "triplet_margin_loss",
+)
 __all__ = sorted(
     {name for name, x in globals().items() if getattr(x, "__module__", "").startswith("ce_jax.")}
     | {*_OF_OPTAX}

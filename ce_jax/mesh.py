@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
-from . import denominator, linear, softmax, statistics
+from . import denominator, linear, linear_statistics, softmax, statistics
 from ._arguments import checks, placement, reductions
 from ._arguments.compiled import array, compiled
 from ._rows import sharded
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+# Of overloaded functions this keeps all signatures.
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _OF_LOGITS: tuple[Callable[..., Any], ...] = (
     softmax.softmax_cross_entropy_with_integer_labels,
@@ -27,7 +27,7 @@ _OF_LOGITS: tuple[Callable[..., Any], ...] = (
 )
 _OF_LAYER: tuple[Callable[..., Any], ...] = (
     linear.linear_softmax_cross_entropy,
-    linear.linear_softmax_statistics,
+    linear_statistics.linear_softmax_statistics,
 )
 _ARRAYS = ("logits", "hidden", "kernel", "labels", "bias", "weight", "sample_weight", "where")
 _SCALARS = ("label_smoothing", "z_loss", "logit_soft_cap")
@@ -45,13 +45,13 @@ _CHECKS: dict[str, Callable[..., Any]] = {
 
 
 def on_mesh(
-    function: Callable[_Arguments, _Result],
+    function: _Function,
     mesh: Mesh | AbstractMesh | None,
     *,
     rows: str | tuple[str, ...] | PartitionSpec | None = None,
     classes: str | None = None,
     width: str | tuple[str, ...] | None = None,
-) -> Callable[_Arguments, _Result]:
+) -> _Function:
     r"""A softmax loss, or its statistics, of global arrays spread over a mesh of devices.
 
     With :math:`\mathcal{D}` the devices, each of which holds some rows and some classes,
@@ -139,7 +139,7 @@ def on_mesh(
         static = ((k, v) for k, v in options.items() if k not in _ARRAYS + _SCALARS)
         return _run(_Task(function, plan, tuple(static)), arrays)
 
-    return sharded
+    return cast(_Function, sharded)
 
 
 class _Task(NamedTuple):
