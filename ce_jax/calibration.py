@@ -57,7 +57,8 @@ def reliability_bins(
       correct: bool, of the same shape: whether it came true.
       bins: number M of bins.
       adaptive: bins of equal size instead of equal width.
-      where: bool, broadcastable to `confidence`: the predictions to include.
+      where: bool, with the axes of `confidence` (size 1 broadcasts) or none: the predictions to
+        include.
 
     Returns:
       A named tuple of arrays `[M]`: `size`, `confidence` and `accuracy`, the latter two float32
@@ -146,7 +147,8 @@ def expected_calibration_error(
       correct: bool, of the same shape: whether it came true.
       bins: number of bins.
       adaptive: bins of equal size instead of equal width.
-      where: bool, broadcastable to `confidence`: the predictions to include.
+      where: bool, with the axes of `confidence` (size 1 broadcasts) or none: the predictions to
+        include.
 
     Returns:
       The error in [0, 1], `[]`, float32 (float64 for a float64 confidence). NaN of no prediction.
@@ -195,7 +197,7 @@ def brier_score(
       labels: class ids `[...]`, of any integer dtype.
       axis: the class axis, or a tuple of them: labels are then flat indices.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
@@ -274,7 +276,7 @@ def fit_temperature(
       labels: class ids `[...]`, of any integer dtype.
       axis: the class axis, or a tuple of them: labels are then flat indices.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       low: the least temperature; the result where every prediction is right, and so the best
         temperature 0. May be traced.

@@ -56,7 +56,8 @@ def info_nce_loss(
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default as in
         `linear_softmax_cross_entropy`.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
@@ -165,7 +166,8 @@ def clip_loss(
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `texts`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
@@ -258,7 +260,8 @@ def siglip_loss(
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `texts`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).

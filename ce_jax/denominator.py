@@ -33,8 +33,8 @@ def mean_denominator(
       labels: class ids; or, for losses that take other labels, any floating array of the loss's
         shape, of which only the shape is used.
       weight: weight of each class `[C]`; with integer labels only.
-      sample_weight: weight of each example, broadcastable to `labels`.
-      where: bool, broadcastable to `labels`: the examples to include.
+      sample_weight: weight of each example, with the axes of `labels` (size 1 broadcasts) or none.
+      where: bool, with the axes of `labels` (size 1 broadcasts) or none: the examples to include.
       ignore_index: label of rows that do not count; with integer labels only.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `weight` is sharded by
         classes. Rows that are sharded need nothing here: add up what each device's rows give.

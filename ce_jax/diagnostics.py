@@ -50,7 +50,7 @@ def cross_entropy_parts(
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating; `-inf` masks a class.
-      labels: distributions, broadcastable to `logits`; floating, or one-hot integer or bool.
+      labels: a non-negative number for each class, as in `softmax_cross_entropy`.
       axis: the class axis, a tuple of them, or None for all.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
 

@@ -57,11 +57,12 @@ def distillation_loss(
       temperature: T, at least 1e-6. May be traced.
       reverse: take the teacher's divergence from the student's: it seeks a mode of the teacher
         rather than covers all.
-      sample_weight: weight of each row, broadcastable to the loss.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       axis_name: mapped mesh axis over which the class axis of both is sharded.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits of one are). It is +inf
@@ -208,14 +209,16 @@ def linear_distillation_loss(
       teacher_logit_soft_cap: positive bound of the teacher's logits. May be traced.
       temperature: T, at least 1e-6. May be traced.
       reverse: take the teacher's divergence from the student's.
-      sample_weight: weight of each row, broadcastable to the loss.
-      where: bool, broadcastable to the loss: rows to include, such as `next_tokens` has it.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
+      where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
+        `next_tokens` has it.
       axis_name: mapped mesh axis over which the classes of all arrays are sharded, alike.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
       memory_budget: bytes that the blocks of logits and their gradients may take, by default as
         in `linear_softmax_cross_entropy`, of both kernels together.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is).

@@ -155,8 +155,9 @@ def linear_softmax_cross_entropy(
         part in anything. By default there is no padding.
       logit_soft_cap: positive bound of the logits. May be traced.
       weight: weight of each class `[V]`.
-      sample_weight: weight of each example, broadcastable to `labels`.
-      where: bool, broadcastable to `labels`: rows to include. (Classes are excluded by `bias`.)
+      sample_weight: weight of each example, with the axes of `labels` (size 1 broadcasts) or none.
+      where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include. (Classes
+        are excluded by `bias`.)
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
@@ -175,8 +176,9 @@ def linear_softmax_cross_entropy(
       memory_budget: bytes that a block of logits and its gradient may take. By default a third
         of the kernel's bytes, but at least 256 MB and at most 1 GB; 17 MB on a CPU, less on each of
         several devices that it plays.
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work, in the same memory.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own, in the same memory.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 inputs), and the

@@ -54,11 +54,12 @@ def linear_softmax_statistics(
       class_axis: the axis of `kernel` that holds the classes.
       num_classes: how many classes there are; what `kernel` holds beyond is padding.
       logit_soft_cap: positive bound of the logits. May be traced.
-      where: bool, broadcastable to `labels`: rows to include.
+      where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include.
       ignore_index: label of rows that do not count.
       axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes.
       memory_budget: bytes that a block of logits and its gradient may take.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 inputs), and

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from . import denominator, linear, linear_statistics, softmax, statistics
 from ._arguments import checks, placement, reductions
-from ._arguments.compiled import array, compiled
+from ._arguments.compiled import array
 from ._rows import sharded
 
 # Of overloaded functions this keeps all signatures.
@@ -156,7 +156,7 @@ class _Task(NamedTuple):
     options: tuple[tuple[str, Any], ...]
 
 
-@compiled
+@functools.partial(jax.jit, static_argnames=("task",), inline=True)
 def _run(task: _Task, arrays: dict[str, Array]) -> Any:
     plan, options = task.plan, dict(task.options)
     arrays = {name: jnp.asarray(x) for name, x in arrays.items()}

@@ -46,7 +46,7 @@ def forward_corrected_cross_entropy(
       transition: T `[C, C]`; rows sum to 1.
       axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
@@ -155,12 +155,13 @@ def backward_corrected_cross_entropy(
       transition: T `[C, C]`; rows sum to 1.
       axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A label that is

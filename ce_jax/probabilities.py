@@ -44,7 +44,7 @@ def nll_loss(
       axis: the class axis, or a tuple of them: labels are then flat indices.
       where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
       weight: weight of each class `[C]`.
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread over the allowed classes, in [0, 1].
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight * weight[label])` of the
@@ -141,16 +141,16 @@ def binary_cross_entropy(
 
     Args:
       probs: numbers in [0, 1], floating, of any shape. Outside that range the loss is NaN.
-      labels: numbers in [0, 1], of any real dtype; broadcast together with `probs`.
+      labels: numbers in [0, 1], of any real dtype; broadcastable to `probs`.
       weight: weight of each element, broadcastable to the loss.
       sample_weight: the same, but it also counts in the denominator of the mean.
-      where: bool, broadcastable to the loss: elements to include.
+      where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1].
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
         count (0 if that is 0).
 
     Returns:
-      The loss, of the broadcast shape or `[]`, in float32 (float64 for float64 probabilities).
+      The loss, of the shape of `probs` or `[]`, in float32 (float64 for float64 probabilities).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -216,8 +216,9 @@ def smooth_labels(
       labels: target distributions `[..., C]`, floating.
       alpha: share of the uniform distribution, in [0, 1]. May be traced.
       axis: the class axis, a tuple of them, or None for all.
-      where: bool, broadcastable to `labels`: the `K` classes of each row that take a share of
-        `alpha`. The others get none (optax gives them `alpha / K` as well).
+      where: bool, with the axes of `labels` (size 1 broadcasts) or none: the `K` classes of each
+        row that take a share of `alpha`. The others get none (optax gives them `alpha / K` as
+        well).
 
     Returns:
       The smoothed labels, of the shape and dtype of `labels`.

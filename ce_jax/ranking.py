@@ -32,10 +32,11 @@ def bpr_loss(
       where: bool; of the loss's number of dimensions: rows to include; of that of
         `negative_logits`: negatives to include, such as those that are not the label. A row without
         any does not count.
-      sample_weight: weight of each row, broadcastable to the loss.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).
@@ -117,10 +118,11 @@ def gbce_loss(
         these alone.
       num_items: C, how many classes there are, at least 2.
       calibration: t, in [0, 1]. May be traced.
-      sample_weight: weight of each row, broadcastable to the loss.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).

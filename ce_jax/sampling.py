@@ -49,13 +49,14 @@ def sampled_softmax_cross_entropy(
         `negative_logits`: negatives to include. A row without any negative has loss 0.
       log_expected_count: :math:`\log m` of the negatives, broadcastable to `negative_logits`. None
         stands for 0: no correction.
-      label_log_expected_count: what is taken off the label's logit likewise, broadcastable to
-        `label_logits`. With it, as Yi et al. and TensorFlow have it, label and negatives are
-        treated alike, and the expectation of the normaliser is another.
-      sample_weight: weight of each row, broadcastable to the loss.
+      label_log_expected_count: what is taken off the label's logit likewise, with the axes of
+        `label_logits` (size 1 broadcasts) or none. With it, as Yi et al. and TensorFlow have it,
+        label and negatives are treated alike, and the expectation of the normaliser is another.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits are).
@@ -145,12 +146,13 @@ def linear_sampled_softmax_cross_entropy(
       class_axis: the axis of `kernel` that holds the classes.
       logit_soft_cap: positive bound of the logits. May be traced.
       label_log_expected_count: as in `sampled_softmax_cross_entropy`.
-      sample_weight: weight of each row, broadcastable to `labels`.
-      where: bool, broadcastable to `labels`: rows to include.
+      sample_weight: weight of each row, with the axes of `labels` (size 1 broadcasts) or none.
+      where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 inputs). An id outside
@@ -307,4 +309,6 @@ def _corrected(z: Float[Array, "..."], name: str, log_count: ArrayLike | None) -
     if log_count is None:
         return z
     log_count = checks.real(name, log_count).astype(z.dtype)
-    return z - checks.broadcast(name, log_count, z.shape, "the shape of the logits")
+    # All rows may share the negatives, and so their counts. A label is of its row.
+    fit = checks.of_rows if name == "label_log_expected_count" else checks.broadcast
+    return z - fit(name, log_count, z.shape, "the logits")

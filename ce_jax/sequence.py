@@ -47,8 +47,8 @@ def next_tokens(
     Args:
       tokens: token ids `[..., L]`, of any integer dtype, L at least 1.
       segment_ids: document of each token `[..., L]`, of any integer dtype; 0 is padding.
-      where: bool, broadcastable to `tokens`: the tokens to learn to predict, such as those of an
-        answer and not of its question.
+      where: bool, with the axes of `tokens` (size 1 broadcasts) or none: the tokens to learn to
+        predict, such as those of an answer and not of its question.
       pad_id: token that is padding, and so not predicted. Don't give it where the same id also
         ends a document: use `where` or `segment_ids`.
 
@@ -111,10 +111,11 @@ def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:
 
     Args:
       total: sum of the cross-entropies in nats, of any shape.
-      count: number of tokens that count, broadcastable with `total`; `mean_denominator`.
+      count: number of tokens that count, with the axes of `total` (size 1 broadcasts) or none;
+        `mean_denominator`.
 
     Returns:
-      The perplexity, of the broadcast shape, in float32 (float64 for a float64 total). NaN where
+      The perplexity, of the shape of `total`, in float32 (float64 for a float64 total). NaN where
       the count is 0.
 
     Raises:
@@ -141,10 +142,11 @@ def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]
 
     Args:
       total: sum of the cross-entropies of all tokens in nats, of any shape.
-      num_bytes: number of bytes of the text, in UTF-8 as a rule; broadcastable with `total`.
+      num_bytes: number of bytes of the text, in UTF-8 as a rule; with the axes of `total` (size 1
+        broadcasts) or none.
 
     Returns:
-      The number of bits, of the broadcast shape, in float32 (float64 for a float64 total). NaN
+      The number of bits, of the shape of `total`, in float32 (float64 for a float64 total). NaN
       where there are no bytes.
 
     Raises:

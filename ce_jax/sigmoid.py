@@ -45,21 +45,24 @@ def sigmoid_binary_cross_entropy(
 
     Args:
       logits: log-odds of the positive class, floating, of any shape.
-      labels: numbers in [0, 1], of any real dtype; broadcast together with `logits`.
+      labels: numbers in [0, 1], of any real dtype; broadcastable to `logits`.
       weight: weight of each element, broadcastable to the loss (`[C]`: one for each class).
       pos_weight: weight of the positive part, broadcastable to the loss.
-      sample_weight: weight of each element, broadcastable to the loss; unlike `weight` it also
-        counts in the denominator of the mean. A weight of 0 silences a loss of inf or NaN.
-      where: bool, broadcastable to the loss: elements to include. Others are 0, also in gradient.
+      sample_weight: weight of each element, with the axes of the loss (size 1 broadcasts) or none;
+        unlike `weight` it also counts in the denominator of the mean. A weight of 0 silences a loss
+        of inf or NaN.
+      where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
+        Others are 0, also in gradient.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1]. May
         be traced.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
         count (0 if that is 0).
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own.
 
     Returns:
-      The loss, of the broadcast shape or `[]`, in float32 (float64 for float64 logits).
+      The loss, of the shape of `logits` or `[]`, in float32 (float64 for float64 logits).
 
     Raises:
       TypeError: for a dtype or type that does not fit.

@@ -59,8 +59,8 @@ def softmax_cross_entropy_with_integer_labels(
       where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
         dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
       weight: weight of each class `[C]`.
-      sample_weight: weight of each example, broadcastable to the loss. A weight of 0 silences the
-        row, even if its loss is inf or NaN.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+        A weight of 0 silences the row, even if its loss is inf or NaN.
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
@@ -70,8 +70,9 @@ def softmax_cross_entropy_with_integer_labels(
         among all classes, and the loss is the same on all devices of that axis.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight * weight[label])` of the
         rows that count (0 if that is 0, where torch gives NaN; see `mean_denominator`).
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits).
@@ -187,15 +188,17 @@ def softmax_cross_entropy(
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
-        allowed; a label of 0 there costs nothing, any other is +inf.
-      labels: a non-negative number for each class, broadcastable to `logits`; floating, integer or
-        bool (one-hot).
+        allowed; a label of 0 there costs nothing, any other is +inf. optax drops what a target has
+        on classes excluded by `where`: `labels * where` gives its number.
+      labels: a non-negative number for each class, floating or bool (one-hot), broadcastable to
+        `logits` but in the class axis. Integers, such as counts, need the shape of `logits`, so
+        that class ids cannot be taken for a distribution.
       axis: the class axis, a tuple of them, or None for all.
       where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
         dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
       weight: weight of each class `[C]`.
-      sample_weight: weight of each example, broadcastable to the loss. A weight of 0 silences the
-        row, even if its loss is inf or NaN.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+        A weight of 0 silences the row, even if its loss is inf or NaN.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
@@ -203,8 +206,9 @@ def softmax_cross_entropy(
         `logits` as of `labels` and `weight`.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0, where torch gives NaN).
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own.
 
     Returns:
       The loss, of the shape of `logits` less the class axes or `[]`, in float32 (float64 for

@@ -62,7 +62,8 @@ def softmax_statistics(
       where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
       ignore_index: label of rows that do not count.
       axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 logits), and

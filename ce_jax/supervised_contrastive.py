@@ -49,7 +49,8 @@ def supervised_contrastive_loss(
         divided by `sum(sample_weight)` of the examples that count (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `embeddings`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
