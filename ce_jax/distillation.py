@@ -113,7 +113,7 @@ def _distillation(
 ) -> Array:
     student = targets.rows_of("logits", logits, axis, where, axis_name)
     teacher_logits = checks.floating("teacher_logits", teacher_logits)
-    checks.shape_is("teacher_logits", teacher_logits, jnp.shape(logits), "that of logits")
+    checks.shape_is("teacher_logits", teacher_logits, logits.shape, "that of logits")
     teacher = targets.rows_of("teacher_logits", teacher_logits, axis, where, axis_name)
     *rows, local = student.values.shape
     dtype = wide(jnp.promote_types(student.values.dtype, teacher.values.dtype))

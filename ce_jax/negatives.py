@@ -128,7 +128,7 @@ def _log_uniform_negatives(
     steps = (items - 1).bit_length()
     low, _ = jax.lax.fori_loop(0, steps, halve, (one, jnp.full_like(one, items)))
     ids = low - 1
-    return Negatives(ids, _log_uniform_log_prob(ids, items) + jnp.log(samples))
+    return Negatives(ids, _log_uniform_log_prob(ids, items=items) + jnp.log(samples))
 
 
 def log_uniform_log_prob(ids: ArrayLike, num_items: int) -> Float[Array, "..."]:
@@ -155,11 +155,11 @@ def log_uniform_log_prob(ids: ArrayLike, num_items: int) -> Float[Array, "..."]:
     References:
       Zipf, `Human Behavior and the Principle of Least Effort`, 1949.
     """
-    return _log_uniform_log_prob(ids, positive_int("num_items", num_items))
+    return _log_uniform_log_prob(ids, items=positive_int("num_items", num_items))
 
 
-@functools.partial(jax.jit, static_argnums=(1,), inline=True)
-def _log_uniform_log_prob(ids: ArrayLike, items: int) -> Array:
+@compiled
+def _log_uniform_log_prob(ids: Array, *, items: int) -> Array:
     ids = checks.integer("ids", ids)
     valid = ~targets.class_ids(ids, ids.shape, items, None, None).unknown
     k = jnp.where(valid, ids, 0).astype(jnp.result_type(float))

@@ -222,7 +222,7 @@ def _poly_loss_cross_entropy(
         "sample_weight", sample_weight, rows.values.shape[:-1], dtype
     )
     z = targets.without_excluded(rows.values, rows.counts, sample_weight).astype(dtype)
-    probs = targets.distributions(labels, jnp.shape(logits), axis, dtype)
+    probs = targets.distributions(labels, logits.shape, axis, dtype)
     probs = targets.without_excluded(probs, rows.counts, sample_weight)
 
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks
-from ._arguments.compiled import compiled
+from ._arguments.compiled import array, compiled
 from ._arguments.types import ArrayLike
 from ._rows.tile import wide
 
@@ -161,7 +161,7 @@ def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]
     References:
       Gao et al., `The Pile: An 800GB Dataset of Diverse Text for Language Modeling`, 2020.
     """
-    return _per_item(total, num_bytes, name="num_bytes", bits=True)
+    return _per_item(total, array("num_bytes", num_bytes), name="num_bytes", bits=True)
 
 
 @compiled

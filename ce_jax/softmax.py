@@ -271,10 +271,11 @@ def _distribution_loss(
 
     # A tile widens narrow labels as it does narrow logits, and nobody holds a wide copy. Not those
     # that are broadcast: their cotangents add up over the rows.
-    narrow = jnp.result_type(labels) in (jnp.bfloat16, jnp.float16)
-    as_given = weight is None and jnp.shape(labels) == jnp.shape(logits)
-    held = jnp.result_type(labels) if narrow and as_given else dtype
-    probs = targets.distributions(labels, jnp.shape(logits), axis, held)
+    labels = checks.real("labels", labels)
+    narrow = labels.dtype in (jnp.bfloat16, jnp.float16)
+    as_given = weight is None and labels.shape == logits.shape
+    held = labels.dtype if narrow and as_given else dtype
+    probs = targets.distributions(labels, logits.shape, axis, held)
     probs = targets.without_excluded(probs, rows.counts, sample_weight, axis_name)
     if weight is not None:
         probs = probs * jnp.broadcast_to(weight, probs.shape)

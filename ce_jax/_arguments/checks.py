@@ -99,6 +99,19 @@ def of_rows(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
     return jnp.broadcast_to(x, shape)
 
 
+def rows_to_include(where: Array, rows: Sequence[int], name: str, shape: Sequence[int]) -> Array:
+    """A `where` that does not have the axes of `name`, of this shape, broadcast to the loss."""
+    if where.ndim not in (0, len(rows)) or not _fits(where.shape, rows):
+        by_row, by_class = (indexing("where", where.shape, x) for x in (rows, shape))
+        raise ValueError(
+            f"where must have the axes of the loss, {tuple(rows)}, or of {name}, {tuple(shape)}, "
+            f"each of that size or 1, or none, got {where.shape}"
+            + by_row.replace("write", "for rows write")
+            + by_class.replace("write", f"for the last axis of {name} write")
+        )
+    return jnp.broadcast_to(where, rows)
+
+
 def _fits(shape: Sequence[int], onto: Sequence[int]) -> bool:
     pairs = zip(reversed(shape), reversed(onto), strict=False)
     return len(shape) <= len(onto) and all(have in (1, want) for have, want in pairs)

@@ -89,15 +89,7 @@ def rows_of(
         included = classes_last(included, axes)
         most = sharded.max_over(jnp.max(included, -1).astype(jnp.float32), axis_name)
         return Rows(jnp.where(included, x, -jnp.inf), most > 0)
-    if where.ndim in (0, x.ndim - 1):
-        of_classes = checks.indexing("where", where.shape, shape)
-        rows = f"the rows of {name}" + of_classes.replace("; write", "; for classes write")
-        return Rows(x, checks.of_rows("where", where, x.shape[:-1], rows))
-    raise ValueError(
-        f"where must have the axes of the loss {x.shape[:-1]} (rows to include) or the axes of "
-        f"{name} {shape} (classes to include), or none, got {where.shape}"
-        + checks.indexing("where", where.shape, shape)
-    )
+    return Rows(x, checks.rows_to_include(where, x.shape[:-1], name, shape))
 
 
 def without_excluded(
@@ -191,7 +183,8 @@ def class_ids(
         " or through jnp.argmax"
     )
     labels = checks.integer("labels", labels, f"; write labels.astype(int){per_class}")
-    if labels.ndim == len(rows) + 1 and labels.shape[-1] != 1:
+    too_many = labels.ndim == len(rows) + 1
+    if too_many and not checks.indexing("labels", labels.shape, rows):
         raise ValueError(
             f"labels must have shape {tuple(rows)} (one class id per row), got {labels.shape}"
             + per_class

@@ -59,14 +59,9 @@ def compared(
         if where.ndim == negatives.ndim:
             included = checks.of_rows("where", where, negatives.shape, "negative_logits")
             negatives = jnp.where(included, negatives, 0)
-        elif where.ndim in (0, label.ndim):
-            counts = checks.of_rows("where", where, label.shape, "the loss")
         else:
-            raise ValueError(
-                f"where must have the axes of the loss {label.shape} (rows to include) or of "
-                f"negative_logits {negatives.shape} (negatives to include), or none, got "
-                f"{where.shape}" + checks.indexing("where", where.shape, negatives.shape)
-            )
+            shape = negatives.shape
+            counts = checks.rows_to_include(where, label.shape, "negative_logits", shape)
     weights = reductions.weights("sample_weight", sample_weight, label.shape, dtype)
     kept = counts
     if weights is not None:
