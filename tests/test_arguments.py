@@ -31,6 +31,10 @@ PER_ROW_CASES = [
 ]
 
 
+# A loop of unknown length.
+NOT_DIFFERENTIABLE = {"fit_temperature"}
+
+
 def test_all_public_functions_are_here():
     public = {name for name in ce_jax.__all__ if inspect.isfunction(vars(ce_jax).get(name))}
     assert ARGUMENTS.keys() | WITHOUT_ARRAYS == public
@@ -179,3 +183,31 @@ def test_rows_of_symbolic_size():
         weights = jax.ShapeDtypeStruct(shape, jnp.float32)
         with pytest.raises(ValueError, match="sample_weight must have"):
             jax.eval_shape(loss, logits, labels, sample_weight=weights)
+
+
+WITH_WHERE = [
+    (function, name)
+    for function, arguments in ARGUMENTS.items()
+    for name in ("logits", "hidden", "log_probs", "label_logits", "images", "queries", "embeddings")
+    if {"where", name} <= arguments.keys() and function not in NOT_DIFFERENTIABLE
+]
+
+
+@pytest.mark.parametrize(("function", "name"), WITH_WHERE)
+def test_rows_that_do_not_count_raise_no_alarm(function, name):
+    """Under `jax.debug_nans`, outside `jit`: what is kept for the gradient is no NaN either."""
+    arguments = dict(ARGUMENTS[function])
+    call, where = getattr(ce_jax, function), arguments["where"]
+
+    def total(x):
+        leaves = jax.tree.leaves(call(**arguments | {name: x}))
+        return sum(jnp.sum(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
+
+    for fault in (np.inf, -np.inf):  # where a NaN was made, there the alarm is
+        x = np.array(arguments[name])
+        x[~where] = fault
+        x = jnp.asarray(x)
+        with jax.debug_nans(True):
+            value, slope = jax.value_and_grad(total)(x)
+        assert jnp.isfinite(value)
+        assert jnp.all(jnp.isfinite(slope))
