@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 _Result = TypeVar("_Result")
-_AS_IT_IS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, type(None))
+_AS_IT_IS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
 def array(name: str, x: Any) -> Any:
     """`x`, if JAX takes it, or else the array it stands for; named tuples field by field."""
-    if isinstance(x, _AS_IT_IS):
+    if x is None or isinstance(x, _AS_IT_IS):
         return x
     if hasattr(x, "_fields"):
         return type(x)(*(array(f"{name}.{f}", y) for f, y in zip(x._fields, x, strict=True)))
