@@ -1,5 +1,7 @@
 """Cross-entropy losses for JAX: exact in every option, with fused gradients, compiled by XLA."""
 
+from typing import TYPE_CHECKING
+
 from .calibration import ReliabilityBins as ReliabilityBins
 from .calibration import brier_score as brier_score
 from .calibration import expected_calibration_error as expected_calibration_error
@@ -21,7 +23,7 @@ from .information import entropy as entropy
 from .information import kl_divergence as kl_divergence
 from .information import self_information as self_information
 from .linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
-from .linear import linear_softmax_statistics as linear_softmax_statistics
+from .linear_statistics import linear_softmax_statistics as linear_softmax_statistics
 from .mesh import on_mesh as on_mesh
 from .multitask import init_log_variances as init_log_variances
 from .multitask import uncertainty_weighted_loss as uncertainty_weighted_loss
@@ -70,14 +72,81 @@ from .weighting import prediction_logit_offset as prediction_logit_offset
 from .weighting import prior_shift_weights as prior_shift_weights
 from .weighting import training_logit_offset as training_logit_offset
 
+if TYPE_CHECKING:
+    from optax.losses import binary_dice_loss as binary_dice_loss
+    from optax.losses import convex_kl_divergence as convex_kl_divergence
+    from optax.losses import cosine_distance as cosine_distance
+    from optax.losses import cosine_similarity as cosine_similarity
+    from optax.losses import ctc_loss as ctc_loss
+    from optax.losses import ctc_loss_with_forward_probs as ctc_loss_with_forward_probs
+    from optax.losses import dice_loss as dice_loss
+    from optax.losses import generalized_kl_divergence as generalized_kl_divergence
+    from optax.losses import hinge_loss as hinge_loss
+    from optax.losses import huber_loss as huber_loss
+    from optax.losses import kl_divergence_with_log_targets as kl_divergence_with_log_targets
+    from optax.losses import l2_loss as l2_loss
+    from optax.losses import log_cosh as log_cosh
+    from optax.losses import make_fenchel_young_loss as make_fenchel_young_loss
+    from optax.losses import multiclass_generalized_dice_loss as multiclass_generalized_dice_loss
+    from optax.losses import multiclass_hinge_loss as multiclass_hinge_loss
+    from optax.losses import multiclass_perceptron_loss as multiclass_perceptron_loss
+    from optax.losses import multiclass_sparsemax_loss as multiclass_sparsemax_loss
+    from optax.losses import ntxent as ntxent
+    from optax.losses import perceptron_loss as perceptron_loss
+    from optax.losses import ranking_softmax_loss as ranking_softmax_loss
+    from optax.losses import sparsemax_loss as sparsemax_loss
+    from optax.losses import squared_error as squared_error
+    from optax.losses import triplet_margin_loss as triplet_margin_loss
 
-def __getattr__(name: str) -> object:
-    """Losses that are no cross-entropies come from optax, so that its module can be replaced."""
-    if name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from optax import losses
+# Losses that are no cross-entropies come from optax, so that `optax.losses` can be replaced.
+_OF_OPTAX = (
+    "binary_dice_loss",
+    "convex_kl_divergence",
+    "cosine_distance",
+    "cosine_similarity",
+    "ctc_loss",
+    "ctc_loss_with_forward_probs",
+    "dice_loss",
+    "generalized_kl_divergence",
+    "hinge_loss",
+    "huber_loss",
+    "kl_divergence_with_log_targets",
+    "l2_loss",
+    "log_cosh",
+    "make_fenchel_young_loss",
+    "multiclass_generalized_dice_loss",
+    "multiclass_hinge_loss",
+    "multiclass_perceptron_loss",
+    "multiclass_sparsemax_loss",
+    "ntxent",
+    "perceptron_loss",
+    "ranking_softmax_loss",
+    "sparsemax_loss",
+    "squared_error",
+    "triplet_margin_loss",
+)
+__all__ = sorted(
+    {name for name, x in globals().items() if getattr(x, "__module__", "").startswith("ce_jax.")}
+    | {*_OF_OPTAX}
+)
 
-    try:
-        return getattr(losses, name)
-    except AttributeError:
-        raise AttributeError(f"neither ce_jax nor optax.losses has {name!r}") from None
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if not TYPE_CHECKING:  # or no name would be unknown to a type checker
+
+    def __getattr__(name):
+        """Imports optax when one of its losses is asked for, and not before."""
+        if name in _OF_OPTAX:
+            from optax import losses
+
+            return getattr(losses, name)
+        message = f"module {__name__!r} has no attribute {name!r}"
+        if not name.startswith("_"):
+            import difflib
+
+            meant = difflib.get_close_matches(name, __all__, n=1)
+            message += f"; did you mean {meant[0]!r}?" if meant else ""
+        raise AttributeError(message)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
+from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows.bins import bin_of_rank, bin_sums
 from ._rows.tile import wide
 from .diagnostics import log_softmax
@@ -37,12 +38,12 @@ class ReliabilityBins(NamedTuple):
 
 
 def reliability_bins(
-    confidence: Shaped[ArrayLike, "..."],
-    correct: Shaped[ArrayLike, "..."],
+    confidence: ArrayLike,
+    correct: ArrayLike,
     *,
     bins: int = 15,
     adaptive: bool = False,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
 ) -> ReliabilityBins:
     r"""Groups predictions by confidence, to set the mean confidence against the accuracy.
 
@@ -56,7 +57,8 @@ def reliability_bins(
       correct: bool, of the same shape: whether it came true.
       bins: number M of bins.
       adaptive: bins of equal size instead of equal width.
-      where: bool, broadcastable to `confidence`: the predictions to include.
+      where: bool, with the axes of `confidence` (size 1 broadcasts) or none: the predictions to
+        include.
 
     Returns:
       A named tuple of arrays `[M]`: `size`, `confidence` and `accuracy`, the latter two float32
@@ -83,11 +85,11 @@ def reliability_bins(
     return _reliability_bins(confidence, correct, where, bins=bins, adaptive=bool(adaptive))
 
 
-@functools.partial(jax.jit, static_argnames=("bins", "adaptive"), inline=True)
+@compiled
 def _reliability_bins(
-    confidence: ArrayLike,
-    correct: ArrayLike,
-    where: ArrayLike | None,
+    confidence: Array,
+    correct: Array,
+    where: Array | None,
     *,
     bins: int,
     adaptive: bool,
@@ -98,7 +100,7 @@ def _reliability_bins(
     counts = jnp.ones(confidence.shape, bool)
     if where is not None:
         where = checks.boolean("where", where)
-        counts = checks.broadcast("where", where, counts.shape, "the shape of confidence")
+        counts = checks.of_rows("where", where, counts.shape, "confidence")
     counts, correct = counts.reshape(-1), correct.reshape(-1)
     confidence = confidence.reshape(-1).astype(wide(confidence.dtype))
     confidence = jnp.where(counts, confidence, 0)
@@ -127,12 +129,12 @@ def _reliability_bins(
 
 
 def expected_calibration_error(
-    confidence: Shaped[ArrayLike, "..."],
-    correct: Shaped[ArrayLike, "..."],
+    confidence: ArrayLike,
+    correct: ArrayLike,
     *,
     bins: int = 15,
     adaptive: bool = False,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
 ) -> Float[Array, ""]:
     r"""Mean distance of the accuracy from the confidence, over the bins of `reliability_bins`.
 
@@ -145,7 +147,8 @@ def expected_calibration_error(
       correct: bool, of the same shape: whether it came true.
       bins: number of bins.
       adaptive: bins of equal size instead of equal width.
-      where: bool, broadcastable to `confidence`: the predictions to include.
+      where: bool, with the axes of `confidence` (size 1 broadcasts) or none: the predictions to
+        include.
 
     Returns:
       The error in [0, 1], `[]`, float32 (float64 for a float64 confidence). NaN of no prediction.
@@ -167,7 +170,7 @@ def expected_calibration_error(
     return _expected_calibration_error(found)
 
 
-@functools.partial(jax.jit, inline=True)
+@compiled
 def _expected_calibration_error(found: ReliabilityBins) -> Array:
     gap = jnp.where(found.size == 0, 0, jnp.abs(found.accuracy - found.confidence))
     size = found.size.astype(gap.dtype)
@@ -176,14 +179,14 @@ def _expected_calibration_error(found: ReliabilityBins) -> Array:
 
 
 def brier_score(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
 ) -> Float[Array, "..."]:
     r"""Squared distance of softmax(logits) from the label, a score that calibration improves.
 
@@ -194,7 +197,7 @@ def brier_score(
       labels: class ids `[...]`, of any integer dtype.
       axis: the class axis, or a tuple of them: labels are then flat indices.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
@@ -227,16 +230,16 @@ def brier_score(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction"), inline=True)
+@compiled
 def _brier_score(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    sample_weight: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
-    reduction: str,
+    reduction: Reduction,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where)
     shape = rows.values.shape
@@ -250,15 +253,15 @@ def _brier_score(
 
 
 def fit_temperature(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
-    low: Shaped[ArrayLike, ""] = 0.01,
-    high: Shaped[ArrayLike, ""] = 100.0,
+    low: Scalar = 0.01,
+    high: Scalar = 100.0,
 ) -> Float[Array, ""]:
     r"""The temperature by which to divide logits for the least cross-entropy on held-out data.
 
@@ -273,7 +276,7 @@ def fit_temperature(
       labels: class ids `[...]`, of any integer dtype.
       axis: the class axis, or a tuple of them: labels are then flat indices.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       low: the least temperature; the result where every prediction is right, and so the best
         temperature 0. May be traced.
@@ -315,12 +318,12 @@ def fit_temperature(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "ignore_index"), inline=True)
+@compiled
 def _fit_temperature(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    sample_weight: Array | None,
     low: Array,
     high: Array,
     *,

@@ -9,32 +9,29 @@ logits, for one collective that the derivative turns into one too.
 
 from __future__ import annotations
 
-import functools
-from typing import cast
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions
+from ._arguments.compiled import compiled
 from ._arguments.options import scalar
 from ._arguments.sides import over_devices, reduced, sides
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import pairs
 from ._rows.tile import wide
 from .linear import linear_softmax_cross_entropy
 
-_STATIC = ("axis_name", "reduction", "memory_budget", "forward_mode")
-
 
 def info_nce_loss(
-    queries: Shaped[ArrayLike, "..."],
-    keys: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    queries: ArrayLike,
+    keys: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    logit_scale: Shaped[ArrayLike, ""] = 1.0,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    logit_scale: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -59,7 +56,8 @@ def info_nce_loss(
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default as in
         `linear_softmax_cross_entropy`.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
@@ -94,16 +92,16 @@ def info_nce_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _info_nce(
-    queries: ArrayLike,
-    keys: ArrayLike,
-    where: ArrayLike | None,
+    queries: Array,
+    keys: Array,
+    where: Array | None,
     logit_scale: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array:
@@ -115,7 +113,7 @@ def _info_nce(
     if rows == 0:  # perhaps there is no key either
         loss = jnp.sum(x.rows, -1 if reduction == "none" else None, dtype=dtype)
     else:
-        found = linear_softmax_cross_entropy(
+        loss = linear_softmax_cross_entropy(
             x.rows,
             x.columns,
             x.first + jnp.arange(rows, dtype=jnp.int32),
@@ -127,7 +125,6 @@ def _info_nce(
             memory_budget=memory_budget,
             forward_mode=forward_mode,
         )
-        loss = cast(Array, found)  # no tuple, as statistics were not asked for
     if reduction == "none":
         return loss
     weights = reductions.weights("sample_weight", sample_weight, (rows,), dtype)
@@ -135,14 +132,14 @@ def _info_nce(
 
 
 def clip_loss(
-    images: Shaped[ArrayLike, "..."],
-    texts: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    images: ArrayLike,
+    texts: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    logit_scale: Shaped[ArrayLike, ""] = 1.0,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    logit_scale: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -169,7 +166,8 @@ def clip_loss(
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `texts`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
@@ -204,16 +202,16 @@ def clip_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _clip(
-    images: ArrayLike,
-    texts: ArrayLike,
-    where: ArrayLike | None,
+    images: Array,
+    texts: Array,
+    where: Array | None,
     logit_scale: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array:
@@ -226,15 +224,15 @@ def _clip(
 
 
 def siglip_loss(
-    images: Shaped[ArrayLike, "..."],
-    texts: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    images: ArrayLike,
+    texts: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    logit_scale: Shaped[ArrayLike, ""] = 1.0,
-    logit_bias: Shaped[ArrayLike, ""] = 0.0,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    logit_scale: Scalar = 1.0,
+    logit_bias: Scalar = 0.0,
+    sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -262,7 +260,8 @@ def siglip_loss(
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `texts`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
@@ -296,17 +295,17 @@ def siglip_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _siglip(
-    images: ArrayLike,
-    texts: ArrayLike,
-    where: ArrayLike | None,
+    images: Array,
+    texts: Array,
+    where: Array | None,
     logit_scale: Array,
     logit_bias: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike
 from ._rows import sharded
 
 
 def mean_denominator(
-    labels: Shaped[ArrayLike, "..."],
+    labels: ArrayLike,
     *,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     ignore_index: int | None = None,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
@@ -34,8 +33,8 @@ def mean_denominator(
       labels: class ids; or, for losses that take other labels, any floating array of the loss's
         shape, of which only the shape is used.
       weight: weight of each class `[C]`; with integer labels only.
-      sample_weight: weight of each example, broadcastable to `labels`.
-      where: bool, broadcastable to `labels`: the examples to include.
+      sample_weight: weight of each example, with the axes of `labels` (size 1 broadcasts) or none.
+      where: bool, with the axes of `labels` (size 1 broadcasts) or none: the examples to include.
       ignore_index: label of rows that do not count; with integer labels only.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `weight` is sharded by
         classes. Rows that are sharded need nothing here: add up what each device's rows give.
@@ -64,12 +63,12 @@ def mean_denominator(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("ignore_index", "axis_name"), inline=True)
+@compiled
 def _mean_denominator(
-    labels: ArrayLike,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
+    labels: Array,
+    weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
     *,
     ignore_index: int | None,
     axis_name: str | None,
@@ -78,7 +77,7 @@ def _mean_denominator(
     counts = None
     if where is not None:
         where = checks.boolean("where", where)
-        counts = checks.broadcast("where", where, labels.shape, "the shape of labels")
+        counts = checks.of_rows("where", where, labels.shape, "labels")
     if weight is not None or ignore_index is not None:
         labels = checks.integer("labels", labels)
     given = [jnp.asarray(x).dtype for x in (labels, weight, sample_weight) if x is not None]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
+from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike
 from ._rows.numerics import expm1_less_x
 from ._rows.tile import wide
 
@@ -30,10 +31,10 @@ class CrossEntropyParts(NamedTuple):
 
 
 def cross_entropy_parts(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] | None = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
 ) -> CrossEntropyParts:
     r"""Splits a cross-entropy into label uncertainty and model error, by example and class.
 
@@ -49,7 +50,7 @@ def cross_entropy_parts(
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating; `-inf` masks a class.
-      labels: distributions, broadcastable to `logits`; floating, or one-hot integer or bool.
+      labels: a non-negative number for each class, as in `softmax_cross_entropy`.
       axis: the class axis, a tuple of them, or None for all.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
 
@@ -74,14 +75,14 @@ def cross_entropy_parts(
     return _cross_entropy_parts(logits, labels, where, axis=checks.static_axis(axis))
 
 
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@compiled
 def _cross_entropy_parts(
-    logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None, *, axis: _Axis
+    logits: Array, labels: Array, where: Array | None, *, axis: _Axis
 ) -> CrossEntropyParts:
     rows = targets.rows_of("logits", logits, axis, where)
     z = targets.without_excluded(rows.values, rows.counts)
     log_p = log_softmax(z)
-    q = targets.distributions(labels, jnp.shape(logits), axis, log_p.dtype)
+    q = targets.distributions(labels, logits.shape, axis, log_p.dtype)
     likely = q > 0
     log_q = jnp.log(jnp.where(likely, q, 1))
     # q (p/q - 1 - log(p/q)), and what is left of it for q -> 0. A negative label is NaN.
@@ -111,10 +112,10 @@ class GradientView(NamedTuple):
 
 
 def gradient_view(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
     ignore_index: int | None = None,
 ) -> GradientView:
@@ -160,11 +161,11 @@ def gradient_view(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "ignore_index"), inline=True)
+@compiled
 def _gradient_view(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    where: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,

@@ -2,16 +2,17 @@ r"""Learning from a teacher: the divergence between its softmax and the student'
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import array, compiled
 from ._arguments.options import scalar
 from ._arguments.two_heads import Layer, two_heads
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, divergence
 from ._rows.loss import silenced
@@ -22,16 +23,16 @@ _COLDEST = 1e-6
 
 
 def distillation_loss(
-    logits: Shaped[ArrayLike, "..."],
-    teacher_logits: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    teacher_logits: ArrayLike,
     axis: int | Sequence[int] | None = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
-    temperature: Shaped[ArrayLike, ""] = 1.0,
+    temperature: Scalar = 1.0,
     reverse: bool = False,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Kullback-Leibler divergence of the student's softmax from the teacher's, in nats.
@@ -56,11 +57,12 @@ def distillation_loss(
       temperature: T, at least 1e-6. May be traced.
       reverse: take the teacher's divergence from the student's: it seeks a mode of the teacher
         rather than covers all.
-      sample_weight: weight of each row, broadcastable to the loss.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       axis_name: mapped mesh axis over which the class axis of both is sharded.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits of one are). It is +inf
@@ -95,27 +97,23 @@ def distillation_loss(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("axis", "reverse", "axis_name", "reduction", "forward_mode"),
-    inline=True,
-)
+@compiled
 def _distillation(
-    logits: ArrayLike,
-    teacher_logits: ArrayLike,
-    where: ArrayLike | None,
+    logits: Array,
+    teacher_logits: Array,
+    where: Array | None,
     temperature: Array | None,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
     reverse: bool,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     student = targets.rows_of("logits", logits, axis, where, axis_name)
     teacher_logits = checks.floating("teacher_logits", teacher_logits)
-    checks.shape_is("teacher_logits", teacher_logits, jnp.shape(logits), "that of logits")
+    checks.shape_is("teacher_logits", teacher_logits, logits.shape, "that of logits")
     teacher = targets.rows_of("teacher_logits", teacher_logits, axis, where, axis_name)
     *rows, local = student.values.shape
     dtype = wide(jnp.promote_types(student.values.dtype, teacher.values.dtype))
@@ -160,25 +158,25 @@ def _temperature(value: ArrayLike) -> Array | None:
 
 
 def linear_distillation_loss(
-    hidden: Shaped[ArrayLike, "..."],
-    kernel: Shaped[ArrayLike, "..."],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
     *,
-    teacher_logits: Shaped[ArrayLike, "..."] | None = None,
-    teacher_hidden: Shaped[ArrayLike, "..."] | None = None,
-    teacher_kernel: Shaped[ArrayLike, "..."] | None = None,
-    bias: Shaped[ArrayLike, "..."] | None = None,
-    teacher_bias: Shaped[ArrayLike, "..."] | None = None,
+    teacher_logits: ArrayLike | None = None,
+    teacher_hidden: ArrayLike | None = None,
+    teacher_kernel: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    teacher_bias: ArrayLike | None = None,
     class_axis: int = -1,
     teacher_class_axis: int = -1,
     num_classes: int | None = None,
-    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    teacher_logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    temperature: Shaped[ArrayLike, ""] = 1.0,
+    logit_soft_cap: Scalar | None = None,
+    teacher_logit_soft_cap: Scalar | None = None,
+    temperature: Scalar = 1.0,
     reverse: bool = False,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -211,14 +209,16 @@ def linear_distillation_loss(
       teacher_logit_soft_cap: positive bound of the teacher's logits. May be traced.
       temperature: T, at least 1e-6. May be traced.
       reverse: take the teacher's divergence from the student's.
-      sample_weight: weight of each row, broadcastable to the loss.
-      where: bool, broadcastable to the loss: rows to include, such as `next_tokens` has it.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
+      where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
+        `next_tokens` has it.
       axis_name: mapped mesh axis over which the classes of all arrays are sharded, alike.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
       memory_budget: bytes that the blocks of logits and their gradients may take, by default as
         in `linear_softmax_cross_entropy`, of both kernels together.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is).
@@ -240,11 +240,17 @@ def linear_distillation_loss(
       As `distillation_loss`.
     """
     checks.reduction(reduction)
-    student = Layer(hidden, kernel, bias, checks.soft_cap(logit_soft_cap))
+    cap = checks.soft_cap("logit_soft_cap", logit_soft_cap)
+    student = Layer(array("hidden", hidden), array("kernel", kernel), array("bias", bias), cap)
     teacher = None
     if teacher_hidden is not None and teacher_kernel is not None:
-        cap = checks.soft_cap(teacher_logit_soft_cap)
-        teacher = Layer(teacher_hidden, teacher_kernel, teacher_bias, cap)
+        cap = checks.soft_cap("teacher_logit_soft_cap", teacher_logit_soft_cap)
+        teacher = Layer(
+            array("teacher_hidden", teacher_hidden),
+            array("teacher_kernel", teacher_kernel),
+            array("teacher_bias", teacher_bias),
+            cap,
+        )
     of_layer = (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap)
     if (teacher is None) == (teacher_logits is None) or (
         teacher is None and any(x is not None for x in of_layer)
@@ -271,34 +277,21 @@ def linear_distillation_loss(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "class_axis",
-        "teacher_class_axis",
-        "num_classes",
-        "reverse",
-        "axis_name",
-        "reduction",
-        "memory_budget",
-        "forward_mode",
-    ),
-    inline=True,
-)
+@compiled
 def _linear_distillation(
     student: Layer,
     teacher: Layer | None,
-    teacher_logits: ArrayLike | None,
+    teacher_logits: Array | None,
     temperature: Array | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
+    sample_weight: Array | None,
+    where: Array | None,
     *,
     class_axis: int,
     teacher_class_axis: int,
     num_classes: int | None,
     reverse: bool,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array:

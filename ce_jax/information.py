@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Real
+from jaxtyping import Array, Float
 
 from ._arguments import checks
+from ._arguments.types import ArrayLike, Scalar
 from ._rows.numerics import linear
 
 # 1/17, ..., 1/5, 1/3: the series of `_kl_terms`. With |s| <= 1/8 the first term left out is below
@@ -24,9 +25,7 @@ from ._rows.numerics import linear
 _SERIES = tuple(1.0 / k for k in range(17, 1, -2))
 
 
-def self_information(
-    p: Float[ArrayLike, "..."], *, base: Real[ArrayLike, ""] = math.e
-) -> Float[Array, "..."]:
+def self_information(p: ArrayLike, *, base: Scalar = math.e) -> Float[Array, "..."]:
     r"""Information (surprise) of an outcome of probability p.
 
     .. math:: I(p) = -\log_b p
@@ -57,10 +56,10 @@ def self_information(
 
 
 def entropy(
-    p: Float[ArrayLike, "..."],
+    p: ArrayLike,
     axis: int | Sequence[int] | None = -1,
     *,
-    base: Real[ArrayLike, ""] = math.e,
+    base: Scalar = math.e,
 ) -> Float[Array, "..."]:
     r"""Entropy of a distribution: its mean information.
 
@@ -98,9 +97,7 @@ def entropy(
     return _entropy(p, _log_base(base), checks.axes(axis, p.ndim))
 
 
-def binary_entropy(
-    p: Float[ArrayLike, "..."], *, base: Real[ArrayLike, ""] = math.e
-) -> Float[Array, "..."]:
+def binary_entropy(p: ArrayLike, *, base: Scalar = math.e) -> Float[Array, "..."]:
     r"""Entropy of a coin that shows heads with probability p.
 
     .. math:: H(p) = -p \log_b p - (1 - p) \log_b (1 - p)
@@ -134,11 +131,11 @@ def binary_entropy(
 
 
 def cross_entropy(
-    p: Float[ArrayLike, "..."],
-    q: Float[ArrayLike, "..."],
+    p: ArrayLike,
+    q: ArrayLike,
     axis: int | Sequence[int] | None = -1,
     *,
-    base: Real[ArrayLike, ""] = math.e,
+    base: Scalar = math.e,
 ) -> Float[Array, "..."]:
     r"""Mean information when outcomes follow p and are coded as if they followed q.
 
@@ -180,11 +177,11 @@ def cross_entropy(
 
 
 def kl_divergence(
-    p: Float[ArrayLike, "..."],
-    q: Float[ArrayLike, "..."],
+    p: ArrayLike,
+    q: ArrayLike,
     axis: int | Sequence[int] | None = -1,
     *,
-    base: Real[ArrayLike, ""] = math.e,
+    base: Scalar = math.e,
 ) -> Float[Array, "..."]:
     r"""Information lost when q stands in for p (relative entropy).
 
@@ -365,7 +362,7 @@ def _in_base(nats: Array, log_base: Array | float) -> Array:
     return nats / jnp.asarray(log_base).astype(nats.dtype)
 
 
-def _log_base(base: Real[ArrayLike, ""]) -> Array | float:
+def _log_base(base: Scalar) -> Array | float:
     # On the host: log(e) is 1 exactly, and no base is rounded to float32 before its logarithm.
     x = base if isinstance(base, jax.core.Tracer) else np.asarray(base)
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):

@@ -9,40 +9,118 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
-from ._arguments.layer import Layer, layer
+from ._arguments.compiled import compiled
+from ._arguments.layer import layer
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import class_blocks, sharded, token_blocks
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
 from ._rows.tile import RowStatistics, Target, wide
-from .statistics import SoftmaxStatistics, by_label
+from .linear_statistics import of_layer
+from .statistics import SoftmaxStatistics
 
 LogProbLoss = Callable[[Array], Array]
 
 
+@overload
 def linear_softmax_cross_entropy(
-    hidden: Shaped[ArrayLike, "..."],
-    kernel: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
     *,
-    bias: Shaped[ArrayLike, "..."] | None = None,
+    bias: ArrayLike | None = None,
     class_axis: int = -1,
     num_classes: int | None = None,
-    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    logit_soft_cap: Scalar | None = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     ignore_index: int | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    z_loss: Shaped[ArrayLike, "..."] = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     log_prob_loss: LogProbLoss | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
+    return_statistics: Literal[False] = False,
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> Float[Array, "..."]: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    class_axis: int = -1,
+    num_classes: int | None = None,
+    logit_soft_cap: Scalar | None = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    log_prob_loss: LogProbLoss | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    return_statistics: Literal[True],
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> tuple[Float[Array, "..."], SoftmaxStatistics]: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    class_axis: int = -1,
+    num_classes: int | None = None,
+    logit_soft_cap: Scalar | None = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    log_prob_loss: LogProbLoss | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    return_statistics: bool,
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], SoftmaxStatistics]: ...
+
+
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    class_axis: int = -1,
+    num_classes: int | None = None,
+    logit_soft_cap: Scalar | None = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    log_prob_loss: LogProbLoss | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
     return_statistics: bool = False,
     memory_budget: int | None = None,
     forward_mode: bool = False,
@@ -77,8 +155,9 @@ def linear_softmax_cross_entropy(
         part in anything. By default there is no padding.
       logit_soft_cap: positive bound of the logits. May be traced.
       weight: weight of each class `[V]`.
-      sample_weight: weight of each example, broadcastable to `labels`.
-      where: bool, broadcastable to `labels`: rows to include. (Classes are excluded by `bias`.)
+      sample_weight: weight of each example, with the axes of `labels` (size 1 broadcasts) or none.
+      where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include. (Classes
+        are excluded by `bias`.)
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
@@ -97,8 +176,9 @@ def linear_softmax_cross_entropy(
       memory_budget: bytes that a block of logits and its gradient may take. By default a third
         of the kernel's bytes, but at least 256 MB and at most 1 GB; 17 MB on a CPU, less on each of
         several devices that it plays.
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work, in the same memory.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own, in the same memory.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 inputs), and the
@@ -125,7 +205,7 @@ def linear_softmax_cross_entropy(
         kernel,
         labels,
         bias,
-        checks.soft_cap(logit_soft_cap),
+        checks.soft_cap("logit_soft_cap", logit_soft_cap),
         weight,
         sample_weight,
         where,
@@ -143,39 +223,25 @@ def linear_softmax_cross_entropy(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "class_axis",
-        "num_classes",
-        "ignore_index",
-        "log_prob_loss",
-        "axis_name",
-        "reduction",
-        "return_statistics",
-        "memory_budget",
-        "forward_mode",
-    ),
-    inline=True,
-)
+@compiled
 def _linear_loss(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    bias: ArrayLike | None,
-    logit_soft_cap: ArrayLike | None,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
-    z_loss: ArrayLike | None,
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    bias: Array | None,
+    logit_soft_cap: Array | None,
+    weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    label_smoothing: Array | None,
+    z_loss: Array | None,
     *,
     class_axis: int,
     num_classes: int | None,
     ignore_index: int | None,
     log_prob_loss: LogProbLoss | None,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     return_statistics: bool,
     memory_budget: int | None,
     forward_mode: bool,
@@ -239,7 +305,7 @@ def _linear_loss(
         loss = row_loss(found, inputs)
         total = loss.reshape(x.rows) if reduction == "none" else jnp.sum(loss)
         if return_statistics:
-            statistics = _by_label(found, x)
+            statistics = of_layer(found, x)
     if reduction == "mean":
         total = reductions.mean(
             total, x.label.ids.shape, x.label.counts, sample_weight, label_weight
@@ -264,132 +330,3 @@ def _row_loss(
     loss = softmax_loss(found, label_weight, label_smoothing, z_loss, classes=classes)
     loss = targets.nan_if(unknown, loss, sample_weight)
     return reductions.reduce(loss, counts, sample_weight, "none")
-
-
-def _by_label(found: RowStatistics, x: Layer) -> SoftmaxStatistics:
-    return jax.tree.map(lambda row: row.reshape(x.rows), by_label(found, x.label))
-
-
-def linear_softmax_statistics(
-    hidden: Shaped[ArrayLike, "..."],
-    kernel: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
-    *,
-    bias: Shaped[ArrayLike, "..."] | None = None,
-    class_axis: int = -1,
-    num_classes: int | None = None,
-    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    ignore_index: int | None = None,
-    axis_name: str | None = None,
-    memory_budget: int | None = None,
-    forward_mode: bool = False,
-) -> SoftmaxStatistics:
-    r"""Log-normaliser, label log-probability, entropy and argmax of a linear layer's softmax.
-
-    The statistics of `softmax_statistics` for the logits of `linear_softmax_cross_entropy`,
-
-    .. math::
-      z = \mathrm{cap} \tanh\!\left(\frac{h W + b}{\mathrm{cap}}\right)
-      \qquad (z = h W + b \text{ without a cap})
-
-    computed in blocks of classes that never stand in memory together. All but `argmax` are
-    differentiable: token log-probabilities and entropies for reinforcement learning, for example,
-    at the memory of a few numbers per token.
-
-    Args:
-      hidden: `[..., D]`, floating.
-      kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden`.
-      labels: class ids `[...]`, of any integer dtype.
-      bias: `[V]`.
-      class_axis: the axis of `kernel` that holds the classes.
-      num_classes: how many classes there are; what `kernel` holds beyond is padding.
-      logit_soft_cap: positive bound of the logits. May be traced.
-      where: bool, broadcastable to `labels`: rows to include.
-      ignore_index: label of rows that do not count.
-      axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes.
-      memory_budget: bytes that a block of logits and its gradient may take.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
-
-    Returns:
-      A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 inputs), and
-      `argmax`, int32. A row that does not count is 0 throughout; `label_logit` and `log_prob` are
-      NaN for a label that is no class.
-
-    Raises:
-      TypeError: for a dtype or type that does not fit; `hidden` and `kernel` must agree.
-      ValueError: for a shape, an axis or a value that does not fit.
-
-    Example:
-      >>> import jax.numpy as jnp, ce_jax
-      >>> hidden, kernel = jnp.eye(2), jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-      >>> found = ce_jax.linear_softmax_statistics(hidden, kernel, jnp.array([0, 2]))
-      >>> print(found.log_prob.round(4), found.argmax)
-      [-0.0949 -1.0986] [0 0]
-
-    References:
-      Shannon, `A Mathematical Theory of Communication`, 1948.
-    """
-    return _linear_statistics(
-        hidden,
-        kernel,
-        labels,
-        bias,
-        checks.soft_cap(logit_soft_cap),
-        where,
-        class_axis=checks.integer_option("class_axis", class_axis),
-        num_classes=checks.integer_option("num_classes", num_classes),
-        ignore_index=checks.integer_option("ignore_index", ignore_index),
-        axis_name=axis_name,
-        memory_budget=checks.memory_budget(memory_budget),
-        forward_mode=forward_mode,
-    )
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "class_axis",
-        "num_classes",
-        "ignore_index",
-        "axis_name",
-        "memory_budget",
-        "forward_mode",
-    ),
-    inline=True,
-)
-def _linear_statistics(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    bias: ArrayLike | None,
-    logit_soft_cap: ArrayLike | None,
-    where: ArrayLike | None,
-    *,
-    class_axis: int,
-    num_classes: int | None,
-    ignore_index: int | None,
-    axis_name: str | None,
-    memory_budget: int | None,
-    forward_mode: bool,
-) -> SoftmaxStatistics:
-    x = layer(
-        hidden,
-        kernel,
-        labels,
-        bias,
-        logit_soft_cap,
-        where,
-        class_axis=class_axis,
-        num_classes=num_classes,
-        ignore_index=ignore_index,
-        axis_name=axis_name,
-        memory_budget=memory_budget,
-        summed=False,
-        statistics=True,
-    )
-    target = Target(labels=x.label.ids)
-    found = class_blocks.row_statistics(
-        x.options, x.hidden, x.head, target, forward_mode=forward_mode
-    )
-    return _by_label(found, x)

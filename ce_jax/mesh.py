@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
-from . import denominator, linear, softmax, statistics
+from . import denominator, linear, linear_statistics, softmax, statistics
 from ._arguments import checks, placement, reductions
+from ._arguments.compiled import array
 from ._rows import sharded
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+# Of overloaded functions this keeps all signatures.
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _OF_LOGITS: tuple[Callable[..., Any], ...] = (
     softmax.softmax_cross_entropy_with_integer_labels,
@@ -26,7 +27,7 @@ _OF_LOGITS: tuple[Callable[..., Any], ...] = (
 )
 _OF_LAYER: tuple[Callable[..., Any], ...] = (
     linear.linear_softmax_cross_entropy,
-    linear.linear_softmax_statistics,
+    linear_statistics.linear_softmax_statistics,
 )
 _ARRAYS = ("logits", "hidden", "kernel", "labels", "bias", "weight", "sample_weight", "where")
 _SCALARS = ("label_smoothing", "z_loss", "logit_soft_cap")
@@ -35,7 +36,7 @@ _CHECKS: dict[str, Callable[..., Any]] = {
     "axis": checks.static_axis,
     "label_smoothing": functools.partial(checks.float_option, "label_smoothing", high=1.0),
     "z_loss": functools.partial(checks.float_option, "z_loss"),
-    "logit_soft_cap": checks.soft_cap,
+    "logit_soft_cap": functools.partial(checks.soft_cap, "logit_soft_cap"),
     **{
         name: functools.partial(checks.integer_option, name)
         for name in ("ignore_index", "num_classes", "memory_budget")
@@ -44,13 +45,13 @@ _CHECKS: dict[str, Callable[..., Any]] = {
 
 
 def on_mesh(
-    function: Callable[_Arguments, _Result],
+    function: _Function,
     mesh: Mesh | AbstractMesh | None,
     *,
     rows: str | tuple[str, ...] | PartitionSpec | None = None,
     classes: str | None = None,
     width: str | tuple[str, ...] | None = None,
-) -> Callable[_Arguments, _Result]:
+) -> _Function:
     r"""A softmax loss, or its statistics, of global arrays spread over a mesh of devices.
 
     With :math:`\mathcal{D}` the devices, each of which holds some rows and some classes,
@@ -128,7 +129,9 @@ def on_mesh(
             if name != "axis_name"
         }
         arrays = {
-            name: options.pop(name) for name in _ARRAYS + _SCALARS if options.get(name) is not None
+            name: array(name, options.pop(name))
+            for name in _ARRAYS + _SCALARS
+            if options.get(name) is not None
         }
         plan = fixed
         if plan is None:
@@ -136,7 +139,7 @@ def on_mesh(
         static = ((k, v) for k, v in options.items() if k not in _ARRAYS + _SCALARS)
         return _run(_Task(function, plan, tuple(static)), arrays)
 
-    return sharded
+    return cast(_Function, sharded)
 
 
 class _Task(NamedTuple):

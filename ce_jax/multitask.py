@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks
 from ._arguments.options import scalar
+from ._arguments.types import ArrayLike, Scalar
 from ._rows.tile import wide
 
 # Of scalars. jaxtyping's own takes a sixth of the time in which this package is imported.
@@ -20,7 +21,7 @@ PyTree: TypeAlias = Any
 _LOWEST = -30.0
 
 
-def init_log_variances(losses: PyTree, *, value: Shaped[ArrayLike, ""] = 0.0) -> PyTree:
+def init_log_variances(losses: PyTree, *, value: Scalar = 0.0) -> PyTree:
     r"""The parameters of `uncertainty_weighted_loss`: :math:`s_i = \log \sigma_i^2` of each task.
 
     Args:

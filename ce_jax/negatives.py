@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from ._arguments import checks, targets
+from ._arguments.compiled import compiled
 from ._arguments.options import positive_int
+from ._arguments.types import ArrayLike
 from ._rows.tile import First, wide
 
 
@@ -125,10 +127,10 @@ def _log_uniform_negatives(
     steps = (items - 1).bit_length()
     low, _ = jax.lax.fori_loop(0, steps, halve, (one, jnp.full_like(one, items)))
     ids = low - 1
-    return Negatives(ids, _log_uniform_log_prob(ids, items) + jnp.log(samples))
+    return Negatives(ids, _log_uniform_log_prob(ids, items=items) + jnp.log(samples))
 
 
-def log_uniform_log_prob(ids: Shaped[ArrayLike, "..."], num_items: int) -> Float[Array, "..."]:
+def log_uniform_log_prob(ids: ArrayLike, num_items: int) -> Float[Array, "..."]:
     r"""Log-probability with which `log_uniform_negatives` draws a class.
 
     .. math:: \log q_k = \log \frac{\log (k + 2) - \log (k + 1)}{\log (C + 1)}
@@ -152,11 +154,11 @@ def log_uniform_log_prob(ids: Shaped[ArrayLike, "..."], num_items: int) -> Float
     References:
       Zipf, `Human Behavior and the Principle of Least Effort`, 1949.
     """
-    return _log_uniform_log_prob(ids, positive_int("num_items", num_items))
+    return _log_uniform_log_prob(ids, items=positive_int("num_items", num_items))
 
 
-@functools.partial(jax.jit, static_argnums=(1,), inline=True)
-def _log_uniform_log_prob(ids: ArrayLike, items: int) -> Array:
+@compiled
+def _log_uniform_log_prob(ids: Array, *, items: int) -> Array:
     ids = checks.integer("ids", ids)
     valid = ~targets.class_ids(ids, ids.shape, items, None, None).unknown
     k = jnp.where(valid, ids, 0).astype(jnp.result_type(float))
@@ -165,10 +167,10 @@ def _log_uniform_log_prob(ids: ArrayLike, items: int) -> Array:
 
 
 def in_batch_negatives(
-    labels: Shaped[ArrayLike, "..."],
-    log_prob: Shaped[ArrayLike, "..."],
+    labels: ArrayLike,
+    log_prob: ArrayLike,
     *,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
 ) -> Negatives:
     r"""The labels of a batch as negatives of one another.
 
@@ -206,10 +208,8 @@ def in_batch_negatives(
     return _in_batch_negatives(labels, log_prob, where)
 
 
-@functools.partial(jax.jit, inline=True)
-def _in_batch_negatives(
-    labels: ArrayLike, log_prob: ArrayLike, where: ArrayLike | None
-) -> Negatives:
+@compiled
+def _in_batch_negatives(labels: Array, log_prob: Array, where: Array | None) -> Negatives:
     labels, log_prob = checks.integer("labels", labels), checks.floating("log_prob", log_prob)
     if labels.ndim != 1:
         raise ValueError(f"labels must have shape [N], got {labels.shape}")
@@ -217,7 +217,7 @@ def _in_batch_negatives(
     log_prob = log_prob.astype(wide(log_prob.dtype))
     exists = jnp.ones(labels.shape, bool)
     if where is not None:
-        exists = checks.broadcast("where", checks.boolean("where", where), labels.shape, "labels")
+        exists = checks.of_rows("where", checks.boolean("where", where), labels.shape, "labels")
     others = jnp.maximum(jnp.sum(exists) - 1, 1).astype(log_prob.dtype)
     log_count = jnp.where(exists, log_prob + jnp.log(others), jnp.inf)
     return Negatives(jnp.where(exists, labels, 0), log_count)

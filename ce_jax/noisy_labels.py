@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction
 from ._rows import sharded
 from ._rows.tile import origin, wide
 from .softmax import softmax_cross_entropy
@@ -19,15 +20,15 @@ _Axis = int | tuple[int, ...] | None
 
 
 def forward_corrected_cross_entropy(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
-    transition: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
+    transition: ArrayLike,
     *,
     axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between noisy class ids and what the noise makes of softmax(logits).
 
@@ -44,7 +45,7 @@ def forward_corrected_cross_entropy(
       transition: T `[C, C]`; rows sum to 1.
       axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
@@ -81,17 +82,17 @@ def forward_corrected_cross_entropy(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction"), inline=True)
+@compiled
 def _forward(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    transition: ArrayLike,
-    where: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    transition: Array,
+    where: Array | None,
+    sample_weight: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
-    reduction: str,
+    reduction: Reduction,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where)
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
@@ -125,15 +126,15 @@ def _base(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows 1"]:
 
 
 def backward_corrected_cross_entropy(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
-    transition: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
+    transition: ArrayLike,
     *,
     axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy whose mean over the label noise is that of the true class.
@@ -153,12 +154,13 @@ def backward_corrected_cross_entropy(
       transition: T `[C, C]`; rows sum to 1.
       axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A label that is
@@ -195,19 +197,17 @@ def backward_corrected_cross_entropy(
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("axis", "ignore_index", "reduction", "forward_mode"), inline=True
-)
+@compiled
 def _backward(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    transition: ArrayLike,
-    where: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    transition: Array,
+    where: Array | None,
+    sample_weight: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where)

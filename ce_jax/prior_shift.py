@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
+from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, reductions
+from ._arguments.compiled import compiled
 from ._arguments.options import option, positive_int, scalar
+from ._arguments.types import ArrayLike, Scalar
 from ._rows.tile import wide
 
 
@@ -29,11 +30,11 @@ class PriorEstimate(NamedTuple):
 
 
 def estimate_prior(
-    logits: Shaped[ArrayLike, "..."],
-    train_prior: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    train_prior: ArrayLike,
     *,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    tolerance: Shaped[ArrayLike, ""] = 1e-6,
+    sample_weight: ArrayLike | None = None,
+    tolerance: Scalar = 1e-6,
     max_steps: int = 1000,
 ) -> PriorEstimate:
     r"""Maximum-likelihood class shares of data on which only a model's predictions are known.
@@ -84,11 +85,11 @@ def estimate_prior(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("max_steps",), inline=True)
+@compiled
 def _estimate_prior(
-    logits: ArrayLike,
+    logits: Array,
     train_prior: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     tolerance: Array,
     *,
     max_steps: int,

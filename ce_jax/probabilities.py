@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import sharded
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss, weighted
 from ._rows.tile import RowStatistics, wide
 
 
 def nll_loss(
-    log_probs: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    log_probs: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    reduction: str = "none",
+    label_smoothing: Scalar = 0.0,
+    reduction: Reduction = "none",
 ) -> Float[Array, "..."]:
     r"""Negative log-likelihood of class ids under given log-probabilities, in nats.
 
@@ -44,7 +44,7 @@ def nll_loss(
       axis: the class axis, or a tuple of them: labels are then flat indices.
       where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
       weight: weight of each class `[C]`.
-      sample_weight: weight of each example, broadcastable to the loss.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread over the allowed classes, in [0, 1].
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight * weight[label])` of the
@@ -81,18 +81,18 @@ def nll_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "reduction"), inline=True)
+@compiled
 def _nll_loss(
-    log_probs: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
+    log_probs: Array,
+    labels: Array,
+    where: Array | None,
+    weight: Array | None,
+    sample_weight: Array | None,
+    label_smoothing: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
     ignore_index: int | None,
-    reduction: str,
+    reduction: Reduction,
 ) -> Array:
     rows = targets.rows_of("log_probs", log_probs, axis, where)
     classes, dtype = rows.values.shape[-1], wide(rows.values.dtype)
@@ -118,14 +118,14 @@ def _nll_loss(
 
 
 def binary_cross_entropy(
-    probs: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    probs: ArrayLike,
+    labels: ArrayLike,
     *,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    reduction: str = "none",
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    label_smoothing: Scalar = 0.0,
+    reduction: Reduction = "none",
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between probabilities and binary labels, element by element, in nats.
 
@@ -141,16 +141,16 @@ def binary_cross_entropy(
 
     Args:
       probs: numbers in [0, 1], floating, of any shape. Outside that range the loss is NaN.
-      labels: numbers in [0, 1], of any real dtype; broadcast together with `probs`.
+      labels: numbers in [0, 1], of any real dtype; broadcastable to `probs`.
       weight: weight of each element, broadcastable to the loss.
       sample_weight: the same, but it also counts in the denominator of the mean.
-      where: bool, broadcastable to the loss: elements to include.
+      where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1].
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
         count (0 if that is 0).
 
     Returns:
-      The loss, of the broadcast shape or `[]`, in float32 (float64 for float64 probabilities).
+      The loss, of the shape of `probs` or `[]`, in float32 (float64 for float64 probabilities).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -177,21 +177,21 @@ def binary_cross_entropy(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("reduction",), inline=True)
+@compiled
 def _binary_cross_entropy(
-    probs: ArrayLike,
-    labels: ArrayLike,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
+    probs: Array,
+    labels: Array,
+    weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    label_smoothing: Array | None,
     *,
-    reduction: str,
+    reduction: Reduction,
 ) -> Array:
     p, y, counts = targets.elements("probs", probs, labels, where, label_smoothing, sample_weight)
     p = p.astype(y.dtype)
     loss = -(y * _clamped_log(p) + (1 - y) * _clamped_log(1 - p))
-    weight = reductions.weights("weight", weight, loss.shape, loss.dtype)
+    weight = reductions.element_weights("weight", weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, loss)
     sample_weight = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
@@ -204,11 +204,11 @@ def _clamped_log(p: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def smooth_labels(
-    labels: Shaped[ArrayLike, "..."],
-    alpha: Shaped[ArrayLike, "..."],
+    labels: ArrayLike,
+    alpha: Scalar,
     *,
     axis: int | Sequence[int] | None = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
 ) -> Float[Array, "..."]:
     r"""Mixes target distributions with the uniform one: `(1 - alpha) labels + alpha / K`.
 
@@ -216,8 +216,9 @@ def smooth_labels(
       labels: target distributions `[..., C]`, floating.
       alpha: share of the uniform distribution, in [0, 1]. May be traced.
       axis: the class axis, a tuple of them, or None for all.
-      where: bool, broadcastable to `labels`: the `K` classes of each row that take a share of
-        `alpha`. The others get none (optax gives them `alpha / K` as well).
+      where: bool, with the axes of `labels` (size 1 broadcasts) or none: the `K` classes of each
+        row that take a share of `alpha`. The others get none (optax gives them `alpha / K` as
+        well).
 
     Returns:
       The smoothed labels, of the shape and dtype of `labels`.
@@ -239,11 +240,11 @@ def smooth_labels(
     return _smooth_labels(labels, alpha, where, axis=checks.static_axis(axis))
 
 
-@functools.partial(jax.jit, static_argnames=("axis",), inline=True)
+@compiled
 def _smooth_labels(
-    labels: ArrayLike,
-    alpha: ArrayLike,
-    where: ArrayLike | None,
+    labels: Array,
+    alpha: Array,
+    where: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
 ) -> Array:
@@ -252,7 +253,7 @@ def _smooth_labels(
     included = jnp.ones(labels.shape, bool)
     if where is not None:
         where = checks.boolean("where", where)
-        included = checks.broadcast("where", where, labels.shape, "the shape of labels")
+        included = checks.of_rows("where", where, labels.shape, "labels")
     alpha = jnp.asarray(alpha, wide(labels.dtype))
     count = jnp.sum(included, axes, keepdims=True, dtype=alpha.dtype)
     share = alpha / jnp.maximum(count, 1)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions
+from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows.sampled import compared
 from .sigmoid import sigmoid_binary_cross_entropy
 
-_STATIC = ("reduction", "forward_mode")
-
 
 def bpr_loss(
-    label_logits: Shaped[ArrayLike, "..."],
-    negative_logits: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Bayesian personalised ranking: cross-entropy of ranking the label above each negative.
@@ -35,10 +32,11 @@ def bpr_loss(
       where: bool; of the loss's number of dimensions: rows to include; of that of
         `negative_logits`: negatives to include, such as those that are not the label. A row without
         any does not count.
-      sample_weight: weight of each row, broadcastable to the loss.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).
@@ -66,14 +64,14 @@ def bpr_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _bpr(
-    label_logits: ArrayLike,
-    negative_logits: ArrayLike,
-    where: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    label_logits: Array,
+    negative_logits: Array,
+    where: Array | None,
+    sample_weight: Array | None,
     *,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     x = compared(label_logits, negative_logits, where, sample_weight)
@@ -89,14 +87,14 @@ def _bpr(
 
 
 def gbce_loss(
-    label_logits: Shaped[ArrayLike, "..."],
-    negative_logits: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None = None,
     *,
     num_items: int,
-    calibration: Shaped[ArrayLike, ""] = 0.75,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    calibration: Scalar = 0.75,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Binary cross-entropy that makes up for the negatives that were not drawn.
@@ -120,10 +118,11 @@ def gbce_loss(
         these alone.
       num_items: C, how many classes there are, at least 2.
       calibration: t, in [0, 1]. May be traced.
-      sample_weight: weight of each row, broadcastable to the loss.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).
@@ -158,16 +157,16 @@ def gbce_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("items", *_STATIC), inline=True)
+@compiled
 def _gbce(
-    label_logits: ArrayLike,
-    negative_logits: ArrayLike,
-    where: ArrayLike | None,
+    label_logits: Array,
+    negative_logits: Array,
+    where: Array | None,
     calibration: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     items: int,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     x = compared(label_logits, negative_logits, where, sample_weight)

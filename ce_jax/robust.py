@@ -8,14 +8,13 @@ these losses is 0. They are plain functions: JAX differentiates them, in any mod
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks
+from ._arguments.compiled import array, compiled
 from ._arguments.options import log_probability, scalar
+from ._arguments.types import ArrayLike, Scalar
 from ._rows.loss import weighted
 from ._rows.numerics import expm1_ratio, one_minus_exp, power
 
@@ -23,9 +22,7 @@ from ._rows.numerics import expm1_ratio, one_minus_exp, power
 _FAR = -100.0
 
 
-def focal_loss(
-    log_prob: Shaped[ArrayLike, "..."], *, gamma: Shaped[ArrayLike, ""] = 2.0
-) -> Float[Array, "..."]:
+def focal_loss(log_prob: ArrayLike, *, gamma: Scalar = 2.0) -> Float[Array, "..."]:
     r"""Cross-entropy that counts less where the model is right already.
 
     .. math:: \ell = -(1 - p)^\gamma \log p
@@ -57,8 +54,8 @@ def focal_loss(
     return _focal_loss(log_prob, scalar("gamma", gamma, low=0.0))
 
 
-@functools.partial(jax.jit, inline=True)
-def _focal_loss(log_prob: ArrayLike, gamma: Array) -> Array:
+@compiled
+def _focal_loss(log_prob: Array, gamma: Array) -> Array:
     x = log_probability("log_prob", log_prob)
     gamma = gamma.astype(x.dtype)
     near, far = x > -0.5, x < _FAR
@@ -70,9 +67,7 @@ def _focal_loss(log_prob: ArrayLike, gamma: Array) -> Array:
     return jnp.where(near, close, jnp.where(far, -x, apart))
 
 
-def poly_loss(
-    log_prob: Shaped[ArrayLike, "..."], *, epsilon: Shaped[ArrayLike, ""] = 2.0
-) -> Float[Array, "..."]:
+def poly_loss(log_prob: ArrayLike, *, epsilon: Scalar = 2.0) -> Float[Array, "..."]:
     r"""Cross-entropy with another coefficient of the first term of its series in 1 - p.
 
     .. math:: \ell = -\log p + \epsilon (1 - p)
@@ -101,15 +96,13 @@ def poly_loss(
     return _poly_loss(log_prob, scalar("epsilon", epsilon))
 
 
-@functools.partial(jax.jit, inline=True)
-def _poly_loss(log_prob: ArrayLike, epsilon: Array) -> Array:
+@compiled
+def _poly_loss(log_prob: Array, epsilon: Array) -> Array:
     x = log_probability("log_prob", log_prob)
     return -x + epsilon.astype(x.dtype) * one_minus_exp(x)
 
 
-def generalized_cross_entropy(
-    log_prob: Shaped[ArrayLike, "..."], *, q: Shaped[ArrayLike, ""] = 0.7
-) -> Float[Array, "..."]:
+def generalized_cross_entropy(log_prob: ArrayLike, *, q: Scalar = 0.7) -> Float[Array, "..."]:
     r"""A bounded loss between cross-entropy (q = 0) and mean absolute error (q = 1).
 
     .. math:: \ell = \frac{1 - p^q}{q}, \qquad \frac{d \ell}{d \log p} = -p^q
@@ -141,8 +134,8 @@ def generalized_cross_entropy(
     return _generalized_cross_entropy(log_prob, scalar("q", q, 0.0, 1.0))
 
 
-@functools.partial(jax.jit, inline=True)
-def _generalized_cross_entropy(log_prob: ArrayLike, q: Array) -> Array:
+@compiled
+def _generalized_cross_entropy(log_prob: Array, q: Array) -> Array:
     x = log_probability("log_prob", log_prob)
     q = jnp.broadcast_to(q.astype(x.dtype), x.shape)
     impossible = x == -jnp.inf
@@ -155,11 +148,11 @@ def _generalized_cross_entropy(log_prob: ArrayLike, q: Array) -> Array:
 
 
 def symmetric_cross_entropy(
-    log_prob: Shaped[ArrayLike, "..."],
+    log_prob: ArrayLike,
     *,
-    alpha: Shaped[ArrayLike, ""] = 0.1,
-    beta: Shaped[ArrayLike, ""] = 1.0,
-    log_zero: Shaped[ArrayLike, ""] = -4.0,
+    alpha: Scalar = 0.1,
+    beta: Scalar = 1.0,
+    log_zero: Scalar = -4.0,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy of label and prediction, plus that with the two exchanged.
 
@@ -200,20 +193,18 @@ def symmetric_cross_entropy(
     )
 
 
-@functools.partial(jax.jit, inline=True)
-def _symmetric_cross_entropy(
-    log_prob: ArrayLike, alpha: Array, beta: Array, log_zero: Array
-) -> Array:
+@compiled
+def _symmetric_cross_entropy(log_prob: Array, alpha: Array, beta: Array, log_zero: Array) -> Array:
     x = log_probability("log_prob", log_prob)
     alpha, reverse = alpha.astype(x.dtype), beta.astype(x.dtype) * log_zero.astype(x.dtype)
     return weighted(alpha, -x) - reverse * one_minus_exp(x)
 
 
 def soft_bootstrapped_cross_entropy(
-    log_prob: Shaped[ArrayLike, "..."],
-    entropy: Shaped[ArrayLike, "..."],
+    log_prob: ArrayLike,
+    entropy: ArrayLike,
     *,
-    beta: Shaped[ArrayLike, ""] = 0.95,
+    beta: Scalar = 0.95,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy with a target that is in part the model's own distribution.
 
@@ -244,14 +235,16 @@ def soft_bootstrapped_cross_entropy(
     References:
       Reed et al., `Training Deep Neural Networks on Noisy Labels with Bootstrapping`, 2014.
     """
-    return _bootstrapped(log_prob, entropy, scalar("beta", beta, 0.0, 1.0), name="entropy")
+    return _bootstrapped(
+        log_prob, array("entropy", entropy), scalar("beta", beta, 0.0, 1.0), name="entropy"
+    )
 
 
 def hard_bootstrapped_cross_entropy(
-    log_prob: Shaped[ArrayLike, "..."],
-    argmax_log_prob: Shaped[ArrayLike, "..."],
+    log_prob: ArrayLike,
+    argmax_log_prob: ArrayLike,
     *,
-    beta: Shaped[ArrayLike, ""] = 0.8,
+    beta: Scalar = 0.8,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy with a target that is in part the class the model predicts.
 
@@ -282,11 +275,12 @@ def hard_bootstrapped_cross_entropy(
       Reed et al., `Training Deep Neural Networks on Noisy Labels with Bootstrapping`, 2014.
     """
     beta = scalar("beta", beta, 0.0, 1.0)
-    return _bootstrapped(log_prob, argmax_log_prob, beta, name="argmax_log_prob")
+    own = array("argmax_log_prob", argmax_log_prob)
+    return _bootstrapped(log_prob, own, beta, name="argmax_log_prob")
 
 
-@functools.partial(jax.jit, static_argnames=("name",), inline=True)
-def _bootstrapped(log_prob: ArrayLike, own: ArrayLike, beta: Array, *, name: str) -> Array:
+@compiled
+def _bootstrapped(log_prob: Array, own: Array, beta: Array, *, name: str) -> Array:
     x = log_probability("log_prob", log_prob)
     if name == "argmax_log_prob":
         own_loss = -log_probability(name, own)

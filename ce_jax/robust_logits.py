@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
 from ._arguments.options import option, scalar
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, weighted
 from ._rows.tile import Target, wide
 
 
 def sigmoid_focal_loss(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
     *,
-    alpha: Shaped[ArrayLike, "..."] | None = None,
-    gamma: Shaped[ArrayLike, "..."] = 2.0,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "none",
 ) -> Float[Array, "..."]:
     r"""Binary cross-entropy that counts less where the model is right already.
 
@@ -40,18 +41,19 @@ def sigmoid_focal_loss(
 
     Args:
       logits: log-odds of the positive class, floating, of any shape.
-      labels: numbers in [0, 1], of any real dtype; broadcast together with `logits`.
+      labels: numbers in [0, 1], of any real dtype; broadcastable to `logits`.
       alpha: weight of the positive class, in [0, 1], the negative one having `1 - alpha`;
         broadcastable to the loss (`[C]`: one for each class). None: both have 1. May be traced.
       gamma: exponent, at least 0, broadcastable to the loss. May be traced.
-      sample_weight: weight of each element, broadcastable to the loss. A weight of 0 silences a
-        loss of inf or NaN.
-      where: bool, broadcastable to the loss: elements to include. Others are 0, also in gradient.
+      sample_weight: weight of each element, with the axes of the loss (size 1 broadcasts) or none.
+        A weight of 0 silences a loss of inf or NaN.
+      where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
+        Others are 0, also in gradient.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
         count (0 if that is 0).
 
     Returns:
-      The loss, of the broadcast shape or `[]`, in float32 (float64 for float64 logits).
+      The loss, of the shape of `logits` or `[]`, in float32 (float64 for float64 logits).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -78,16 +80,16 @@ def sigmoid_focal_loss(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("reduction",), inline=True)
+@compiled
 def _sigmoid_focal_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
+    logits: Array,
+    labels: Array,
     alpha: Array | None,
     gamma: Array,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
+    sample_weight: Array | None,
+    where: Array | None,
     *,
-    reduction: str,
+    reduction: Reduction,
 ) -> Array:
     z, y, counts = targets.elements("logits", logits, labels, where, None, sample_weight)
     z = z.astype(y.dtype)
@@ -106,7 +108,7 @@ def _sigmoid_focal_loss(
     size = jnp.where(denied == 0, 0, jnp.where(z > 0, z, -z))
     loss = jnp.where(infinite, denied ** (1 + gamma) * size, loss)
 
-    share = reductions.weights("alpha", alpha, y.shape, y.dtype)
+    share = reductions.element_weights("alpha", alpha, y.shape, y.dtype)
     if share is not None:
         loss = weighted(share * y + (1 - share) * (1 - y), silenced(sample_weight, loss))
     return reductions.reduce(loss, counts, sample_weight, reduction)
@@ -135,14 +137,14 @@ def _log_miss_and_cross(
 
 
 def poly_loss_cross_entropy(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
-    *,
-    epsilon: Shaped[ArrayLike, ""] = 2.0,
+    logits: ArrayLike,
+    labels: ArrayLike,
+    epsilon: Scalar = 2.0,
     axis: int | Sequence[int] | None = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    where: ArrayLike | None = None,
+    *,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy with target distributions, and a linear term of the probability missed.
@@ -155,19 +157,20 @@ def poly_loss_cross_entropy(
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
-        allowed; a label of 0 there costs nothing, any other is +inf (optax drops it).
-      labels: a non-negative number for each class, broadcastable to `logits`; floating, integer or
-        bool (one-hot).
+        allowed; a label of 0 there costs nothing, any other is +inf (optax drops what is on classes
+        excluded by `where`: `labels * where` gives its number).
+      labels: a non-negative number for each class, as in `softmax_cross_entropy`.
       epsilon: what is added to the first coefficient of the series in 1 - p. May be traced.
       axis: the class axis, a tuple of them, or None for all.
       where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
         dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
-      sample_weight: weight of each example, broadcastable to the loss. A weight of 0 silences the
-        row, even if its loss is inf or NaN.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+        A weight of 0 silences the row, even if its loss is inf or NaN.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own.
 
     Returns:
       The loss, of the shape of `logits` less the class axes or `[]`, in float32 (float64 for
@@ -201,16 +204,16 @@ def poly_loss_cross_entropy(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "reduction", "forward_mode"), inline=True)
+@compiled
 def _poly_loss_cross_entropy(
-    logits: ArrayLike,
-    labels: ArrayLike,
+    logits: Array,
+    labels: Array,
     epsilon: Array,
-    where: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    where: Array | None,
+    sample_weight: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where)
@@ -219,7 +222,7 @@ def _poly_loss_cross_entropy(
         "sample_weight", sample_weight, rows.values.shape[:-1], dtype
     )
     z = targets.without_excluded(rows.values, rows.counts, sample_weight).astype(dtype)
-    probs = targets.distributions(labels, jnp.shape(logits), axis, dtype)
+    probs = targets.distributions(labels, logits.shape, axis, dtype)
     probs = targets.without_excluded(probs, rows.counts, sample_weight)
 
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows.head import Head
 from ._rows.sampled import Compared, compared, layer_logits
 from ._rows.tile import wide
@@ -19,14 +20,14 @@ from .softmax import softmax_cross_entropy_with_integer_labels
 
 
 def sampled_softmax_cross_entropy(
-    label_logits: Shaped[ArrayLike, "..."],
-    negative_logits: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    log_expected_count: Shaped[ArrayLike, "..."] | None = None,
-    label_log_expected_count: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    reduction: str = "none",
+    log_expected_count: ArrayLike | None = None,
+    label_log_expected_count: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Softmax cross-entropy with the normaliser estimated from the label and a sample.
@@ -48,13 +49,14 @@ def sampled_softmax_cross_entropy(
         `negative_logits`: negatives to include. A row without any negative has loss 0.
       log_expected_count: :math:`\log m` of the negatives, broadcastable to `negative_logits`. None
         stands for 0: no correction.
-      label_log_expected_count: what is taken off the label's logit likewise, broadcastable to
-        `label_logits`. With it, as Yi et al. and TensorFlow have it, label and negatives are
-        treated alike, and the expectation of the normaliser is another.
-      sample_weight: weight of each row, broadcastable to the loss.
+      label_log_expected_count: what is taken off the label's logit likewise, with the axes of
+        `label_logits` (size 1 broadcasts) or none. With it, as Yi et al. and TensorFlow have it,
+        label and negatives are treated alike, and the expectation of the normaliser is another.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits are).
@@ -89,16 +91,16 @@ def sampled_softmax_cross_entropy(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "forward_mode"), inline=True)
+@compiled
 def _sampled_softmax(
-    label_logits: ArrayLike,
-    negative_logits: ArrayLike,
-    where: ArrayLike | None,
-    log_expected_count: ArrayLike | None,
-    label_log_expected_count: ArrayLike | None,
-    sample_weight: ArrayLike | None,
+    label_logits: Array,
+    negative_logits: Array,
+    where: Array | None,
+    log_expected_count: Array | None,
+    label_log_expected_count: Array | None,
+    sample_weight: Array | None,
     *,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     return _loss(
@@ -111,19 +113,19 @@ def _sampled_softmax(
 
 
 def linear_sampled_softmax_cross_entropy(
-    hidden: Shaped[ArrayLike, "..."],
-    kernel: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
     negatives: Negatives,
     *,
-    bias: Shaped[ArrayLike, "..."] | None = None,
+    bias: ArrayLike | None = None,
     class_axis: int = -1,
-    logit_soft_cap: Shaped[ArrayLike, "..."] | None = None,
-    label_log_expected_count: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    logit_soft_cap: Scalar | None = None,
+    label_log_expected_count: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     ignore_index: int | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Sampled softmax cross-entropy of a linear layer, of whose classes only those drawn are read.
@@ -144,12 +146,13 @@ def linear_sampled_softmax_cross_entropy(
       class_axis: the axis of `kernel` that holds the classes.
       logit_soft_cap: positive bound of the logits. May be traced.
       label_log_expected_count: as in `sampled_softmax_cross_entropy`.
-      sample_weight: weight of each row, broadcastable to `labels`.
-      where: bool, broadcastable to `labels`: rows to include.
+      sample_weight: weight of each row, with the axes of `labels` (size 1 broadcasts) or none.
+      where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0).
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 inputs). An id outside
@@ -177,7 +180,7 @@ def linear_sampled_softmax_cross_entropy(
         labels,
         negatives,
         bias,
-        checks.soft_cap(logit_soft_cap),
+        checks.soft_cap("logit_soft_cap", logit_soft_cap),
         label_log_expected_count,
         sample_weight,
         where,
@@ -188,25 +191,21 @@ def linear_sampled_softmax_cross_entropy(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("class_axis", "ignore_index", "reduction", "forward_mode"),
-    inline=True,
-)
+@compiled
 def _linear_sampled_softmax(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
     negatives: Negatives,
-    bias: ArrayLike | None,
-    logit_soft_cap: ArrayLike | None,
-    label_log_expected_count: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
+    bias: Array | None,
+    logit_soft_cap: Array | None,
+    label_log_expected_count: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
     *,
     class_axis: int,
     ignore_index: int | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
@@ -222,7 +221,7 @@ def _linear_sampled_softmax(
     counts = None
     if where is not None:
         counts = checks.boolean("where", where)
-        counts = checks.broadcast("where", counts, rows, "the rows of hidden")
+        counts = checks.of_rows("where", counts, rows, "the rows of hidden")
     label = targets.class_ids(labels, rows, classes, counts, ignore_index)
     drawn = _drawn(negatives, rows, classes, dtype)
     weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
@@ -289,7 +288,7 @@ def _loss(
     x: Compared,
     log_expected_count: ArrayLike | None,
     label_log_expected_count: ArrayLike | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     negatives = _corrected(x.negatives, "log_expected_count", log_expected_count)
@@ -310,4 +309,6 @@ def _corrected(z: Float[Array, "..."], name: str, log_count: ArrayLike | None) -
     if log_count is None:
         return z
     log_count = checks.real(name, log_count).astype(z.dtype)
-    return z - checks.broadcast(name, log_count, z.shape, "the shape of the logits")
+    # All rows may share the negatives, and so their counts. A label is of its row.
+    fit = checks.of_rows if name == "label_log_expected_count" else checks.broadcast
+    return z - fit(name, log_count, z.shape, "the logits")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks
+from ._arguments.compiled import array, compiled
+from ._arguments.types import ArrayLike
 from ._rows.tile import wide
 
 
@@ -29,10 +29,10 @@ class NextTokens(NamedTuple):
 
 
 def next_tokens(
-    tokens: Shaped[ArrayLike, "..."],
+    tokens: ArrayLike,
     *,
-    segment_ids: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    segment_ids: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     pad_id: int | None = None,
 ) -> NextTokens:
     r"""Inputs, labels and mask with which a sequence is learnt token by token.
@@ -47,8 +47,8 @@ def next_tokens(
     Args:
       tokens: token ids `[..., L]`, of any integer dtype, L at least 1.
       segment_ids: document of each token `[..., L]`, of any integer dtype; 0 is padding.
-      where: bool, broadcastable to `tokens`: the tokens to learn to predict, such as those of an
-        answer and not of its question.
+      where: bool, with the axes of `tokens` (size 1 broadcasts) or none: the tokens to learn to
+        predict, such as those of an answer and not of its question.
       pad_id: token that is padding, and so not predicted. Don't give it where the same id also
         ends a document: use `where` or `segment_ids`.
 
@@ -73,11 +73,11 @@ def next_tokens(
     return _next_tokens(tokens, segment_ids, where, pad_id=checks.integer_option("pad_id", pad_id))
 
 
-@functools.partial(jax.jit, static_argnames=("pad_id",), inline=True)
+@compiled
 def _next_tokens(
-    tokens: ArrayLike,
-    segment_ids: ArrayLike | None,
-    where: ArrayLike | None,
+    tokens: Array,
+    segment_ids: Array | None,
+    where: Array | None,
     *,
     pad_id: int | None,
 ) -> NextTokens:
@@ -97,13 +97,11 @@ def _next_tokens(
         counts &= (here == there) & (there != 0)
     if where is not None:
         where = checks.boolean("where", where)
-        counts &= checks.broadcast("where", where, tokens.shape, "the shape of tokens")[..., 1:]
+        counts &= checks.of_rows("where", where, tokens.shape, "tokens")[..., 1:]
     return NextTokens(tokens[..., :-1], labels, counts)
 
 
-def perplexity(
-    total: Shaped[ArrayLike, "..."], count: Shaped[ArrayLike, "..."]
-) -> Float[Array, "..."]:
+def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:
     r"""Perplexity, from the sum of the losses and their number.
 
     .. math:: e^{L / N}
@@ -113,10 +111,11 @@ def perplexity(
 
     Args:
       total: sum of the cross-entropies in nats, of any shape.
-      count: number of tokens that count, broadcastable with `total`; `mean_denominator`.
+      count: number of tokens that count, with the axes of `total` (size 1 broadcasts) or none;
+        `mean_denominator`.
 
     Returns:
-      The perplexity, of the broadcast shape, in float32 (float64 for a float64 total). NaN where
+      The perplexity, of the shape of `total`, in float32 (float64 for a float64 total). NaN where
       the count is 0.
 
     Raises:
@@ -134,9 +133,7 @@ def perplexity(
     return _per_item(total, count, name="count", bits=False)
 
 
-def bits_per_byte(
-    total: Shaped[ArrayLike, "..."], num_bytes: Shaped[ArrayLike, "..."]
-) -> Float[Array, "..."]:
+def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]:
     r"""Length of the text's encoding by the model, in bits for each byte of the text.
 
     .. math:: \frac{L}{B \ln 2}
@@ -145,10 +142,11 @@ def bits_per_byte(
 
     Args:
       total: sum of the cross-entropies of all tokens in nats, of any shape.
-      num_bytes: number of bytes of the text, in UTF-8 as a rule; broadcastable with `total`.
+      num_bytes: number of bytes of the text, in UTF-8 as a rule; with the axes of `total` (size 1
+        broadcasts) or none.
 
     Returns:
-      The number of bits, of the broadcast shape, in float32 (float64 for a float64 total). NaN
+      The number of bits, of the shape of `total`, in float32 (float64 for a float64 total). NaN
       where there are no bytes.
 
     Raises:
@@ -163,14 +161,13 @@ def bits_per_byte(
     References:
       Gao et al., `The Pile: An 800GB Dataset of Diverse Text for Language Modeling`, 2020.
     """
-    return _per_item(total, num_bytes, name="num_bytes", bits=True)
+    return _per_item(total, array("num_bytes", num_bytes), name="num_bytes", bits=True)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "bits"), inline=True)
-def _per_item(total: ArrayLike, count: ArrayLike, *, name: str, bits: bool) -> Array:
+@compiled
+def _per_item(total: Array, count: Array, *, name: str, bits: bool) -> Array:
     nats, items = checks.real("total", total), checks.real(name, count)
-    shape = checks.common_shape("total", nats, name, items)
-    dtype = wide(nats.dtype)
-    nats, items = (jnp.broadcast_to(x, shape).astype(dtype) for x in (nats, items))
+    items = checks.of_rows(name, items, nats.shape, "total")
+    nats, items = (x.astype(wide(nats.dtype)) for x in (nats, items))
     mean = jnp.where(items == 0, jnp.nan, nats / jnp.where(items == 0, 1, items))
     return mean / math.log(2) if bits else jnp.exp(mean)

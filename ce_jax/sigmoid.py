@@ -8,23 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows.loss import silenced, weighted
 from ._rows.numerics import linear
 
 
 def sigmoid_binary_cross_entropy(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    pos_weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    where: Shaped[ArrayLike, "..."] | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    reduction: str = "none",
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    label_smoothing: Scalar = 0.0,
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between sigmoid(logits) and binary labels, element by element, in nats.
@@ -40,21 +42,24 @@ def sigmoid_binary_cross_entropy(
 
     Args:
       logits: log-odds of the positive class, floating, of any shape.
-      labels: numbers in [0, 1], of any real dtype; broadcast together with `logits`.
+      labels: numbers in [0, 1], of any real dtype; broadcastable to `logits`.
       weight: weight of each element, broadcastable to the loss (`[C]`: one for each class).
       pos_weight: weight of the positive part, broadcastable to the loss.
-      sample_weight: weight of each element, broadcastable to the loss; unlike `weight` it also
-        counts in the denominator of the mean. A weight of 0 silences a loss of inf or NaN.
-      where: bool, broadcastable to the loss: elements to include. Others are 0, also in gradient.
+      sample_weight: weight of each element, with the axes of the loss (size 1 broadcasts) or none;
+        unlike `weight` it also counts in the denominator of the mean. A weight of 0 silences a loss
+        of inf or NaN.
+      where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
+        Others are 0, also in gradient.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1]. May
         be traced.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
         count (0 if that is 0).
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own.
 
     Returns:
-      The loss, of the broadcast shape or `[]`, in float32 (float64 for float64 logits).
+      The loss, of the shape of `logits` or `[]`, in float32 (float64 for float64 logits).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -85,23 +90,23 @@ def sigmoid_binary_cross_entropy(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("reduction", "forward_mode"), inline=True)
+@compiled
 def _loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    weight: ArrayLike | None,
-    pos_weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    where: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    weight: Array | None,
+    pos_weight: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    label_smoothing: Array | None,
     *,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
-    pos_weight = reductions.weights("pos_weight", pos_weight, y.shape, y.dtype)
+    pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
     loss = (_logistic if forward_mode else _fused)(z, y, pos_weight)
-    weight = reductions.weights("weight", weight, loss.shape, loss.dtype)
+    weight = reductions.element_weights("weight", weight, loss.shape, loss.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, silenced(sample_weight, loss))

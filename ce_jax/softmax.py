@@ -7,36 +7,35 @@ Each function runs the same four stages: target (`_arguments.targets`), row stat
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
 from ._rows.tile import ABSENT, Target, wide
 
-_STATIC = ("axis", "ignore_index", "axis_name", "reduction", "forward_mode")
 _Axis = int | Sequence[int] | None
 
 
 def softmax_cross_entropy_with_integer_labels(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    z_loss: Shaped[ArrayLike, "..."] = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between softmax(logits) and class ids, in nats.
@@ -59,8 +58,8 @@ def softmax_cross_entropy_with_integer_labels(
       where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
         dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
       weight: weight of each class `[C]`.
-      sample_weight: weight of each example, broadcastable to the loss. A weight of 0 silences the
-        row, even if its loss is inf or NaN.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+        A weight of 0 silences the row, even if its loss is inf or NaN.
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
@@ -70,8 +69,9 @@ def softmax_cross_entropy_with_integer_labels(
         among all classes, and the loss is the same on all devices of that axis.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight * weight[label])` of the
         rows that count (0 if that is 0, where torch gives NaN; see `mean_denominator`).
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits).
@@ -115,20 +115,20 @@ def softmax_cross_entropy_with_integer_labels(
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
+@compiled
 def _integer_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
-    z_loss: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    weight: Array | None,
+    sample_weight: Array | None,
+    label_smoothing: Array | None,
+    z_loss: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where, axis_name)
@@ -157,17 +157,17 @@ def _integer_loss(
 
 
 def softmax_cross_entropy(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] | None = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
-    weight: Shaped[ArrayLike, "..."] | None = None,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
-    label_smoothing: Shaped[ArrayLike, "..."] = 0.0,
-    z_loss: Shaped[ArrayLike, "..."] = 0.0,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between softmax(logits) and target distributions, in nats.
@@ -185,15 +185,17 @@ def softmax_cross_entropy(
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
-        allowed; a label of 0 there costs nothing, any other is +inf.
-      labels: a non-negative number for each class, broadcastable to `logits`; floating, integer or
-        bool (one-hot).
+        allowed; a label of 0 there costs nothing, any other is +inf. optax drops what a target has
+        on classes excluded by `where`: `labels * where` gives its number.
+      labels: a non-negative number for each class, floating or bool (one-hot), broadcastable to
+        `logits` but in the class axis. Integers, such as counts, need the shape of `logits`, so
+        that class ids cannot be taken for a distribution.
       axis: the class axis, a tuple of them, or None for all.
       where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
         dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
       weight: weight of each class `[C]`.
-      sample_weight: weight of each example, broadcastable to the loss. A weight of 0 silences the
-        row, even if its loss is inf or NaN.
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+        A weight of 0 silences the row, even if its loss is inf or NaN.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
@@ -201,8 +203,9 @@ def softmax_cross_entropy(
         `logits` as of `labels` and `weight`.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
         (0 if that is 0, where torch gives NaN).
-      forward_mode: let JAX derive the derivative instead of using the fused one, so that
-        `jax.jvp`, `jax.jacfwd` and `jax.linearize` work.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
+        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
+        JAX's own.
 
     Returns:
       The loss, of the shape of `logits` less the class axes or `[]`, in float32 (float64 for
@@ -241,21 +244,19 @@ def softmax_cross_entropy(
 safe_softmax_cross_entropy = softmax_cross_entropy
 
 
-@functools.partial(
-    jax.jit, static_argnames=("axis", "axis_name", "reduction", "forward_mode"), inline=True
-)
+@compiled
 def _distribution_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    label_smoothing: ArrayLike | None,
-    z_loss: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    weight: Array | None,
+    sample_weight: Array | None,
+    label_smoothing: Array | None,
+    z_loss: Array | None,
     *,
     axis: _Axis,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     forward_mode: bool,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where, axis_name)
@@ -267,10 +268,11 @@ def _distribution_loss(
 
     # A tile widens narrow labels as it does narrow logits, and nobody holds a wide copy. Not those
     # that are broadcast: their cotangents add up over the rows.
-    narrow = jnp.result_type(labels) in (jnp.bfloat16, jnp.float16)
-    as_given = weight is None and jnp.shape(labels) == jnp.shape(logits)
-    held = jnp.result_type(labels) if narrow and as_given else dtype
-    probs = targets.distributions(labels, jnp.shape(logits), axis, held)
+    labels = checks.real("labels", labels)
+    narrow = labels.dtype in (jnp.bfloat16, jnp.float16)
+    as_given = weight is None and labels.shape == logits.shape
+    held = labels.dtype if narrow and as_given else dtype
+    probs = targets.distributions(labels, logits.shape, axis, held)
     probs = targets.without_excluded(probs, rows.counts, sample_weight, axis_name)
     if weight is not None:
         probs = probs * jnp.broadcast_to(weight, probs.shape)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
+from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, targets
+from ._arguments.compiled import compiled
+from ._arguments.types import ArrayLike
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
 from ._rows.tile import RowStatistics, Target
@@ -35,10 +36,10 @@ class SoftmaxStatistics(NamedTuple):
 
 
 def softmax_statistics(
-    logits: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
+    logits: ArrayLike,
+    labels: ArrayLike,
     axis: int | Sequence[int] = -1,
-    where: Shaped[ArrayLike, "..."] | None = None,
+    where: ArrayLike | None = None,
     *,
     ignore_index: int | None = None,
     axis_name: str | None = None,
@@ -61,7 +62,8 @@ def softmax_statistics(
       where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
       ignore_index: label of rows that do not count.
       axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 logits), and
@@ -92,13 +94,11 @@ def softmax_statistics(
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("axis", "ignore_index", "axis_name", "forward_mode"), inline=True
-)
+@compiled
 def _statistics(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
+    logits: Array,
+    labels: Array,
+    where: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
     ignore_index: int | None,

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-
-import jax
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks
+from ._arguments.compiled import compiled
 from ._arguments.options import scalar
 from ._arguments.sides import gathered, reduced, sides
+from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import pairs, sharded
 
 
 def supervised_contrastive_loss(
-    embeddings: Shaped[ArrayLike, "..."],
-    labels: Shaped[ArrayLike, "..."],
-    where: Shaped[ArrayLike, "..."] | None = None,
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None = None,
     *,
-    logit_scale: Shaped[ArrayLike, ""] = 1.0,
-    sample_weight: Shaped[ArrayLike, "..."] | None = None,
+    logit_scale: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
@@ -50,7 +49,8 @@ def supervised_contrastive_loss(
         divided by `sum(sample_weight)` of the examples that count (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `embeddings`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: let JAX derive the derivative, so that forward mode works.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
@@ -86,20 +86,16 @@ def supervised_contrastive_loss(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("axis_name", "reduction", "memory_budget", "forward_mode"),
-    inline=True,
-)
+@compiled
 def _supervised_contrastive(
-    embeddings: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
+    embeddings: Array,
+    labels: Array,
+    where: Array | None,
     logit_scale: Array,
-    sample_weight: ArrayLike | None,
+    sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array:

@@ -6,19 +6,18 @@ frequency to correct for: its weight is 0, and it does not count among the class
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from ._arguments import checks
+from ._arguments.compiled import compiled
 from ._arguments.options import option, scalar
+from ._arguments.types import ArrayLike, Scalar
 from ._rows.numerics import one_minus_exp
 from ._rows.tile import wide
 
 
-def inverse_frequency_weights(counts: Shaped[ArrayLike, "..."]) -> Float[Array, "..."]:
+def inverse_frequency_weights(counts: ArrayLike) -> Float[Array, "..."]:
     r"""Class weights proportional to the inverse of the number of examples, of mean 1.
 
     .. math:: w_c = \frac{K / n_c}{\sum_k 1 / n_k}
@@ -46,7 +45,7 @@ def inverse_frequency_weights(counts: Shaped[ArrayLike, "..."]) -> Float[Array, 
     return _effective_number_weights(_shares("counts", counts), 0.0)
 
 
-def balanced_weights(counts: Shaped[ArrayLike, "..."]) -> Float[Array, "..."]:
+def balanced_weights(counts: ArrayLike) -> Float[Array, "..."]:
     r"""Class weights that give every class the same total weight, of mean 1 over the examples.
 
     .. math:: w_c = \frac{\sum_k n_k}{K\, n_c}
@@ -76,7 +75,7 @@ def balanced_weights(counts: Shaped[ArrayLike, "..."]) -> Float[Array, "..."]:
     return _balanced_weights(_shares("counts", counts))
 
 
-@functools.partial(jax.jit, inline=True)
+@compiled
 def _balanced_weights(counts: Array) -> Array:
     present = counts > 0
     classes = jnp.sum(present, dtype=counts.dtype)
@@ -84,9 +83,7 @@ def _balanced_weights(counts: Array) -> Array:
     return jnp.where(present, 1 / (classes * jnp.where(present, share, 1)), 0)
 
 
-def effective_number_weights(
-    counts: Shaped[ArrayLike, "..."], *, beta: Shaped[ArrayLike, ""] = 0.999
-) -> Float[Array, "..."]:
+def effective_number_weights(counts: ArrayLike, *, beta: Scalar = 0.999) -> Float[Array, "..."]:
     r"""Class weights proportional to the inverse of the effective number of examples, of mean 1.
 
     .. math:: w_c \propto \frac{1}{E_c}, \qquad E_c = \frac{1 - \beta^{n_c}}{1 - \beta}
@@ -120,8 +117,8 @@ def effective_number_weights(
     return _effective_number_weights(_shares("counts", counts), rest)
 
 
-@functools.partial(jax.jit, inline=True)
-def _effective_number_weights(counts: Array, rest: ArrayLike) -> Array:
+@compiled
+def _effective_number_weights(counts: Array, rest: Array) -> Array:
     present = counts > 0
     log_beta = jnp.log1p(-jnp.asarray(rest).astype(counts.dtype))
     overlap = log_beta < 0
@@ -132,16 +129,14 @@ def _effective_number_weights(counts: Array, rest: ArrayLike) -> Array:
     return inverse / jnp.where(mean == 0, 1, mean)
 
 
-def focal_alpha(
-    positives: Shaped[ArrayLike, "..."], total: Shaped[ArrayLike, "..."]
-) -> Float[Array, "..."]:
+def focal_alpha(positives: ArrayLike, total: ArrayLike) -> Float[Array, "..."]:
     r"""The `alpha` of `sigmoid_focal_loss` with which both labels have the same total weight.
 
     .. math:: \alpha_c = 1 - n_c / N, \qquad \alpha_c\, n_c = (1 - \alpha_c) (N - n_c)
 
     Args:
       positives: number of positive examples of each class, of any shape.
-      total: number of examples, broadcastable to `positives`.
+      total: number of examples, with the axes of `positives` (size 1 broadcasts) or none.
 
     Returns:
       The weight of the positive label, of the shape of `positives`, float32 (float64 for float64
@@ -160,18 +155,16 @@ def focal_alpha(
       Lin et al., `Focal Loss for Dense Object Detection`, 2017, section 3.1.
     """
     n, everything = _floats("positives", positives), _floats("total", total)
-    everything = checks.broadcast("total", everything, n.shape, "the shape of positives")
+    everything = checks.of_rows("total", everything, n.shape, "positives")
     return _focal_alpha(n, everything.astype(n.dtype))
 
 
-@functools.partial(jax.jit, inline=True)
+@compiled
 def _focal_alpha(positives: Array, total: Array) -> Array:
     return jnp.where(total == 0, 0.5, (total - positives) / jnp.where(total == 0, 1, total))
 
 
-def training_logit_offset(
-    prior: Shaped[ArrayLike, "..."], *, tau: Shaped[ArrayLike, ""] = 1.0
-) -> Float[Array, "..."]:
+def training_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Array, "..."]:
     r"""What to add to the logits in training, so that rare classes get the larger margin.
 
     .. math:: z_c + \tau \log \pi_c
@@ -204,9 +197,7 @@ def training_logit_offset(
     return _logit_offset(_shares("prior", prior), scalar("tau", tau, low=0.0))
 
 
-def prediction_logit_offset(
-    prior: Shaped[ArrayLike, "..."], *, tau: Shaped[ArrayLike, ""] = 1.0
-) -> Float[Array, "..."]:
+def prediction_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Array, "..."]:
     r"""What to add to the logits of a model trained without an offset, to predict rare classes.
 
     .. math:: z_c - \tau \log \pi_c
@@ -237,16 +228,14 @@ def prediction_logit_offset(
     return _logit_offset(_shares("prior", prior), -scalar("tau", tau, low=0.0))
 
 
-@functools.partial(jax.jit, inline=True)
+@compiled
 def _logit_offset(prior: Array, scale: Array) -> Array:
     present = prior > 0
     log_prior = jnp.log(jnp.where(present, _normalised(prior), 1))
     return jnp.where(present, scale.astype(prior.dtype) * log_prior, -jnp.inf)
 
 
-def prior_shift_weights(
-    train_prior: Shaped[ArrayLike, "..."], target_prior: Shaped[ArrayLike, "..."]
-) -> Float[Array, "..."]:
+def prior_shift_weights(train_prior: ArrayLike, target_prior: ArrayLike) -> Float[Array, "..."]:
     r"""Class weights with which training data stand for data of other class shares.
 
     .. math:: w_c = \pi'_c / \pi_c
@@ -281,7 +270,7 @@ def prior_shift_weights(
     return _prior_shift_weights(train, target.astype(train.dtype))
 
 
-@functools.partial(jax.jit, inline=True)
+@compiled
 def _prior_shift_weights(train: Array, target: Array) -> Array:
     present = train > 0
     share = jnp.where(present, _normalised(train), 1)

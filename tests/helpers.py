@@ -5,6 +5,7 @@ import itertools
 import random
 
 import jax
+import jaxtyping
 import numpy as np
 
 from tests import reference
@@ -126,6 +127,15 @@ def softmax_arguments(
         "axis": axis,
         **options,
     }
+
+
+# A wrong name or type of an option, where the suite checks annotations, which speak first.
+WRONG_NAME = (ValueError, jaxtyping.TypeCheckError)
+
+
+def only_type_checked(raised):
+    """Whether the check of the annotations, which is the suite's own, spoke before the library."""
+    return isinstance(raised.value, jaxtyping.TypeCheckError)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Wrong arguments raise while tracing; the message names them, what was found, what is wanted."""
 
+import inspect
 import re
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import ce_jax
+from tests.helpers import WRONG_NAME, only_type_checked
 
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 SOFT = "softmax_cross_entropy"
@@ -76,7 +78,6 @@ CASES = [
     (WITH_AXIS, "where", np.ones(4, bool), ValueError, ["(4,)", "(5,)"]),
     (WITH_AXIS, "where", np.ones((5, 3), bool), ValueError, ["(5, 3)", "(5, 4)"]),
     (WITH_AXIS, "where", np.ones((1, 5, 4), bool), ValueError, ["(1, 5, 4)"]),
-    (WITH_AXIS, "where", np.ones((), bool), ValueError, ["()"]),
     ((SIGMOID, BINARY), "where", np.ones((5, 3), bool), ValueError, ["(5, 3)", "(5, 4)"]),
     # Axes.
     (WITH_AXIS, "axis", 2, ValueError, ["2"]),
@@ -85,7 +86,7 @@ CASES = [
     ((SOFT, INTEGER), "axis", (-1, 1), ValueError, ["(-1, 1)"]),
     ((SOFT, INTEGER), "axis", 0.5, TypeError, ["0.5"]),
     # Options.
-    (WITH_OPTIONS, "reduction", "average", ValueError, ["'average'", "none", "sum", "mean"]),
+    (WITH_OPTIONS, "reduction", "average", WRONG_NAME, ["'average'", "none", "sum", "mean"]),
     (WITH_OPTIONS, "label_smoothing", -0.1, ValueError, ["-0.1", "0", "1"]),
     (WITH_OPTIONS, "label_smoothing", 1.5, ValueError, ["1.5", "0", "1"]),
     (WITH_OPTIONS, "label_smoothing", float("nan"), ValueError, ["nan", "0", "1"]),
@@ -141,6 +142,78 @@ def test_errors_come_while_tracing(function, arguments, error, match):
     """Abstract values are enough: nothing runs."""
     with pytest.raises(error, match=match):
         jax.eval_shape(getattr(ce_jax, function), **RIGHT[function] | arguments)
+
+
+LINEAR = "linear_softmax_cross_entropy"
+HIDDEN = np.zeros((5, 2), F32)
+LAYER = {"hidden": HIDDEN, "kernel": np.zeros((2, 4), F32), "labels": IDS}
+RIGHT[LINEAR] = LAYER
+SOFT_FORM = "softmax_cross_entropy"
+IDS_FORM = "softmax_cross_entropy_with_integer_labels"
+# (function, the argument changed, its value, what the message says to write).
+CURES = [
+    *((name, "labels", np.eye(5, 4, dtype=F32), SOFT_FORM) for name in (*OF_IDS, LINEAR)),
+    *((name, "labels", np.eye(5, 4, dtype=int), SOFT_FORM) for name in (*OF_IDS, LINEAR)),
+    *((name, "labels", np.eye(5, 4, dtype=int), "jnp.argmax") for name in (*OF_IDS, LINEAR)),
+    *((name, "labels", IDS[:, None], "labels[:, 0]") for name in (*OF_IDS, LINEAR)),
+    *((name, "labels", IDS[None], "labels[0, :]") for name in (*OF_IDS, LINEAR)),
+    *((name, "labels", IDS.astype(F32), "labels.astype(int)") for name in (*OF_IDS, LINEAR)),
+    (SOFT, "labels", IDS, IDS_FORM),
+    *((name, "where", np.ones(5, int), "where != 0") for name in (INTEGER, NLL, LINEAR)),
+    *((name, "where", np.ones(5, F32), "sample_weight") for name in (INTEGER, NLL, LINEAR)),
+    (INTEGER, "where", np.ones(4, bool), "where[None, :]"),
+    (LINEAR, "kernel", np.zeros((4, 2), F32), "class_axis=0 for a kernel of shape [V, D]"),
+    (LINEAR, "logit_soft_cap", 0.0, "logit_soft_cap=None"),
+    *((name, "axis", "mean", "reduction='mean'") for name in (INTEGER, SOFT, NLL)),
+    *((name, "logits", INTEGERS, "logits.astype(float)") for name in (INTEGER, SOFT, SIGMOID)),
+    (INTEGER, "logits", IDS, "class ids as labels"),
+    ("focal_loss", "log_prob", IDS, "class ids as labels"),
+]
+
+
+@pytest.mark.parametrize(("function", "argument", "value", "cure"), CURES)
+def test_the_message_says_what_to_write(function, argument, value, cure):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        getattr(ce_jax, function)(**RIGHT.get(function, {}) | {argument: value})
+    if not only_type_checked(raised):
+        assert argument in str(raised.value)
+        assert cure in str(raised.value)
+
+
+def test_the_message_speaks_of_what_was_given():
+    """A kernel that fits neither way says nothing of `class_axis`, nor of one that is left out."""
+    with pytest.raises(ValueError, match="kernel must have shape") as raised:
+        ce_jax.linear_softmax_cross_entropy(**LAYER | {"kernel": np.zeros((3, 4), F32)})
+    assert "class_axis" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"class_axis=1 for a kernel of shape \[D, V\]"):
+        ce_jax.linear_softmax_cross_entropy(**LAYER, class_axis=0)
+    teacher = {"teacher_hidden": HIDDEN, "teacher_kernel": np.zeros((4, 2), F32)}
+    layer = {"hidden": HIDDEN, "kernel": LAYER["kernel"]}
+    with pytest.raises(ValueError, match="write teacher_class_axis=0"):
+        ce_jax.linear_distillation_loss(**layer, **teacher)
+    teacher["teacher_kernel"] = layer["kernel"]
+    with pytest.raises(ValueError, match="write teacher_logit_soft_cap=None"):
+        ce_jax.linear_distillation_loss(**layer, **teacher, teacher_logit_soft_cap=0.0)
+    with pytest.raises(TypeError) as raised:
+        ce_jax.softmax_cross_entropy(LOGITS, None)
+    if not only_type_checked(raised):
+        assert "labels must be an array, got None" in str(raised.value)
+    with pytest.raises(TypeError) as raised:
+        ce_jax.softmax_statistics(LOGITS, IDS, "last")
+    assert "reduction" not in str(raised.value)
+
+
+def test_forward_mode_can_be_found():
+    """What JAX says without it stands in the documentation of the argument."""
+    for function in (INTEGER, SOFT, SIGMOID, "poly_loss_cross_entropy", LINEAR):
+        call = getattr(ce_jax, function)
+        right = RIGHT.get(function, RIGHT[SOFT])
+        x, name = right.get("logits", HIDDEN), "hidden" if function == LINEAR else "logits"
+        with pytest.raises(TypeError) as raised:
+            jax.jvp(lambda x, call=call, a=right, n=name: call(**a | {n: x}), (x,), (x,))
+        said = str(raised.value).partition(" to a ")[0]
+        text = " ".join(inspect.getdoc(call).split())
+        assert said in text.partition("forward_mode: ")[2]
 
 
 def test_ignore_index_needs_integer_labels():

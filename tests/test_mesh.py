@@ -155,7 +155,7 @@ def dense_problem():
         "labels": labels,
         "where": allowed,
         "weight": draw.uniform(0.5, 2.0, HELD),
-        "sample_weight": draw.uniform(0.5, 2.0, 6),  # of positions; broadcast over the batch
+        "sample_weight": draw.uniform(0.5, 2.0, (1, 6)),  # of positions; broadcast over the batch
     }
 
 

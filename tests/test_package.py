@@ -1,6 +1,5 @@
 """What the package promises as a whole: its names, types, documentation, and what it imports."""
 
-import collections.abc
 import inspect
 import re
 import subprocess
@@ -9,6 +8,8 @@ import types
 import typing
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import optax.losses
 import pytest
 
@@ -86,6 +87,17 @@ NAMES = {
     "uniform_negatives",
 }
 FUNCTIONS = sorted(name for name in NAMES if name.islower())
+# Other losses of optax, which come from there: all that `optax.losses` has and we have not.
+FORWARDED = {
+    name
+    for name, value in vars(optax.losses).items()
+    if not name.startswith("_") and not inspect.ismodule(value) and name not in NAMES
+}
+# What versions of optax up to 0.2.6 take by place, and later ones by name.
+ONCE_BY_PLACE = {
+    "poly_loss_cross_entropy": ["logits", "labels", "epsilon", "axis", "where"],
+    "sigmoid_focal_loss": ["logits", "labels", "alpha", "gamma"],
+}
 # Shared by every function that has it, with one default.
 DEFAULTS = {
     "axis": -1,
@@ -122,7 +134,7 @@ def results(annotation):
 
     A function that returns a function of the type that it is given has no result of its own.
     """
-    if typing.get_origin(annotation) is collections.abc.Callable:
+    if isinstance(annotation, typing.TypeVar):
         return []
     if typing.get_origin(annotation) in (types.UnionType, tuple):
         return [array for part in typing.get_args(annotation) for array in results(part)]
@@ -130,12 +142,9 @@ def results(annotation):
 
 
 def test_public_names():
-    found = {
-        name
-        for name, value in vars(ce_jax).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert found == NAMES
+    assert set(ce_jax.__all__) == NAMES | FORWARDED
+    assert dir(ce_jax) == sorted(ce_jax.__all__)
+    assert all(hasattr(ce_jax, name) for name in ce_jax.__all__)
 
 
 def test_importing_it_imports_no_framework():
@@ -145,15 +154,79 @@ def test_importing_it_imports_no_framework():
 
 
 def test_other_losses_are_those_of_optax():
-    assert ce_jax.huber_loss is optax.losses.huber_loss
+    for name in FORWARDED:
+        assert getattr(ce_jax, name) is getattr(optax.losses, name)
     assert ce_jax.softmax_cross_entropy is not optax.losses.softmax_cross_entropy
-    with pytest.raises(AttributeError, match="no_such_loss"):
-        _ = ce_jax.no_such_loss
     assert not hasattr(ce_jax, "__no_such_attribute__")
+
+
+def test_they_are_typed_as_optax_types_them():
+    """What a type checker reads, and the names at run time, are listed apart."""
+    imports = re.findall(
+        r"^    from optax.losses import (\w+) as \1$", inspect.getsource(ce_jax), re.MULTILINE
+    )
+    assert set(imports) == FORWARDED
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("softmax_crossentropy", "'softmax_cross_entropy'"),
+        ("huberloss", "'huber_loss'"),
+        ("sigmoid_cross_entropy", "'sigmoid_binary_cross_entropy'"),
+    ],
+)
+def test_unknown_names(name, meant):
+    with pytest.raises(AttributeError, match=f"no attribute {name!r}; did you mean {meant}"):
+        getattr(ce_jax, name)
+    with pytest.raises(AttributeError, match=r"no attribute 'xyz'$"):
+        _ = ce_jax.xyz
 
 
 def test_it_is_typed():
     assert (PACKAGE / "py.typed").is_file()
+
+
+# A type checker finds fault with the lines that say so, and with no others.
+SNIPPET = """
+from typing import assert_type
+
+import jax
+import ce_jax
+from ce_jax import SoftmaxStatistics
+
+x = jax.numpy.zeros((2, 3))
+ce_jax.huber_loss(x, x)
+ce_jax.nonexistent(x)  # error
+ce_jax.softmax_cross_entropy([[0.0, 1.0]], [[0.5, 0.5]], axis=(-1,), reduction="mean")
+ce_jax.softmax_cross_entropy(x, x, reduction="avg")  # error
+ce_jax.softmax_cross_entropy(x, x, forward=True)  # error
+assert_type(ce_jax.softmax_cross_entropy(x, x), jax.Array)
+assert_type(ce_jax.softmax_cross_entropy(x, x), float)  # error
+
+linear = ce_jax.linear_softmax_cross_entropy
+linear(x, x, x, return_statistics=True, reduction="avg")  # error
+assert_type(linear(x, x, x), jax.Array)
+assert_type(linear(x, x, x, return_statistics=True), tuple[jax.Array, SoftmaxStatistics])
+either = linear(x, x, x, return_statistics=bool(x.size))
+assert_type(either, jax.Array | tuple[jax.Array, SoftmaxStatistics])
+spread = ce_jax.on_mesh(linear, jax.make_mesh((1,), ("data",)))
+loss, found = spread(x, x, x, return_statistics=True)
+assert_type(found.lse, jax.Array)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_type_checker_says(tmp_path):
+    api = pytest.importorskip("mypy.api", reason="mypy is not installed")
+    path = tmp_path / "snippet.py"
+    path.write_text(SNIPPET)
+    options = ["--config-file", str(ROOT / "pyproject.toml"), "--no-pretty"]
+    printed, errors, _ = api.run([*options, "--cache-dir", str(ROOT / ".mypy_cache"), str(path)])
+    assert not errors
+    found = {int(n) for n in re.findall(r"snippet\.py:(\d+): error", printed)}
+    lines = enumerate(SNIPPET.splitlines(), 1)
+    assert found == {number for number, line in lines if line.endswith("# error")}, printed
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -184,8 +257,16 @@ class TestFunction:
             assert parameter.annotation is not parameter.empty, parameter
             if parameter.name in DEFAULTS:
                 assert parameter.default == DEFAULTS[parameter.name], parameter
-            if parameter.name not in ("axis", "where") and parameter.default is not parameter.empty:
+            if parameter.name in ("axis", "where", *ONCE_BY_PLACE.get(name, ())):
+                continue
+            if parameter.default is not parameter.empty:
                 assert parameter.kind is parameter.KEYWORD_ONLY, parameter
+
+    def test_the_signature_can_be_read(self, name):
+        """`help` shows the names of types, not what these are made of."""
+        for parameter in inspect.signature(getattr(ce_jax, name)).parameters.values():
+            assert isinstance(parameter.annotation, str)
+            assert parameter.annotation.count("|") <= 3, parameter
 
 
 # kl_divergence has other arguments on purpose.
@@ -196,7 +277,27 @@ def test_arguments_stand_where_optax_has_them(name):
     assert list(ours)[: len(theirs)] == list(theirs)
     for argument, parameter in theirs.items():
         assert ours[argument].default == parameter.default
-        assert ours[argument].kind == parameter.kind
+        by_place = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if by_place or argument in ONCE_BY_PLACE.get(name, ()):
+            assert ours[argument].kind is parameter.POSITIONAL_OR_KEYWORD, argument
+        else:  # and no option of ours takes its place
+            assert ours[argument].kind is parameter.KEYWORD_ONLY, argument
+    if name in ONCE_BY_PLACE:
+        places = [p.name for p in ours.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert places == ONCE_BY_PLACE[name]
+
+
+def test_optax_arguments_by_place():
+    logits, labels = jnp.array([[0.5, -1.0]]), jnp.array([[1.0, 0.0]])
+    np.testing.assert_array_equal(
+        ce_jax.sigmoid_focal_loss(logits, labels, 0.25, 2.0),
+        ce_jax.sigmoid_focal_loss(logits, labels, alpha=0.25, gamma=2.0),
+    )
+    where = jnp.array([True])
+    np.testing.assert_array_equal(
+        ce_jax.poly_loss_cross_entropy(logits, labels, 1.0, -1, where),
+        ce_jax.poly_loss_cross_entropy(logits, labels, epsilon=1.0, axis=-1, where=where),
+    )
 
 
 def tracked_files():

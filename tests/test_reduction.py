@@ -208,7 +208,7 @@ def in_every_reduction(logits, labels, *, name=INTEGER, **options):
 
 
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("sample_weight", [2.0, (2.0,), ((2.0,),), ((1.0,), (3.0,)), (1, 2, 3)])
+@pytest.mark.parametrize("sample_weight", [2.0, ((2.0,),), ((1.0,), (3.0,)), ((1, 2, 3),)])
 def test_sample_weight_broadcasts_to_the_loss(sample_weight, soft):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
     labels = jnp.array([[0, 1, 2], [3, 0, 1]])

@@ -7,6 +7,7 @@ import pytest
 
 import ce_jax
 from ce_jax import Negatives
+from tests.helpers import WRONG_NAME
 
 F32 = np.float32
 RIGHT = {
@@ -26,7 +27,7 @@ ERRORS = [
     ("bpr_loss", "where", np.ones(5, F32), TypeError, ["float32", "bool"]),
     ("bpr_loss", "where", np.ones((5, 3, 1), bool), ValueError, ["(5, 3, 1)", "(5, 3)"]),
     ("bpr_loss", "sample_weight", np.ones(4, F32), ValueError, ["(4,)", "(5,)"]),
-    ("bpr_loss", "reduction", "average", ValueError, ["average", "mean"]),
+    ("bpr_loss", "reduction", "average", WRONG_NAME, ["average", "mean"]),
     ("gbce_loss", "num_items", 1, ValueError, ["1", "2"]),
     ("gbce_loss", "num_items", 5.0, TypeError, ["5.0"]),
     ("gbce_loss", "calibration", 1.5, ValueError, ["1.5"]),

@@ -26,7 +26,7 @@ def test_mask(segments, pad_id, where):
     chosen = np.array([True, True, True, False, True, True])
     options = {"pad_id": pad_id}
     options |= {"segment_ids": SEGMENTS} if segments else {}
-    options |= {"where": chosen} if where else {}
+    options |= {"where": chosen[None]} if where else {}
     expected = np.ones((2, 5), bool)
     for row in range(2):
         for t in range(5):
@@ -95,7 +95,7 @@ def test_perplexity_and_bits_per_byte():
         (
             lambda: ce_jax.perplexity(jnp.zeros(2), jnp.zeros(3)),
             ValueError,
-            r"total and count .*\(2,\).*\(3,\)",
+            r"count must have .*\(2,\).*total.*\(3,\)",
         ),
     ],
 )

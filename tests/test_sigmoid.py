@@ -18,6 +18,8 @@ NAME = "sigmoid_binary_cross_entropy"
 SHAPE = (4, 3)
 # What broadcasts to the elements: a number for each, for each class, for each row, or one for all.
 SPREAD = {"element": SHAPE, "class": SHAPE[1:], "row": (SHAPE[0], 1), "one": ()}
+# Those of examples have all axes or none.
+EXAMPLES = SPREAD | {"class": (1, SHAPE[1])}
 OPTIONS = {
     "weight": [None, *SPREAD],
     "pos_weight": [None, *SPREAD],
@@ -38,7 +40,8 @@ def sigmoid_arguments(*, weight=None, pos_weight=None, sample_weight=None, where
     weights = {"weight": weight, "pos_weight": pos_weight, "sample_weight": sample_weight}
     for name, spread in weights.items():
         if spread is not None:
-            options[name] = draw.uniform(0.5, 2.0, size=SPREAD[spread])
+            shape = (EXAMPLES if name == "sample_weight" else SPREAD)[spread]
+            options[name] = draw.uniform(0.5, 2.0, size=shape)
     if sample_weight in ("element", "row"):
         options["sample_weight"].flat[1] = 0.0
     if where is not None:

@@ -10,34 +10,39 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
-REDUCTIONS = ("none", "sum", "mean")
+from .compiled import array
+from .types import ArrayLike, Reduction, Scalar
+
+REDUCTIONS = get_args(Reduction)
 
 
 def floating(name: str, x: ArrayLike) -> Array:
     """`x` as an array, if its dtype is floating."""
-    x = jnp.asarray(x)
+    x = _asarray(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+        cure = f"; write {name}.astype(float), or give class ids as labels"
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}{cure}")
     return x
 
 
-def integer(name: str, x: ArrayLike) -> Array:
+def integer(name: str, x: ArrayLike, cure: str = "") -> Array:
     """`x` as an array, if its dtype is integer."""
-    x = jnp.asarray(x)
+    x = _asarray(name, x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype (class ids), got {x.dtype}")
+        raise TypeError(f"{name} must have an integer dtype (class ids), got {x.dtype}{cure}")
     return x
 
 
 def real(name: str, x: ArrayLike) -> Array:
     """`x` as an array, if its dtype is floating, integer or bool."""
-    x = jnp.asarray(x)
+    x = _asarray(name, x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must have a real dtype, got {x.dtype}")
     return x
@@ -45,38 +50,89 @@ def real(name: str, x: ArrayLike) -> Array:
 
 def boolean(name: str, x: ArrayLike) -> Array:
     """`x` as an array, if its dtype is bool."""
-    x = jnp.asarray(x)
+    x = _asarray(name, x)
     if x.dtype != jnp.bool_:
-        raise TypeError(f"{name} must have dtype bool, got {x.dtype}")
+        weights = "; numbers that weigh belong into the sample_weight of a loss"
+        raise TypeError(
+            f"{name} must have dtype bool, got {x.dtype}; write {name} != 0"
+            + weights * (name == "where")
+        )
     return x
+
+
+def _asarray(name: str, x: ArrayLike) -> Array:
+    x = array(name, x)
+    if x is None:
+        raise TypeError(f"{name} must be an array, got None")
+    return jnp.asarray(x)
 
 
 def shape_is(name: str, x: Array, shape: Sequence[int], meaning: str) -> None:
     """Raises unless `x` has exactly this shape."""
     if x.shape != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)} ({meaning}), got {x.shape}")
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} ({meaning}), got {x.shape}"
+            + indexing(name, x.shape, shape)
+        )
 
 
 def broadcast(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
     """`x` broadcast to `shape`, if that adds nothing to `shape`."""
-    shape = tuple(shape)
-    fits = len(x.shape) <= len(shape) and all(
-        have in (1, want) for have, want in zip(x.shape[::-1], shape[::-1], strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name} must be broadcastable to {shape} ({meaning}), got {x.shape}")
+    if not _fits(x.shape, shape):
+        raise ValueError(
+            f"{name} must be broadcastable to {tuple(shape)} ({meaning}), got {x.shape}"
+            + indexing(name, x.shape, shape)
+        )
     return jnp.broadcast_to(x, shape)
 
 
-def common_shape(name: str, x: Array, other_name: str, other: Array) -> tuple[int, ...]:
-    """The shape to which both arrays broadcast."""
-    try:
-        return jnp.broadcast_shapes(x.shape, other.shape)
-    except ValueError as error:
+def of_rows(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
+    """`x` broadcast to `shape`, of which it must have all axes or none.
+
+    Rows have no axis that is known to be the last one: `[B]` beside `[B, B]` could mean either.
+    """
+    if x.ndim not in (0, len(shape)) or not _fits(x.shape, shape):
         raise ValueError(
-            f"{name} and {other_name} must have shapes that broadcast together, "
-            f"got {x.shape} and {other.shape}"
-        ) from error
+            f"{name} must have the axes of {tuple(shape)} ({meaning}), each of that size or 1, or "
+            f"none, got {x.shape}" + indexing(name, x.shape, shape)
+        )
+    return jnp.broadcast_to(x, shape)
+
+
+def rows_to_include(where: Array, rows: Sequence[int], name: str, shape: Sequence[int]) -> Array:
+    """A `where` that does not have the axes of `name`, of this shape, broadcast to the loss."""
+    if where.ndim not in (0, len(rows)) or not _fits(where.shape, rows):
+        by_row, by_class = (indexing("where", where.shape, x) for x in (rows, shape))
+        raise ValueError(
+            f"where must have the axes of the loss, {tuple(rows)}, or of {name}, {tuple(shape)}, "
+            f"each of that size or 1, or none, got {where.shape}"
+            + by_row.replace("write", "for rows write")
+            + by_class.replace("write", f"for the last axis of {name} write")
+        )
+    return jnp.broadcast_to(where, rows)
+
+
+def _fits(shape: Sequence[int], onto: Sequence[int]) -> bool:
+    pairs = zip(reversed(shape), reversed(onto), strict=False)
+    return len(shape) <= len(onto) and all(have in (1, want) for have, want in pairs)
+
+
+def indexing(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
+    """What to write for an array that lacks axes of size 1, or has too many; may be nothing."""
+    shape, wanted = tuple(shape), tuple(wanted)
+    more = len(wanted) - len(shape)
+    if more == 0 or not shape:
+        return ""
+    if more > 0:
+        axes, new = [":"] * len(shape), ["None"] * more
+        ways = {(*axes, *new): (*shape, *[1] * more), (*new, *axes): (*[1] * more, *shape)}
+    else:
+        axes, ones = [":"] * len(wanted), (1,) * -more
+        ways = {(*axes, *["0"] * -more): shape[:more]} if shape[more:] == ones else {}
+        if shape[:-more] == ones:
+            ways[(*["0"] * -more, *axes)] = shape[-more:]
+    found = [f"{name}[{', '.join(way)}]" for way, have in ways.items() if _fits(have, wanted)]
+    return "; write " + " or ".join(found) if found else ""
 
 
 def axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
@@ -97,10 +153,13 @@ def axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 
 def static_axis(axis: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
     """`axis` in a hashable form."""
+    if isinstance(axis, str):
+        meant = f"; write reduction={axis!r}" if axis in REDUCTIONS else ""
+        raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}{meant}")
     return tuple(axis) if isinstance(axis, Sequence) else axis
 
 
-def reduction(value: str) -> None:
+def reduction(value: Reduction) -> None:
     """Raises unless `value` is one of the three reductions."""
     if value not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {value!r}")
@@ -116,8 +175,8 @@ def integer_option(name: str, value: int | None) -> int | None:
 
 
 def float_option(
-    name: str, value: ArrayLike | None, low: float = 0.0, high: float = math.inf
-) -> ArrayLike | None:
+    name: str, value: Scalar | None, low: float = 0.0, high: float = math.inf
+) -> Scalar | None:
     """The option's value, or None where it is known to be 0 and so has no effect.
 
     Raises where the value is known and not in `[low, high]`. Any scalar that is not traced is
@@ -140,10 +199,10 @@ def float_option(
     return None if number == 0 else value
 
 
-def soft_cap(value: ArrayLike | None) -> ArrayLike | None:
-    """The value of `logit_soft_cap`, which has no number that means "none"."""
-    if float_option("logit_soft_cap", value) is None and value is not None:
-        raise ValueError(f"logit_soft_cap must be positive or None, got {value}")
+def soft_cap(name: str, value: Scalar | None) -> Scalar | None:
+    """The value of a soft cap, which has no number that means "none"."""
+    if float_option(name, value) is None and value is not None:
+        raise ValueError(f"{name} must be positive, got {value}; write {name}=None for no cap")
     return value
 
 
@@ -167,11 +226,15 @@ def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> in
             f"{prefix}class_axis must be an axis of {prefix}kernel, 0 or 1 (or -1), got {axis}"
         )
     axis %= 2
-    width = kernel.shape[1 - axis]
-    if width != hidden.shape[-1] or 0 in kernel.shape:
+    width = hidden.shape[-1]
+    if kernel.shape[1 - axis] != width or 0 in kernel.shape:
+        cure = ""
+        if kernel.shape[axis] == width and 0 not in kernel.shape:  # as it were for the other axis
+            cure = f"; write {prefix}class_axis={1 - axis} for a kernel of shape "
+            cure += "[V, D]" if axis else "[D, V]"
         raise ValueError(
-            f"{prefix}kernel must have shape {('D, V' if axis else 'V, D')} with "
-            f"D = {hidden.shape[-1]} and V > 0 for {prefix}class_axis={axis}, got {kernel.shape}"
+            f"{prefix}kernel must have shape {'[D, V]' if axis else '[V, D]'} with D = {width}, as "
+            f"{prefix}hidden has it, and V > 0, got {kernel.shape}{cure}"
         )
     return axis
 

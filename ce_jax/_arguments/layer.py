@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.head import Head
 from .._rows.tile import wide
 from . import checks, targets
+from .types import ArrayLike
 
 
 class Layer(NamedTuple):
@@ -68,7 +69,7 @@ def layer(
     counts = None
     if where is not None:
         counts = checks.boolean("where", where)
-        counts = checks.broadcast("where", counts, rows, "the rows of hidden")
+        counts = checks.of_rows("where", counts, rows, "the rows of hidden")
     label = targets.class_ids(labels, rows, classes, counts, ignore_index)
     label = jax.tree.map(jnp.ravel, label)
     hidden = targets.without_excluded(jnp.reshape(hidden, (-1, hidden.shape[-1])), label.counts)

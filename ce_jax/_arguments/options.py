@@ -7,10 +7,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from .._rows.tile import wide
 from . import checks
+from .types import ArrayLike
 
 # A log-probability this little above 0 is one that was rounded.
 _ROUNDING = 1e-3
@@ -18,8 +19,6 @@ _ROUNDING = 1e-3
 
 def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
     """`value` as an array, if it is real and, where it is known, finite and in `[low, high]`."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):
-        raise TypeError(f"{name} must be real, got {value!r}")
     array = checks.real(name, value)
     if not isinstance(array, jax.core.Tracer):
         known = np.asarray(array, np.float64)

@@ -6,20 +6,29 @@ import math
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from .._rows.loss import weighted
 from . import checks
+from .types import ArrayLike, Reduction
 
 
 def weights(
     name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Float[Array, "..."] | None:
-    """Weights in the loss's shape and dtype."""
+    """Weights of examples, in the loss's shape and dtype."""
     if x is None:
         return None
-    x = checks.real(name, x).astype(dtype)
-    return checks.broadcast(name, x, shape, "the shape of the loss")
+    return checks.of_rows(name, checks.real(name, x).astype(dtype), shape, "the loss")
+
+
+def element_weights(
+    name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: DTypeLike
+) -> Float[Array, "..."] | None:
+    """Weights that may be those of the last axis alone, in the loss's shape and dtype."""
+    if x is None:
+        return None
+    return checks.broadcast(name, checks.real(name, x).astype(dtype), shape, "the loss")
 
 
 def denominator(
@@ -39,7 +48,7 @@ def reduce(
     loss: Float[Array, "*rows"],
     counts: Bool[Array, "*rows"] | None,
     sample_weight: Float[Array, "*rows"] | None,
-    reduction: str,
+    reduction: Reduction,
     label_weight: Float[Array, "*rows"] | None = None,
 ) -> Float[Array, "..."]:
     """Applies mask and sample weights, then the reduction.

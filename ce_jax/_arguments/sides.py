@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import sharded
 from .._rows.tile import wide
 from . import checks, reductions, targets
+from .types import ArrayLike, Reduction
 
 
 class Sides(NamedTuple):
@@ -64,7 +65,7 @@ def sides(
     row_counts = column_counts = None
     if where is not None:
         row_counts = checks.boolean("where", where)
-        row_counts = checks.broadcast("where", row_counts, (n,), f"the rows of {row_name}")
+        row_counts = checks.of_rows("where", row_counts, (n,), f"the rows of {row_name}")
         row_counts = sharded.like(row_counts, rows)
         further = sharded.like(jnp.ones(m - n, bool), row_counts)
         column_counts = jnp.concatenate([row_counts, further])
@@ -104,7 +105,7 @@ def reduced(
     counts: Bool[Array, " n"] | None,
     sample_weight: ArrayLike | None,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
 ) -> Float[Array, "..."]:
     """Masks, weights and reduces this device's losses; a sum or mean is over all devices."""
     weights = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
@@ -122,7 +123,7 @@ def over_devices(
     counts: Bool[Array, " n"] | None,
     weights: Float[Array, " n"] | None,
     axis_name: str | None,
-    reduction: str,
+    reduction: Reduction,
 ) -> Float[Array, ""]:
     """The "sum" or "mean" over all devices from this device's sum."""
     denominator = reductions.denominator(rows, total.dtype, counts, weights)

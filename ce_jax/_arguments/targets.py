@@ -8,11 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import sharded
 from .._rows.tile import wide
 from . import checks, reductions
+from .types import ArrayLike
 
 
 class Rows(NamedTuple):
@@ -82,17 +83,11 @@ def rows_of(
         return Rows(x, None)
     where = checks.boolean("where", where)
     if where.ndim == len(shape):
-        included = checks.broadcast("where", where, shape, f"the shape of {name}")
+        included = checks.of_rows("where", where, shape, name)
         included = classes_last(included, axes)
         most = sharded.max_over(jnp.max(included, -1).astype(jnp.float32), axis_name)
         return Rows(jnp.where(included, x, -jnp.inf), most > 0)
-    if where.ndim == x.ndim - 1:
-        rows = f"the rows of {name}, whose own shape is {shape}"
-        return Rows(x, checks.broadcast("where", where, x.shape[:-1], rows))
-    raise ValueError(
-        f"where must have the shape of the loss {x.shape[:-1]} (rows to include) or the shape of "
-        f"{name} {shape} (classes to include), got {where.shape}"
-    )
+    return Rows(x, checks.rows_to_include(where, x.shape[:-1], name, shape))
 
 
 def without_excluded(
@@ -143,9 +138,22 @@ def distributions(
     labels: ArrayLike, shape: tuple[int, ...], axis: int | Sequence[int] | None, dtype: DTypeLike
 ) -> Float[Array, "*rows classes"]:
     """Labels that give every class a number, by rows, in the loss's dtype."""
-    labels = checks.real("labels", labels).astype(dtype)
-    labels = checks.broadcast("labels", labels, shape, "the shape of logits")
-    return classes_last(labels, checks.axes(axis, len(shape)))
+    labels = checks.real("labels", labels)
+    axes = checks.axes(axis, len(shape))
+    if jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape != shape:
+        raise ValueError(
+            f"labels of an integer dtype must have the shape of logits, {shape}, a number for each "
+            f"class, got {labels.shape}; class ids go to softmax_cross_entropy_with_integer_labels"
+        )
+    whole = (1,) * (len(shape) - labels.ndim) + labels.shape
+    if len(whole) == len(shape) and any(whole[a] == 1 != shape[a] for a in axes):
+        raise ValueError(
+            f"labels must have a number for every class of logits, {shape} with the class axis "
+            f"{axis}, got {labels.shape}; class ids go, as integers of the loss's shape, to "
+            "softmax_cross_entropy_with_integer_labels"
+        )
+    labels = checks.broadcast("labels", labels.astype(dtype), shape, "the shape of logits")
+    return classes_last(labels, axes)
 
 
 def class_ids(
@@ -156,7 +164,17 @@ def class_ids(
     ignore_index: int | None,
 ) -> ClassIds:
     """Checks the labels of rows of the given shape and makes them safe to index with."""
-    labels = checks.integer("labels", labels)
+    per_class = (
+        "; labels that give each class a number, such as one-hot ones, go to softmax_cross_entropy,"
+        " or through jnp.argmax"
+    )
+    labels = checks.integer("labels", labels, f"; write labels.astype(int){per_class}")
+    too_many = labels.ndim == len(rows) + 1
+    if too_many and not checks.indexing("labels", labels.shape, rows):
+        raise ValueError(
+            f"labels must have shape {tuple(rows)} (one class id per row), got {labels.shape}"
+            + per_class
+        )
     checks.shape_is("labels", labels, rows, "one class id per row")
     counts = counting(labels, counts, ignore_index)
     if labels.dtype.itemsize < 4:
@@ -208,17 +226,17 @@ def elements(
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Bool[Array, "*shape"] | None]:
     """Inputs of an element-wise loss, its smoothed binary labels, and which elements count.
 
-    All come in the broadcast shape, the labels in the loss's dtype, and with a harmless value in
-    the elements that do not count, or hold a NaN and weigh nothing.
+    All come in the shape of `x`, the labels in the loss's dtype, and with a harmless value in the
+    elements that do not count, or hold a NaN and weigh nothing.
     """
     x, labels = checks.floating(name, x), checks.real("labels", labels)
-    shape = checks.common_shape(name, x, "labels", labels)
-    x = jnp.broadcast_to(x, shape)
-    labels = jnp.broadcast_to(labels.astype(wide(x.dtype)), shape)
+    shape = x.shape
+    labels = labels.astype(wide(x.dtype))
+    labels = checks.broadcast("labels", labels, shape, f"the shape of {name}")
     counts = None
     if where is not None:
         where = checks.boolean("where", where)
-        counts = checks.broadcast("where", where, shape, "the shape of the loss")
+        counts = checks.of_rows("where", where, shape, "the loss")
         x, labels = jnp.where(counts, x, 0.5), jnp.where(counts, labels, 0)
     weights = reductions.weights("sample_weight", sample_weight, shape, labels.dtype)
     if weights is not None:

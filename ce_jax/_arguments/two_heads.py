@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from .._platform import block_sizes
 from .._rows import class_blocks, sharded
@@ -13,6 +13,7 @@ from .._rows.divergence import Options, Side
 from .._rows.head import Head
 from .._rows.tile import wide
 from . import checks, reductions, targets
+from .types import ArrayLike
 
 
 class Layer(NamedTuple):
@@ -89,7 +90,7 @@ def two_heads(
     counts = None
     if where is not None:
         counts = checks.boolean("where", where)
-        counts = checks.broadcast("where", counts, s.rows, "the rows of hidden")
+        counts = checks.of_rows("where", counts, s.rows, "the rows of hidden")
     weights = reductions.weights("sample_weight", sample_weight, s.rows, dtype)
     used = None if counts is None else counts.ravel()
     if weights is not None:  # a weight of 0 silences what is not finite

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._arguments import checks, reductions
+from .._arguments.types import ArrayLike
 from . import sharded
 from .head import Head, logits
 from .tile import ABSENT, wide
@@ -55,16 +56,11 @@ def compared(
     if where is not None:
         where = checks.boolean("where", where)
         if where.ndim == negatives.ndim:
-            meaning = "the shape of negative_logits"
-            included = checks.broadcast("where", where, negatives.shape, meaning)
+            included = checks.of_rows("where", where, negatives.shape, "negative_logits")
             negatives = jnp.where(included, negatives, 0)
-        elif where.ndim == label.ndim:
-            counts = checks.broadcast("where", where, label.shape, "the shape of the loss")
         else:
-            raise ValueError(
-                f"where must have the shape of the loss {label.shape} (rows to include) or of "
-                f"negative_logits {negatives.shape} (negatives to include), got {where.shape}"
-            )
+            shape = negatives.shape
+            counts = checks.rows_to_include(where, label.shape, "negative_logits", shape)
     weights = reductions.weights("sample_weight", sample_weight, label.shape, dtype)
     kept = counts
     if weights is not None:
