@@ -53,10 +53,14 @@ def value_and_gradients(name, arrays, **options):
     def scalar(smooth):
         found = jax.tree.leaves(call(name, **{**arrays, **smooth}, **options))
         floating = [x for x in found if jnp.issubdtype(x.dtype, jnp.floating)]
-        return sum((jnp.sum(jnp.sin(3 * x)) for x in floating), jnp.zeros(())), found
+        return sum((_unequal_sum(x) for x in floating), jnp.zeros(())), found
 
     gradients, found = jax.grad(scalar, has_aux=True)(smooth)
     return found, gradients
+
+
+def _unequal_sum(x):
+    return jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape))
 
 
 def compare(name, sizes, **options):
