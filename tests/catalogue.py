@@ -109,10 +109,14 @@ _WEIGHTS = {"weight": _CLASS_WEIGHT, "sample_weight": _ROW_WEIGHT}
 _SOFT = {"logits": _LOGITS, "labels": shares("b t c")}
 _LINEAR = {"hidden": normal("b t d"), "kernel": normal("d c"), "labels": _IDS, "bias": normal("c")}
 _SCORES = {"label_logits": normal("b t"), "negative_logits": normal("b t s")}
+_BINARY = {"logits": normal("b t"), "labels": uniform("b t", 0, 1), "sample_weight": _ROW_WEIGHT}
 _LOG_PROB = {"log_prob": uniform("b t", -3.0, -0.1)}
 _PAIRS = {"images": normal("b d"), "texts": normal("b d"), "sample_weight": uniform("b", 0.5, 2.0)}
-_SMOOTHED = {"label_smoothing": 0.1, "z_loss": 0.05}
+_SMOOTHED = {"label_smoothing": uniform("", 0.1, 0.3), "z_loss": uniform("", 0.01, 0.1)}
+_TEMPERATURE, _SCALE = {"temperature": uniform("", 1, 3)}, {"logit_scale": uniform("", 1, 3)}
 _STATISTICS = ("b t",) * 5
+_STUDENT = {k: x for k, x in _LINEAR.items() if k != "labels"} | _TEMPERATURE
+_STUDENT |= {"sample_weight": _ROW_WEIGHT}
 
 
 def _log_softmax(z):
@@ -175,22 +179,20 @@ def _of_correct(confidence, correct, **options):
 CATALOGUE = {
     # Softmax cross-entropies.
     "softmax_cross_entropy_with_integer_labels": Entry(
-        _LABELLED | _WEIGHTS,
+        _LABELLED | _WEIGHTS | _SMOOTHED,
         reference.softmax_cross_entropy_with_integer_labels,
-        options=_SMOOTHED,
         sharded="c",
     ),
     "softmax_cross_entropy": Entry(
-        _SOFT | _WEIGHTS, reference.softmax_cross_entropy, options=_SMOOTHED, sharded="c"
+        _SOFT | _WEIGHTS | _SMOOTHED, reference.softmax_cross_entropy, sharded="c"
     ),
     "safe_softmax_cross_entropy": Entry(_SOFT, reference.softmax_cross_entropy, sharded="c"),
     "softmax_statistics": Entry(
         _LABELLED, reference.softmax_statistics, out=_STATISTICS, sharded="c"
     ),
     "linear_softmax_cross_entropy": Entry(
-        _LINEAR | _WEIGHTS,
+        _LINEAR | _WEIGHTS | _SMOOTHED | {"logit_soft_cap": uniform("", 2, 4)},
         reference_linear.linear_softmax_cross_entropy,
-        options={**_SMOOTHED, "logit_soft_cap": 3.0},
         sharded="c",
     ),
     "linear_softmax_statistics": Entry(
@@ -202,14 +204,12 @@ CATALOGUE = {
     ),
     # Binary, and from probabilities.
     "sigmoid_binary_cross_entropy": Entry(
-        {"logits": normal("b t"), "labels": uniform("b t", 0, 1), "sample_weight": _ROW_WEIGHT},
+        _BINARY | {"pos_weight": uniform("", 1, 2), "label_smoothing": uniform("", 0.1, 0.3)},
         reference.sigmoid_binary_cross_entropy,
-        options={"pos_weight": 1.5, "label_smoothing": 0.1},
     ),
     "sigmoid_focal_loss": Entry(
-        {"logits": normal("b t"), "labels": uniform("b t", 0, 1), "sample_weight": _ROW_WEIGHT},
+        _BINARY | {"alpha": uniform("", 0.2, 0.8), "gamma": uniform("", 1, 3)},
         reference_beyond.sigmoid_focal_loss,
-        options={"alpha": 0.25},
     ),
     "binary_cross_entropy": Entry(
         {"probs": uniform("b t", 0.1, 0.9), "labels": uniform("b t", 0, 1)}
@@ -225,20 +225,26 @@ CATALOGUE = {
         out=("b t c",),
     ),
     # Functions of the label's log-probability, and other robust losses.
-    "focal_loss": Entry(_LOG_PROB, reference_beyond.focal_loss),
-    "poly_loss": Entry(_LOG_PROB, reference_beyond.poly_loss),
-    "generalized_cross_entropy": Entry(_LOG_PROB, reference_beyond.generalized_cross_entropy),
-    "symmetric_cross_entropy": Entry(_LOG_PROB, reference_beyond.symmetric_cross_entropy),
+    "focal_loss": Entry(_LOG_PROB | {"gamma": uniform("", 1, 3)}, reference_beyond.focal_loss),
+    "poly_loss": Entry(_LOG_PROB | {"epsilon": uniform("", 1, 3)}, reference_beyond.poly_loss),
+    "generalized_cross_entropy": Entry(
+        _LOG_PROB | {"q": uniform("", 0.3, 0.9)}, reference_beyond.generalized_cross_entropy
+    ),
+    "symmetric_cross_entropy": Entry(
+        _LOG_PROB | {"alpha": uniform("", 0.1, 1), "beta": uniform("", 0.1, 1)},
+        reference_beyond.symmetric_cross_entropy,
+    ),
     "soft_bootstrapped_cross_entropy": Entry(
-        _LOG_PROB | {"entropy": uniform("b t", 0, 2)},
+        _LOG_PROB | {"entropy": uniform("b t", 0, 2), "beta": uniform("", 0.3, 0.9)},
         reference_beyond.soft_bootstrapped_cross_entropy,
     ),
     "hard_bootstrapped_cross_entropy": Entry(
-        _LOG_PROB | {"argmax_log_prob": uniform("b t", -1, -0.1)},
+        _LOG_PROB | {"argmax_log_prob": uniform("b t", -1, -0.1), "beta": uniform("", 0.3, 0.9)},
         reference_beyond.hard_bootstrapped_cross_entropy,
     ),
     "poly_loss_cross_entropy": Entry(
-        _SOFT | {"sample_weight": _ROW_WEIGHT}, reference_beyond.poly_loss_cross_entropy
+        _SOFT | {"sample_weight": _ROW_WEIGHT, "epsilon": uniform("", 1, 3)},
+        reference_beyond.poly_loss_cross_entropy,
     ),
     "forward_corrected_cross_entropy": Entry(
         _LABELLED | {"transition": Draw("c c", _transition), "sample_weight": _ROW_WEIGHT},
@@ -250,47 +256,48 @@ CATALOGUE = {
     ),
     # A teacher.
     "distillation_loss": Entry(
-        {"logits": _LOGITS, "teacher_logits": _LOGITS, "sample_weight": _ROW_WEIGHT},
+        {"logits": _LOGITS, "teacher_logits": _LOGITS, "sample_weight": _ROW_WEIGHT} | _TEMPERATURE,
         reference_distillation.distillation_loss,
-        options={"temperature": 2.0},
         sharded="c",
     ),
     "linear_distillation_loss": Entry(
-        {k: x for k, x in _LINEAR.items() if k != "labels"}
+        _STUDENT
         | {"teacher_hidden": normal("b t d"), "teacher_kernel": normal("d c")}
-        | {"sample_weight": _ROW_WEIGHT},
+        | {"teacher_bias": normal("c")},
         reference_distillation.linear_distillation_loss,
-        options={"temperature": 2.0},
+        sharded="c",
+    ),
+    "linear_distillation_loss of teacher_logits": Entry(
+        _STUDENT | {"teacher_logits": _LOGITS},
+        reference_distillation.linear_distillation_loss,
         sharded="c",
     ),
     # Pairs.
     "info_nce_loss": Entry(
-        {"queries": normal("b d"), "keys": normal("b d"), "sample_weight": uniform("b", 0.5, 2)},
+        {"queries": normal("b d"), "keys": normal("b d"), "sample_weight": uniform("b", 0.5, 2)}
+        | _SCALE,
         reference_contrastive.info_nce_loss,
         out=("b",),
-        options={"logit_scale": 2.0},
         sharded="b",
     ),
     "clip_loss": Entry(
-        _PAIRS,
+        _PAIRS | _SCALE,
         reference_contrastive.clip_loss,
         out=("b",),
-        options={"logit_scale": 2.0},
         sharded="b",
     ),
     "siglip_loss": Entry(
-        _PAIRS,
+        _PAIRS | _SCALE | {"logit_bias": uniform("", -2, 0)},
         reference_contrastive.siglip_loss,
         out=("b",),
-        options={"logit_scale": 2.0, "logit_bias": -1.0},
         sharded="b",
     ),
     "supervised_contrastive_loss": Entry(
-        {"embeddings": normal("b d"), "sample_weight": uniform("b", 0.5, 2)}
+        _SCALE
+        | {"embeddings": normal("b d"), "sample_weight": uniform("b", 0.5, 2)}
         | {"labels": Draw("b", lambda draw, shape, sizes: draw.integers(0, 2, shape))},
         reference_contrastive.supervised_contrastive_loss,
         out=("b",),
-        options={"logit_scale": 2.0},
         sharded="b",
     ),
     # A sample of the classes.
@@ -299,13 +306,15 @@ CATALOGUE = {
         reference_sampling.sampled_softmax_cross_entropy,
     ),
     "linear_sampled_softmax_cross_entropy": Entry(
-        _LINEAR | {"ids": ids("s"), "log_expected_count": uniform("s", -1, 0)},
+        _LINEAR
+        | {"ids": ids("s"), "log_expected_count": uniform("s", -1, 0)}
+        | {"sample_weight": _ROW_WEIGHT},
         reference_sampling.linear_sampled_softmax_cross_entropy,
         call=_with_negatives,
     ),
     "bpr_loss": Entry(_SCORES | {"sample_weight": _ROW_WEIGHT}, reference_sampling.bpr_loss),
     "gbce_loss": Entry(
-        _SCORES | {"sample_weight": _ROW_WEIGHT},
+        _SCORES | {"sample_weight": _ROW_WEIGHT, "calibration": uniform("", 0.2, 0.8)},
         reference_sampling.gbce_loss,
         options={"num_items": 20},
     ),
@@ -455,10 +464,3 @@ CATALOGUE = {
         ),
     ),
 }
-
-
-def call(name, **arguments):
-    """The function of that name, with the entry's options; `arguments` come before those."""
-    entry = CATALOGUE[name]
-    function = entry.call or getattr(ce_jax, name)
-    return function(**{**entry.options, **arguments})

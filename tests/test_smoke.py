@@ -1,5 +1,6 @@
 """One look at every public function: value, gradient, vmap under jit, and a mesh if it has one."""
 
+import functools
 import inspect
 
 import jax
@@ -10,54 +11,36 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import ce_jax
-from tests.catalogue import CATALOGUE, call
+from tests.calls import narrow, takes, true_slope, truth, unequal, value_and_gradients
+from tests.catalogue import CATALOGUE
 from tests.comparison import accuracy, close
 
 pytestmark = pytest.mark.smoke
 
-FUNCTIONS = {name for name, value in vars(ce_jax).items() if inspect.isfunction(value)}
+VALUES = accuracy("float32")
+SLOPES = 4 * VALUES  # where terms cancel
 SHARDED = [name for name, entry in CATALOGUE.items() if entry.sharded]
 
 
 def test_the_catalogue_has_every_public_function():
-    public = {name for name in FUNCTIONS if not name.startswith("_")}
-    assert public == set(CATALOGUE)
+    functions = {name for name, value in vars(ce_jax).items() if inspect.isfunction(value)}
+    public = {name for name in functions if not name.startswith("_")}
+    assert public == {name.split()[0] for name in CATALOGUE}
 
 
 def test_the_catalogue_knows_what_takes_an_axis_name():
-    takes = [
-        f for f in CATALOGUE if "axis_name" in inspect.signature(getattr(ce_jax, f)).parameters
-    ]
-    assert sorted(takes) == sorted(SHARDED)
+    assert [name for name in CATALOGUE if takes(name, "axis_name")] == SHARDED
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_value_and_gradient(name):
     """Of two problems at once, under vmap and jit."""
-    entry = CATALOGUE[name]
-    problems = [entry.arrays(seed) for seed in (1, 2)]
-    truths = [_leaves(entry.truth(**x, **entry.options)) for x in problems]
-    cotangents = [_cotangents(truth) for truth in truths]
-    smooth = entry.smooth()
-
-    @jax.jit
-    @jax.vmap
-    def run(arrays, cotangents):
-        def scalar(smooth):
-            found = _leaves(call(name, **arrays, **smooth))
-            return _inner(found, cotangents), found
-
-        others = {k: arrays.pop(k) for k in smooth}
-        return jax.grad(scalar, has_aux=True)(others)
-
-    gradients, values = run(*(_stacked(x) for x in (problems, cotangents)))
-    for i, (problem, truth) in enumerate(zip(problems, truths, strict=True)):
-        assert len(values) == len(truth) == len(entry.out)
-        for found, wanted in zip(values, truth, strict=True):
-            close(found[i], wanted, accuracy("float32"))
-        for key in smooth:
-            slope = _slope(entry, problem, key, cotangents[i])
-            close(gradients[key][i], slope, 4 * accuracy("float32"), f"d {key}")
+    problems = [CATALOGUE[name].arrays(seed) for seed in (1, 2)]
+    pulled = [unequal(truth(name, x)) for x in problems]
+    run = jax.jit(jax.vmap(functools.partial(value_and_gradients, name)))
+    found = run(*(stacked(x) for x in ([narrow(x) for x in problems], pulled)))
+    for i, (problem, cotangents) in enumerate(zip(problems, pulled, strict=True)):
+        compare(name, problem, cotangents, *jax.tree.map(lambda x, i=i: x[i], found))
 
 
 @pytest.mark.cpu
@@ -65,73 +48,39 @@ def test_value_and_gradient(name):
 def test_sharded(name):
     """Value and gradient where `axis_name` spreads the classes, or the examples, over devices."""
     entry = CATALOGUE[name]
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-    arrays = entry.arrays(3, **{entry.sharded: 8})
-    truth = _leaves(entry.truth(**arrays, **entry.options))
-    cotangents = _cotangents(truth)
-    specs = {
-        key: P(*("x" if axis == entry.sharded else None for axis in draw.axes.split()))
-        for key, draw in entry.draws.items()
-    }
-    out = P("x") if entry.sharded == "b" else P()
+    problem = entry.arrays(3, **{entry.sharded: 8})
+    cotangents = unequal(truth(name, problem))
+    names = {key: draw.axes.split() for key, draw in entry.draws.items()}
+    specs = {k: P(*("x" if axis == entry.sharded else None for axis in names[k])) for k in names}
+    of_result = P("x") if entry.sharded == "b" else P()
 
-    @jax.jit
-    def run(arrays):
-        def scalar(smooth):
-            found = jax.shard_map(
-                lambda arrays: _leaves(call(name, **arrays, axis_name="x")),
-                mesh=mesh,
-                in_specs=(specs,),
-                out_specs=out,
-            )({**arrays, **smooth})
-            return _inner(found, cotangents), found
+    # The derivative is taken inside, by what each device holds of the arguments.
+    run = jax.shard_map(
+        lambda arrays, g: value_and_gradients(name, arrays, g, axis_name="x"),
+        mesh=jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,)),
+        in_specs=(specs, of_result),
+        out_specs=(of_result, {key: specs[key] for key in entry.smooth()}),
+    )
+    compare(
+        name, problem, cotangents, *jax.jit(run)(narrow(problem), jax.tree.map(single, cotangents))
+    )
 
-        return jax.grad(scalar, has_aux=True)({k: arrays[k] for k in entry.smooth()})
 
-    gradients, values = run({k: _narrow(x) for k, x in arrays.items()})
-    for found, wanted in zip(values, truth, strict=True):
-        close(found, wanted, accuracy("float32"))
+def compare(name, problem, cotangents, values, gradients):
+    wanted = truth(name, problem)
+    assert [x.shape for x in values] == [x.shape for x in wanted]
+    assert len(wanted) == len(CATALOGUE[name].out)
+    for x, y in zip(values, wanted, strict=True):
+        close(x, y, VALUES)
+    size = max(np.max(np.abs(x), initial=0.0) for x in wanted)
     for key, gradient in gradients.items():
-        close(gradient, _slope(entry, arrays, key, cotangents), 4 * accuracy("float32"), f"d {key}")
+        slope = true_slope(name, problem, key, cotangents)
+        close(gradient, slope, SLOPES, f"d {key}", size)
 
 
-def _leaves(found):
-    """The results as a list; a reference may leave those off that are not there in float64."""
-    return list(found) if isinstance(found, tuple | list) else jax.tree.leaves(found)
+def stacked(trees):
+    return jax.tree.map(lambda *x: jnp.stack([single(y) for y in x]), *trees)
 
 
-def _narrow(x):
-    x = np.asarray(x)
-    return x.astype({"f": np.float32, "i": np.int32, "b": bool}[x.dtype.kind])
-
-
-def _stacked(trees):
-    return jax.tree.map(lambda *x: jnp.asarray(np.stack([_narrow(y) for y in x])), *trees)
-
-
-def _cotangents(results):
-    draw = np.random.default_rng(5)
-    return [draw.normal(size=np.shape(x)) for x in results]
-
-
-def _inner(results, cotangents):
-    """Of the results that are floating numbers, as integers have no derivative."""
-    pairs = zip(results, cotangents, strict=True)
-    floating = [(x, g) for x, g in pairs if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-    return sum((jnp.sum(x * jnp.asarray(g, x.dtype)) for x, g in floating), jnp.zeros(()))
-
-
-def _slope(entry, arrays, key, cotangents, step=1e-6):
-    """The gradient of the reference, by central differences."""
-
-    def scalar(x):
-        found = _leaves(entry.truth(**{**arrays, key: x}, **entry.options))
-        pairs = zip(found, cotangents, strict=True)
-        return sum(np.sum(x * g) for x, g in pairs if np.asarray(x).dtype.kind == "f")
-
-    slope = np.zeros_like(arrays[key])
-    for at in np.ndindex(slope.shape):
-        up, down = (arrays[key].copy() for _ in range(2))
-        up[at], down[at] = up[at] + step, down[at] - step
-        slope[at] = (scalar(up) - scalar(down)) / (2 * step)
-    return slope
+def single(x):
+    return jnp.asarray(x, jnp.float32 if jnp.issubdtype(jnp.result_type(x), jnp.floating) else None)
