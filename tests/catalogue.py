@@ -373,7 +373,7 @@ CATALOGUE = {
         lambda confidence, correct, bins: reference_beyond.reliability_bins(
             confidence.ravel(), correct.ravel(), bins=bins, adaptive=False
         ),
-        out=("bins",) * 3,
+        out=("m",) * 3,
         options={"bins": 1},
     ),
     "expected_calibration_error": Entry(
