@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from ._arguments import checks, reductions, targets
 from ._arguments.two_heads import Layer, two_heads
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, divergence
-from ._rows.loss import silenced
+from ._rows.loss import counted, silenced
 from ._rows.numerics import scalar
 from ._rows.tile import wide
 
@@ -129,7 +129,9 @@ def _distillation(
     classes = sharded.all_classes(local, axis_name)
     options = class_blocks.Options(local, -1, classes, axis_name)
     both = Options(options, options, local)
-    loss = _loss(both, of_student, of_teacher, temperature, weights, reverse, forward_mode)
+    loss = _loss(
+        both, of_student, of_teacher, temperature, student.counts, weights, reverse, forward_mode
+    )
     return reductions.reduce(loss, student.counts, weights, reduction)
 
 
@@ -138,6 +140,7 @@ def _loss(
     student: Side,
     teacher: Side,
     temperature: Array | None,
+    counts: Bool[Array, "*rows"] | None,
     sample_weight: Float[Array, "*rows"] | None,
     reverse: bool,
     forward_mode: bool,
@@ -147,6 +150,7 @@ def _loss(
     if reverse:
         options = options._replace(p=options.q, q=options.p)
     loss = divergence(options, Inputs(p, q, temperature), forward_mode=forward_mode)
+    loss = counted(counts, loss)
     if temperature is None:
         return loss
     return silenced(sample_weight, loss) * jnp.square(temperature.astype(loss.dtype))
@@ -315,5 +319,8 @@ def _linear_distillation(
         memory_budget=memory_budget,
     )
     weights = None if x.weights is None else x.weights.ravel()
-    loss = _loss(x.options, x.student, x.teacher, temperature, weights, reverse, forward_mode)
+    counts = None if x.counts is None else x.counts.ravel()
+    loss = _loss(
+        x.options, x.student, x.teacher, temperature, counts, weights, reverse, forward_mode
+    )
     return reductions.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)

@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from ._arguments import checks, reductions, targets
 from ._arguments.layer import Layer, layer
 from ._rows import class_blocks, sharded, token_blocks
-from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
+from ._rows.loss import counted, silenced, smoothing_coefficients, softmax_loss
 from ._rows.tile import RowStatistics, Target, wide
 from .statistics import SoftmaxStatistics, by_label
 
@@ -256,7 +256,7 @@ def _row_loss(
     label_weight, sample_weight = inputs.scales
     label_smoothing, z_loss, *constants = inputs.shared
     counts, unknown = inputs.flags
-    found = silenced(sample_weight, found)
+    found = silenced(sample_weight, counted(counts, found))
     if log_prob_loss is not None:
         constant = (None,) * len(constants)
         of_rows = jax.vmap(log_prob_loss, in_axes=(0, *constant))

@@ -134,19 +134,19 @@ def _gradient_view(logits, labels):
 def _fit_temperature(logits, labels):
     """Where the slope by 1 / T is 0."""
     logits = logits + np.eye(logits.shape[-1])[labels]
-    own = np.take_along_axis(logits, labels[..., None], -1)
+    ahead = logits - np.take_along_axis(logits, labels[..., None], -1)
 
     def slope(inverse):
         p = np.exp(_log_softmax(inverse * logits))
-        return np.sum(p * (logits - own))
+        return np.sum(p * np.where(p == 0, 0, ahead))
 
     return 1 / optimize.brentq(slope, 1e-2, 1e2, xtol=1e-14, rtol=1e-14)
 
 
-def _with_temperature(logits, labels):
+def _with_temperature(logits, labels, **options):
     """Labels without any relation to the logits would ask for the highest temperature."""
     logits = logits + jnp.eye(logits.shape[-1], dtype=logits.dtype)[labels]
-    return ce_jax.fit_temperature(logits, labels)
+    return ce_jax.fit_temperature(logits, labels, **options)
 
 
 def _expected_counts(sampler, items, samples=200):
