@@ -13,7 +13,7 @@ from ._arguments import checks, reductions, targets
 from ._arguments.two_heads import Layer, two_heads
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, divergence
-from ._rows.loss import counted, silenced
+from ._rows.loss import silenced
 from ._rows.numerics import scalar
 from ._rows.tile import wide
 
@@ -129,9 +129,7 @@ def _distillation(
     classes = sharded.all_classes(local, axis_name)
     options = class_blocks.Options(local, -1, classes, axis_name)
     both = Options(options, options, local)
-    loss = _loss(
-        both, of_student, of_teacher, temperature, student.counts, weights, reverse, forward_mode
-    )
+    loss = _loss(both, of_student, of_teacher, temperature, None, weights, reverse, forward_mode)
     return reductions.reduce(loss, student.counts, weights, reduction)
 
 
@@ -140,7 +138,7 @@ def _loss(
     student: Side,
     teacher: Side,
     temperature: Array | None,
-    counts: Bool[Array, "*rows"] | None,
+    used: Bool[Array, "*rows"] | None,
     sample_weight: Float[Array, "*rows"] | None,
     reverse: bool,
     forward_mode: bool,
@@ -149,8 +147,7 @@ def _loss(
     p, q = (student, teacher) if reverse else (teacher, student)
     if reverse:
         options = options._replace(p=options.q, q=options.p)
-    loss = divergence(options, Inputs(p, q, temperature), forward_mode=forward_mode)
-    loss = counted(counts, loss)
+    loss = divergence(options, Inputs(p, q, temperature), used, forward_mode=forward_mode)
     if temperature is None:
         return loss
     return silenced(sample_weight, loss) * jnp.square(temperature.astype(loss.dtype))
@@ -319,8 +316,7 @@ def _linear_distillation(
         memory_budget=memory_budget,
     )
     weights = None if x.weights is None else x.weights.ravel()
-    counts = None if x.counts is None else x.counts.ravel()
     loss = _loss(
-        x.options, x.student, x.teacher, temperature, counts, weights, reverse, forward_mode
+        x.options, x.student, x.teacher, temperature, x.used, weights, reverse, forward_mode
     )
     return reductions.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)

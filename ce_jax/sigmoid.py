@@ -108,9 +108,14 @@ def _loss(
         total = (_logistic if forward_mode else _fused)(True, z, y)
         return total if reduction == "sum" else reductions.mean(total, z.shape)
     pos_weight = reductions.weights("pos_weight", pos_weight, y.shape, y.dtype)
+    sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
+    if sample_weight is not None:  # an infinite slope by them times a weight of 0 would be NaN
+        mute = (sample_weight == 0) & jnp.isinf(z)
+        y, pos_weight = jax.tree.map(
+            lambda x: jnp.where(mute, jax.lax.stop_gradient(x), x), (y, pos_weight)
+        )
     loss = (_logistic if forward_mode else _fused)(False, z, y, pos_weight)
     weight = reductions.weights("weight", weight, loss.shape, loss.dtype)
-    sample_weight = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, silenced(sample_weight, loss))
     return reductions.reduce(loss, counts, sample_weight, reduction)

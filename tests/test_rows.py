@@ -120,25 +120,29 @@ def of_counting(name, arrays, counts):
     }
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize(("name", "way"), WAYS)
-def test_rows_that_do_not_count(name, way, reduction):
+CASES = [
+    (name, way, option)
+    for name, way in WAYS
+    for option in ({}, {"reduction": "mean"}, {"forward_mode": True})
+    if all(takes(name, key) for key in option)
+]
+
+
+@pytest.mark.parametrize(("name", "way", "option"), CASES, ids=str)
+def test_rows_that_do_not_count(name, way, option):
     """All is as if they were not there, and exactly 0 where they are."""
-    if not takes(name, "reduction") and reduction == "mean":
-        pytest.skip("it has no mean")
     entry = CATALOGUE[name]
     arrays, counts = problem(name, way)
     alone = of_counting(name, arrays, counts)
-    options = {"reduction": reduction} if takes(name, "reduction") else {}
+    options = {k: x for k, x in option.items() if k == "reduction"}  # what the reference has too
     wanted = truth(name, alone, **options)
     pulled = unequal(wanted)
     by_row = [x.ndim > 0 and axes[:1] == "b" for x, axes in zip(wanted, entry.out, strict=True)]
     whole = [counts if of_rows else None for of_rows in by_row]
     cotangents = [spread(g, at) for g, at in zip(pulled, whole, strict=True)]
-    ignored = {"ignore_index": -100} if way == "ignore_index" else {}
-    found, slopes = jax.jit(
-        lambda arrays, g: value_and_gradients(name, arrays, g, **options, **ignored)
-    )(narrow(arrays), [np.float32(g) for g in cotangents])
+    ours = option | ({"ignore_index": -100} if way == "ignore_index" else {})
+    run = jax.jit(lambda arrays, g: value_and_gradients(name, arrays, g, **ours))
+    found, slopes = run(narrow(arrays), [np.float32(g) for g in cotangents])
 
     for x, y, at in zip(found, wanted, whole, strict=True):
         x = np.asarray(x)

@@ -33,6 +33,7 @@ class TwoHeads(NamedTuple):
       options: how to read both, with the teacher as the first.
       rows: the shape of the loss.
       counts: which rows count; None if nothing excludes any.
+      used: those of them whose loss has an effect, in one axis; None if nothing excludes any.
       weights: sample weights; None if there are none.
     """
 
@@ -41,6 +42,7 @@ class TwoHeads(NamedTuple):
     options: Options
     rows: tuple[int, ...]
     counts: Bool[Array, "*rows"] | None
+    used: Bool[Array, " tokens"] | None
     weights: Float[Array, "*rows"] | None
 
 
@@ -110,6 +112,7 @@ def two_heads(
         options=Options(of_teacher, of_student, local),
         rows=s.rows,
         counts=counts,
+        used=used,
         weights=weights,
     )
 
