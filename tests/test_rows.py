@@ -1,9 +1,12 @@
 """What holds for rows in every public function: their order, and rows that do not count."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
+import ce_jax
 from tests.calls import (
     batched,
     call,
@@ -171,3 +174,27 @@ def spread(x, counts):
     everywhere = np.ones((*counts.shape, *x.shape[counts.ndim :]))
     everywhere[counts] = x.reshape(-1, *x.shape[counts.ndim :])
     return everywhere
+
+
+def test_a_banned_class_and_a_label_to_ignore():
+    """The ignored row is given id 0, whose class is banned: that must not reach any option."""
+    hidden, kernel, labels = np.ones((2, 3)), np.ones((3, 4)), np.array([1, -100])
+    bias = np.array([-np.inf, 0, 0, 0])
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def slopes(weight, sample_weight, label_smoothing):
+        return ce_jax.linear_softmax_cross_entropy(
+            *(hidden, kernel, labels),
+            bias=bias,
+            ignore_index=-100,
+            reduction="sum",
+            weight=weight,
+            sample_weight=sample_weight,
+            label_smoothing=label_smoothing,
+        )
+
+    by_weight, by_sample_weight, by_smoothing = slopes(np.ones(4), np.ones(2), 0.0)
+    close(by_weight, [0, np.log(3), 0, 0], 1e-6)
+    close(by_sample_weight, [np.log(3), 0], 1e-6)
+    assert by_smoothing == 0
