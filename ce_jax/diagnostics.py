@@ -83,6 +83,7 @@ def _cross_entropy_parts(
     z = targets.without_excluded(rows.values, rows.counts)
     log_p = log_softmax(z)
     q = targets.distributions(labels, logits.shape, axis, log_p.dtype)
+    q = targets.without_excluded(q, rows.counts)
     likely = q > 0
     log_q = jnp.log(jnp.where(likely, q, 1))
     # q (p/q - 1 - log(p/q)), and what is left of it for q -> 0. A negative label is NaN.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ._arguments import checks, reductions, targets
 from ._arguments.compiled import array, compiled
@@ -127,7 +127,7 @@ def _distillation(
     classes = sharded.all_classes(local, axis_name)
     options = class_blocks.Options(local, -1, classes, axis_name)
     both = Options(options, options, local)
-    loss = _loss(both, of_student, of_teacher, temperature, weights, reverse, forward_mode)
+    loss = _loss(both, of_student, of_teacher, temperature, None, weights, reverse, forward_mode)
     return reductions.reduce(loss, student.counts, weights, reduction)
 
 
@@ -136,6 +136,7 @@ def _loss(
     student: Side,
     teacher: Side,
     temperature: Array | None,
+    used: Bool[Array, "*rows"] | None,
     sample_weight: Float[Array, "*rows"] | None,
     reverse: bool,
     forward_mode: bool,
@@ -144,7 +145,7 @@ def _loss(
     p, q = (student, teacher) if reverse else (teacher, student)
     if reverse:
         options = options._replace(p=options.q, q=options.p)
-    loss = divergence(options, Inputs(p, q, temperature), forward_mode=forward_mode)
+    loss = divergence(options, Inputs(p, q, temperature), used, forward_mode=forward_mode)
     if temperature is None:
         return loss
     return silenced(sample_weight, loss) * jnp.square(temperature.astype(loss.dtype))
@@ -308,5 +309,7 @@ def _linear_distillation(
         memory_budget=memory_budget,
     )
     weights = None if x.weights is None else x.weights.ravel()
-    loss = _loss(x.options, x.student, x.teacher, temperature, weights, reverse, forward_mode)
+    loss = _loss(
+        x.options, x.student, x.teacher, temperature, x.used, weights, reverse, forward_mode
+    )
     return reductions.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)

@@ -20,7 +20,7 @@ from ._arguments.compiled import compiled
 from ._arguments.layer import layer
 from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import class_blocks, sharded, token_blocks
-from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
+from ._rows.loss import counted, silenced, smoothing_coefficients, softmax_loss
 from ._rows.tile import RowStatistics, Target, wide
 from .linear_statistics import of_layer
 from .statistics import SoftmaxStatistics
@@ -322,7 +322,7 @@ def _row_loss(
     label_weight, sample_weight = inputs.scales
     label_smoothing, z_loss, *constants = inputs.shared
     counts, unknown = inputs.flags
-    found = silenced(sample_weight, found)
+    found = silenced(sample_weight, counted(counts, found))
     if log_prob_loss is not None:
         constant = (None,) * len(constants)
         of_rows = jax.vmap(log_prob_loss, in_axes=(0, *constant))

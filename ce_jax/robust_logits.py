@@ -102,10 +102,9 @@ def _sigmoid_focal_loss(
     loss = jnp.exp(gamma * log_miss) * cross
     # The share of the label that an infinite logit denies has an infinite loss, the rest none.
     denied = jnp.where(z > 0, 1 - y, y)
-    if sample_weight is not None:  # a slope of infinity times a weight of 0 would be NaN
-        mute = infinite & (sample_weight == 0)
-        denied = jnp.where(mute, jax.lax.stop_gradient(denied), denied)
     size = jnp.where(denied == 0, 0, jnp.where(z > 0, z, -z))
+    if sample_weight is not None:  # a slope of infinity times a weight of 0 would be NaN
+        size = jnp.where(infinite & (sample_weight == 0), 0, size)
     loss = jnp.where(infinite, denied ** (1 + gamma) * size, loss)
 
     share = reductions.element_weights("alpha", alpha, y.shape, y.dtype)

@@ -105,9 +105,14 @@ def _loss(
 ) -> Array:
     z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
     pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
+    sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
+    if sample_weight is not None:  # an infinite slope by them times a weight of 0 would be NaN
+        mute = (sample_weight == 0) & jnp.isinf(z)
+        y, pos_weight = jax.tree.map(
+            lambda x: jnp.where(mute, jax.lax.stop_gradient(x), x), (y, pos_weight)
+        )
     loss = (_logistic if forward_mode else _fused)(z, y, pos_weight)
     weight = reductions.element_weights("weight", weight, loss.shape, loss.dtype)
-    sample_weight = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, silenced(sample_weight, loss))
     return reductions.reduce(loss, counts, sample_weight, reduction)

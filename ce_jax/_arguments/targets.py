@@ -227,7 +227,7 @@ def elements(
     """Inputs of an element-wise loss, its smoothed binary labels, and which elements count.
 
     All come in the shape of `x`, the labels in the loss's dtype, and with a harmless value in the
-    elements that do not count, or hold a NaN and weigh nothing.
+    elements that do not count, or weigh nothing and hold a NaN or an infinite label.
     """
     x, labels = checks.floating(name, x), checks.real("labels", labels)
     shape = x.shape
@@ -241,7 +241,7 @@ def elements(
     weights = reductions.weights("sample_weight", sample_weight, shape, labels.dtype)
     if weights is not None:
         x = jnp.where((weights == 0) & jnp.isnan(x), 0.5, x)
-        labels = jnp.where((weights == 0) & jnp.isnan(labels), 0, labels)
+        labels = jnp.where((weights == 0) & ~jnp.isfinite(labels), 0, labels)
     if label_smoothing is not None:
         eps = jnp.asarray(label_smoothing, labels.dtype)
         labels = (1 - eps) * labels + eps / 2

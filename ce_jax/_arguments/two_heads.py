@@ -34,6 +34,7 @@ class TwoHeads(NamedTuple):
       options: how to read both, with the teacher as the first.
       rows: the shape of the loss.
       counts: which rows count; None if nothing excludes any.
+      used: those of them whose loss has an effect, in one axis; None if nothing excludes any.
       weights: sample weights; None if there are none.
     """
 
@@ -42,6 +43,7 @@ class TwoHeads(NamedTuple):
     options: Options
     rows: tuple[int, ...]
     counts: Bool[Array, "*rows"] | None
+    used: Bool[Array, " tokens"] | None
     weights: Float[Array, "*rows"] | None
 
 
@@ -111,6 +113,7 @@ def two_heads(
         options=Options(of_teacher, of_student, local),
         rows=s.rows,
         counts=counts,
+        used=used,
         weights=weights,
     )
 

@@ -1,4 +1,9 @@
-"""How the linear form divides its work: by tokens or by classes, and into blocks of what size."""
+"""How the linear form divides its work: by tokens or by classes, and into blocks of what size.
+
+A number of tokens, or of the classes of a contrastive loss, may be symbolic (`jax.export`): it has
+no value when the program is made. The size of a block is then that for some fixed number of them,
+and how many blocks there are is left to the program. No other module has to know.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,8 @@ _ALIGNMENT = 128
 _LARGEST_TILE = 2**31 - 1
 
 
+# What is taken for a number that is not known: a usual one of tokens in training.
+_IF_UNKNOWN = 8192
 # About what a CPU's cache keeps; blocks of a quarter of it still take little more time.
 _ON_A_CPU = 17 * 10**6
 
@@ -48,6 +55,7 @@ def blocks(tokens: int, classes: int, logit_bytes: int, budget: int, *, summed: 
     Only a sum of losses can be computed by tokens, which saves one matmul in four. That pays where
     a block holds enough tokens, or all of them.
     """
+    tokens, classes = (n if isinstance(n, int) else _IF_UNKNOWN for n in (tokens, classes))
     entries = min(budget // logit_bytes, _LARGEST_TILE)
     by_class = _block(entries, max(tokens, 1), classes)
     if not summed or entries // classes < min(tokens, _FEWEST_TOKENS):
@@ -71,3 +79,33 @@ def _block(entries: int, across: int, total: int) -> int:
             return size
     even = -(-total // -(-total // most))
     return -(-even // rounding) * rounding
+
+
+class Cut(NamedTuple):
+    """Blocks of some entries: their size, how many are full, and how many entries are left over.
+
+    If the number of entries is symbolic, so are these. Then there always are some left over, and
+    there are no full blocks if those are all.
+    """
+
+    size: int
+    full: int
+    rest: int
+
+
+def cut(total: int, most: int) -> Cut:
+    """Cuts `total` entries into blocks of at most `most`."""
+    if isinstance(total, int):
+        size = max(min(most, total), 1)
+        return Cut(size, *divmod(total, size))
+    from jax import export  # it would take long to import for everybody
+
+    def symbolic(expression: str) -> int:
+        (size,) = export.symbolic_shape(expression, scope=total.scope)
+        return size
+
+    # JAX has to see that a block is not empty and lies within the whole. It does if that is
+    # written down, and it takes symbolic numbers to be at least 1.
+    size = symbolic(f"min({most}, {total})")
+    full = symbolic(f"max(floordiv({total} - 1, {size}), 1)")
+    return Cut(size, full, symbolic(f"min(mod({total} - 1, {size}) + 1, {total})"))

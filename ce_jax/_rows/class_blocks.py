@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import _platform
+from .._platform import block_sizes
 from . import sharded, tile
 from .head import Head, Pull, logits, over_blocks, put, read_by_all, take, take_classes
 from .tile import ABSENT, First, Partial, Target, merge
@@ -94,12 +95,9 @@ def _target_of(target: Target, first: First, size: int) -> Target:
     return target._replace(classes=take(target.classes, first, size))
 
 
-def _extent(options: Options, head: Head) -> tuple[int, int]:
-    """How many of the local classes to visit, and how many at a time."""
-    total = head.kernel.shape[options.class_axis]
-    if options.axis_name is None:
-        total = min(total, options.classes)
-    return total, min(options.block, total)
+def _visited(options: Options, head: Head) -> int:
+    """How many of the local classes to visit: without an axis name, padding is left out."""
+    return options.classes if options.axis_name is None else head.kernel.shape[options.class_axis]
 
 
 def _partial(options: Options, hidden: Array, head: Head, target: Target) -> Partial:
@@ -120,11 +118,11 @@ def _partial(options: Options, hidden: Array, head: Head, target: Target) -> Par
     def step(part: Partial, first: First, size: int) -> Partial:
         return merge(part, of_block(first, size))
 
-    total, size = _extent(options, head)
-    like = jax.eval_shape(lambda: of_block(0, size))
+    total = _visited(options, head)
+    like = jax.eval_shape(lambda: of_block(0, block_sizes.cut(total, options.block).size))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     nothing = nothing._replace(base=jnp.full_like(nothing.base, -jnp.inf))
-    part = over_blocks(step, sharded.like(nothing, hidden), total, size)
+    part = over_blocks(step, sharded.like(nothing, hidden), total, options.block)
     return sharded.merge_across(part, options.axis_name)
 
 
@@ -179,7 +177,7 @@ def _pulled_back(
     zeros = jnp.zeros(hidden.shape[::-1], tile.wide(hidden.dtype))
     carry = (zeros, *jax.tree.map(jnp.zeros_like, (head, target.classes)))
     d_hidden, d_head, d_classes = over_blocks(
-        step, sharded.like(carry, hidden), *_extent(options, head)
+        step, sharded.like(carry, hidden), _visited(options, head), options.block
     )
     return d_hidden.T.astype(hidden.dtype), d_head, Target(classes=d_classes)
 

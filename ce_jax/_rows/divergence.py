@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
@@ -67,8 +67,14 @@ class _Sums(NamedTuple):
     gap: Float[Array, "*rows"]
 
 
-def divergence(options: Options, inputs: Inputs, *, forward_mode: bool) -> Float[Array, "*rows"]:
-    """KL(p || q) of each row, of logits divided by the temperature."""
+def divergence(
+    options: Options, inputs: Inputs, used: Bool[Array, "*rows"] | None, *, forward_mode: bool
+) -> Float[Array, "*rows"]:
+    """KL(p || q) of each row, of logits divided by the temperature; 0 in rows that are not `used`.
+
+    Of those all logits are 0: one side might ban a class in all rows that the other side bans in
+    the rows that count alone, and the divergence be infinite.
+    """
     form = Form(
         start=functools.partial(_start, options),
         fold=functools.partial(_fold, options),
@@ -79,7 +85,7 @@ def divergence(options: Options, inputs: Inputs, *, forward_mode: bool) -> Float
         columns=options.columns,
         block=options.p.block,
     )
-    found: Array = over_columns(form, inputs, None, forward_mode=forward_mode)
+    found: Array = over_columns(form, inputs, used, forward_mode=forward_mode)
     return found
 
 
@@ -97,17 +103,19 @@ def _axes(options: Options, inputs: Inputs) -> Any:
     return jax.tree.unflatten(jax.tree.structure(inputs), axes)
 
 
+_Used = Bool[Array, "*rows"] | None
 _Tiles = tuple[Float[Array, "*rows block"], Float[Array, "*rows block"]]
 
 
 def _tiles(
-    options: Options, inputs: Inputs, first: First, size: int
+    options: Options, inputs: Inputs, used: _Used, first: First, size: int
 ) -> tuple[_Tiles, Callable[[_Tiles], Inputs]]:
     """Logits of a block of classes of both sides, and the function that pulls cotangents back."""
     u, pull_u = _tile_of(options.p, inputs.p, first, size)
     v, pull_v = _tile_of(options.q, inputs.q, first, size)
     dtype = jnp.promote_types(u.dtype, v.dtype)
-    tiles, pull_tiles = jax.vjp(functools.partial(_tempered, dtype), u, v, inputs.temperature)
+    tempered = functools.partial(_tempered, dtype, used)
+    tiles, pull_tiles = jax.vjp(tempered, u, v, inputs.temperature)
 
     def pull(d: _Tiles) -> Inputs:
         du, dv, d_temperature = pull_tiles(d)
@@ -137,8 +145,12 @@ def _tile_of(
     return z, lambda dz: Side(logits=dz)
 
 
-def _tempered(dtype: DTypeLike, u: Array, v: Array, temperature: Array | None) -> _Tiles:
+def _tempered(
+    dtype: DTypeLike, used: _Used, u: Array, v: Array, temperature: Array | None
+) -> _Tiles:
     u, v = u.astype(dtype), v.astype(dtype)
+    if used is not None:
+        u, v = (jnp.where(used[..., None], z, 0) for z in (u, v))
     if temperature is None:
         return u, v
     return _over(u, temperature), _over(v, temperature)
@@ -149,18 +161,18 @@ def _over(z: Float[Array, "*rows block"], temperature: Float[Array, ""]) -> Arra
     return jnp.where(banned, z, jnp.where(banned, 0, z) / temperature.astype(z.dtype))
 
 
-def _start(options: Options, inputs: Inputs, fixed: None) -> _Sums:
+def _start(options: Options, inputs: Inputs, used: _Used) -> _Sums:
     size = min(options.p.block, options.columns)
-    tile, _ = jax.eval_shape(lambda: _tiles(options, inputs, 0, size)[0])
+    tile, _ = jax.eval_shape(lambda: _tiles(options, inputs, used, 0, size)[0])
     zero = jnp.zeros(tile.shape[:-1], tile.dtype)
     nothing = Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
     return _Sums(nothing, nothing, zero)
 
 
 def _fold(
-    options: Options, inputs: Inputs, fixed: None, sums: _Sums, first: First, size: int
+    options: Options, inputs: Inputs, used: _Used, sums: _Sums, first: First, size: int
 ) -> _Sums:
-    tiles, _ = _tiles(options, inputs, first, size)
+    tiles, _ = _tiles(options, inputs, used, first, size)
     new = _read(*tiles)
     p, q = merge(sums.p, new.p), merge(sums.q, new.q)
     gap = _rebased(sums, p.base, q.base) + _rebased(new, p.base, q.base)
@@ -207,13 +219,13 @@ def _finish(sums: _Sums) -> Float[Array, "*rows"]:
 def _pull(
     options: Options,
     inputs: Inputs,
-    fixed: None,
+    used: _Used,
     sums: _Sums,
     g: Float[Array, "*rows"],
     first: First,
     size: int,
 ) -> Inputs:
-    (u, v), pull = _tiles(options, inputs, first, size)
+    (u, v), pull = _tiles(options, inputs, used, first, size)
     u, v = u - origin(sums.p.base)[..., None], v - origin(sums.q.base)[..., None]
     exp = jnp.exp(u)
     p = exp / sums.p.sum_exp[..., None]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._platform import block_sizes
 from .tile import ABSENT, First, wide
 
 _Carry = TypeVar("_Carry")
@@ -120,9 +121,11 @@ def _with_slope_of_jvp(
 
 
 def over_blocks(
-    step: Callable[[_Carry, First, int], _Carry], carry: _Carry, total: int, size: int
+    step: Callable[[_Carry, First, int], _Carry], carry: _Carry, total: int, most: int
 ) -> _Carry:
-    """Runs `step(carry, first, size)` over `total` entries in blocks, the last as ragged as it is.
+    """Runs `step(carry, first, size)` over `total` entries in blocks of at most `most`.
+
+    The last is as ragged as it is.
 
     The ragged block is run before the others: behind their loop, XLA might compute it ahead and
     hold it all the while. For a TPU it does not, and would copy what blocks are written to between
@@ -136,15 +139,22 @@ def over_blocks(
         run = jax.checkpoint(lambda c, f: step(c, f, size), prevent_cse=False)
         return run(carry, first)
 
-    full, rest = divmod(total, max(size, 1))
+    size, full, rest = block_sizes.cut(total, most)
+
+    def all_full(carry: _Carry) -> _Carry:
+        firsts = jnp.arange(full, dtype=jnp.int32) * size
+        return jax.lax.scan(lambda c, first: (one(c, first, size), None), carry, firsts)[0]
+
+    if not isinstance(total, int):
+        carry = one(carry, total - rest, rest)
+        return jax.lax.cond(jnp.asarray(total) > rest, all_full, lambda carry: carry, carry)
     ragged_first = jax.default_backend() != "tpu"
     if rest and ragged_first:
         carry = one(carry, full * size, rest)
     if full == 1:
         carry = one(carry, 0, size)
     elif full > 1:
-        firsts = jnp.arange(full, dtype=jnp.int32) * size
-        carry, _ = jax.lax.scan(lambda c, first: (one(c, first, size), None), carry, firsts)
+        carry = all_full(carry)
     if rest and not ragged_first:
         carry = one(carry, full * size, rest)
     return carry

@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .tile import RowStatistics
 
@@ -56,6 +56,19 @@ def silenced(weight: Float[Array, "..."] | None, x: _Tree) -> _Tree:
         return x
     mute: _Tree = jax.tree.map(lambda x: jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x), x)
     return mute
+
+
+def counted(counts: Bool[Array, "*rows"] | None, x: _Tree) -> _Tree:
+    """`x`, with 1 in rows that do not count.
+
+    These hold the statistics of some class that may be banned. What is multiplied by an infinite
+    number before it is masked has a derivative of NaN. Of 1 everything made of statistics is
+    finite.
+    """
+    if counts is None:
+        return x
+    harmless: _Tree = jax.tree.map(lambda x: jnp.where(counts, x, 1), x)
+    return harmless
 
 
 def smoothing_coefficients(

@@ -145,13 +145,28 @@ def _rows_bwd(class_axis: int, residuals: _Residuals, g: Array) -> tuple[Array, 
     zeros = jnp.zeros_like(kernel)
     if ids.size == 0:
         return zeros, None
-    classes, of_entry = jnp.unique(
-        ids, size=ids.size, fill_value=kernel.shape[class_axis], return_inverse=True
-    )
+    classes, of_entry = _unique(ids, beyond=kernel.shape[class_axis])
     sums = jax.ops.segment_sum(g.astype(wide(g.dtype)), of_entry, ids.size).astype(kernel.dtype)
     if class_axis == 0:
         return zeros.at[classes].set(sums, mode="drop"), None
     return zeros.at[:, classes].set(sums.T, mode="drop"), None
+
+
+def _unique(
+    ids: Integer[Array, " n"], beyond: int
+) -> tuple[Integer[Array, " n"], Integer[Array, " n"]]:
+    """The distinct ids, then `beyond` as often as ids are repeated; and where each id is in them.
+
+    As `jnp.unique` has it, but for a number of ids that may be symbolic.
+    """
+    order = jnp.argsort(ids)
+    ranked = ids[order]
+    other = ranked != jnp.roll(ranked, 1)
+    position = jnp.cumsum(other.at[0].set(True), dtype=jnp.int32) - 1
+    return (
+        jnp.full_like(ids, beyond).at[position].set(ranked),
+        jnp.zeros_like(position).at[order].set(position),
+    )
 
 
 _rows_of_kernel.defvjp(_rows_fwd, _rows_bwd)

@@ -124,9 +124,7 @@ def _fused_fwd(
     inputs = _Inputs(hidden, head, target.classes, rows.scales, rows.shared)
     dtype = tile.wide(hidden.dtype)
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), (0, inputs))
-    tokens = hidden.shape[0]
-    block = min(options.block, tokens)
-    total, grads = over_blocks(step, sharded.like(zeros, hidden), tokens, block)
+    total, grads = over_blocks(step, sharded.like(zeros, hidden), hidden.shape[0], options.block)
     return total, (inputs, grads)
 
 
