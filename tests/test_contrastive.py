@@ -77,24 +77,146 @@ def test_value_and_gradients(name, dtype, options):
     compare(of(name), truth, arguments, scalars(arguments), dtype=dtype, loosen=3.0, **blocks)
 
 
-def test_bfloat16():
-    """Logits in float32 from rounded embeddings; a scale that is no power of two rounds again."""
-    arguments = problem("clip_loss") | {"logit_scale": 2.0}
-    truth = reference_contrastive.clip_loss
-    rounded = {k: np.asarray(jnp.bfloat16(v), np.float64) for k, v in arguments.items()}
+def naive(name, arguments):
+    """Sum of the losses by the textbook, every step in the embeddings' own dtype."""
+    first, *second = (arguments[key] for key in PAIRS[name])
+    columns = second[0] if second else first
+    scale = arguments["logit_scale"].astype(first.dtype)
+    z = (scale * first) @ columns.T
+    rows = np.arange(len(first))
+    if name == "siglip_loss":
+        z = z + arguments["logit_bias"].astype(first.dtype)
+        return jnp.sum(jax.nn.softplus((1 - 2 * jnp.eye(*z.shape, dtype=z.dtype)) * z))
+    if name == "clip_loss":
+        both = jax.nn.log_softmax(z, 0) + jax.nn.log_softmax(z, 1)
+        return -jnp.sum(both[rows, rows]) / 2
+    if name == "info_nce_loss":
+        return -jnp.sum(jax.nn.log_softmax(z)[rows, rows])
+    others = ~np.eye(len(rows), dtype=bool)
+    positives = others & (arguments["labels"][:, None] == arguments["labels"])
+    number = np.maximum(positives.sum(-1, keepdims=True), 1)
+    log_p = jax.nn.log_softmax(jnp.where(others, z, -jnp.inf))
+    return -jnp.sum(jnp.where(positives, log_p, 0) / jnp.asarray(number, z.dtype))
 
-    @jax.jit
-    def value_and_gradients(*sides):
-        value, pull = jax.vjp(functools.partial(ce_jax.clip_loss, logit_scale=2.0), *sides)
-        return value, pull(jnp.ones_like(value))
 
-    sides = (jnp.asarray(arguments[k], jnp.bfloat16) for k in PAIRS["clip_loss"])
-    value, gradients = value_and_gradients(*sides)
+@every_loss
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_narrow_embeddings(name, dtype, forward_mode):
+    """Unit vectors at CLIP's largest scale, in several blocks: no worse than the naive formula.
+
+    The value is as good as that of float32 embeddings: the scale, which no narrow dtype holds,
+    meets float32 products. Embeddings times the scale, rounded, would be off by hundredths.
+    """
+    draw = np.random.default_rng(0)
+    arguments = problem(name, rows=12) | {"logit_scale": np.float32(99.7)}
+    for key in PAIRS[name]:
+        x = draw.normal(size=(12, 8))
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        arguments[key] = jnp.asarray(x, dtype)
+    smooth = {k: v for k, v in arguments.items() if k in PAIRS[name]}
+    smooth |= {k: jnp.float32(arguments[k]) for k in scalars(arguments)}
+    rest = {k: v for k, v in arguments.items() if k not in smooth}
+    exact = {k: np.asarray(v, np.float64) for k, v in smooth.items()} | rest
+    options = budget(name, 12, 5, "float32") | {"forward_mode": forward_mode}
+
+    def ours(smooth):
+        return of(name)(**smooth, **rest, **options, reduction="sum")
+
+    value, slopes = jax.jit(jax.value_and_grad(ours))(smooth)
+    plain = jax.jit(jax.value_and_grad(lambda smooth: naive(name, smooth | rest)))(smooth)
+    truth = functools.partial(of(name, reference_contrastive), reduction="sum")
+    expected = truth(**exact)
     assert value.dtype == jnp.float32
-    close(value, truth(**rounded), 4e-6)
-    for key, gradient in zip(PAIRS["clip_loss"], gradients, strict=True):
-        assert gradient.dtype == jnp.bfloat16
-        close(gradient, reference.vjp(truth, rounded, key, np.ones(N)), 2**-6, key)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    assert abs(value - expected) <= abs(np.float64(plain[0]) - expected)
+    for key, slope in slopes.items():
+        wanted = reference.vjp(truth, exact, key, 1.0)
+        assert slope.dtype == smooth[key].dtype
+        errors = [
+            np.linalg.norm(np.asarray(found[key], np.float64) - wanted)
+            for found in (slopes, plain[1])
+        ]
+        assert errors[0] <= errors[1], (key, errors)
+    for key in scalars(arguments):
+        np.testing.assert_allclose(slopes[key], reference.vjp(truth, exact, key, 1.0), rtol=1e-5)
+
+
+@every_loss
+def test_a_scale_that_takes_float16_beyond_its_range(name):
+    """Embeddings of deviation 50 at scale 1000: scaled, the largest of them would be inf."""
+    draw = np.random.default_rng(0)
+    arguments = problem(name, rows=6) | {"logit_scale": np.float32(1000)}
+    for key in PAIRS[name]:
+        arguments[key] = jnp.asarray(50 * draw.normal(size=(6, 8)), jnp.float16)
+    exact = {k: np.asarray(v, np.float64) if k != "labels" else v for k, v in arguments.items()}
+    scale = arguments.pop("logit_scale")
+    found, slope = jax.value_and_grad(
+        lambda scale: of(name)(**arguments, logit_scale=scale, reduction="sum")
+    )(scale)
+    truth = functools.partial(of(name, reference_contrastive), reduction="sum")
+    expected = truth(**exact)
+    assert expected > 1e5
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(slope, reference.vjp(truth, exact, "logit_scale", 1.0), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@every_loss
+def test_a_scale_of_zero_has_a_gradient(name):
+    """Whatever the embeddings are, all logits are 0; the slope is that of the formula."""
+    arguments = problem(name) | {"logit_scale": 0.0}
+    truth, slope_of = of(name, reference_contrastive), functools.partial(of(name), **arguments)
+    for forward_mode in (False, True):
+        slope = jax.jacfwd if forward_mode else jax.jacrev
+        found = slope(lambda s, mode=forward_mode: slope_of(logit_scale=s, forward_mode=mode))(0.0)
+        expected = reference.vjp(truth, arguments, "logit_scale", np.ones(N))
+        np.testing.assert_allclose(found.sum(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["info_nce_loss", "siglip_loss"])
+def test_a_query_that_weighs_nothing_may_hold_anything(name):
+    """It has a part in its own loss alone, and so reaches no other's gradient."""
+    arguments = problem(name, sample_weight=True)
+    arguments = {k: np.asarray(v, np.float32) for k, v in arguments.items()}
+    spoiled = dict(arguments)
+    first = PAIRS[name][0]
+    spoiled[first] = arguments[first].copy()
+    spoiled[first][1] = np.nan, np.inf, 0
+    both = jax.jit(jax.value_and_grad(lambda x: of(name)(**x, reduction="sum")))
+    found, expected = both(spoiled), both(arguments)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    for key in (PAIRS[name][1], "logit_scale"):
+        np.testing.assert_allclose(found[1][key], expected[1][key], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found[1][first][1], 0)
+
+
+@every_loss
+def test_the_order_of_the_pairs_does_not_matter(name):
+    """Losses and gradients move with their pairs; those of equal embeddings are equal."""
+    arguments = problem(name, where=True, sample_weight=True)
+    arguments = {k: np.asarray(v) for k, v in arguments.items()}
+    for key in PAIRS[name]:  # ties
+        arguments[key][5] = arguments[key][4]
+    if "labels" in arguments:
+        arguments["labels"] = np.array([5, -3, 5, 200, 5, 5, 8])
+    moved = np.random.default_rng(1).permutation(N)
+    shuffled = {k: v if v.ndim == 0 else v[moved] for k, v in arguments.items()}
+    if name == "info_nce_loss":
+        shuffled["keys"] = np.concatenate([arguments["keys"][moved], arguments["keys"][:-3:-1]])
+
+    def found(arguments):
+        where = arguments.pop("where")
+        return value_and_gradients(name, arguments)[0](where)
+
+    value, gradients = found(dict(arguments))
+    again, again_gradients = found(shuffled)
+    np.testing.assert_allclose(again, value[moved], rtol=1e-5, atol=1e-6)
+    for key in PAIRS[name]:
+        expected = gradients[key][:N][moved]
+        np.testing.assert_allclose(again_gradients[key][:N], expected, rtol=1e-4, atol=1e-5)
+    weight = arguments["sample_weight"]
+    np.testing.assert_allclose(value[4] / weight[4], value[5] / weight[5], rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
