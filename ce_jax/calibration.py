@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer, Shaped
 
 from ._arguments import checks, reductions, targets
-from ._rows.bins import bin_of_rank, bin_sums
+from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
 from ._rows.numerics import positive_int, scalar
 from ._rows.tile import wide
 from .diagnostics import log_softmax
@@ -46,10 +47,22 @@ def reliability_bins(
 ) -> ReliabilityBins:
     r"""Groups predictions by confidence, to set the mean confidence against the accuracy.
 
-    .. math:: B_b = \{ i : (b - 1) / M < c_i \le b / M \}, \qquad b = 1, \ldots, M
+    .. math::
+      B_b = \{ i : (b - 1) / M < c_i \le b / M \}, \qquad
+      \mathrm{conf}_b = \frac{1}{n_b} \sum_{i \in B_b} c_i, \qquad
+      \mathrm{acc}_b = \frac{1}{n_b} \sum_{i \in B_b} y_i, \qquad b = 1, \ldots, M
 
-    or, if adaptive, M groups of equal size (to within one) in the order of confidence. Plot the
-    accuracy over the confidence: a calibrated model is on the diagonal.
+    or, if adaptive, M groups of equal size (to within one) in the order of confidence. The border
+    of two groups may fall among predictions of equal confidence. No order among them means
+    anything, so each of them then counts as their mean, and the accuracy is
+
+    .. math::
+      \mathrm{acc}_b = \frac{1}{n_b} \sum_{i \in B_b} \bar y(c_i), \qquad
+      \bar y(c) = \text{the share of the predictions with confidence } c \text{ that is right}
+
+    which is the formula above wherever no tie is cut. The order in which predictions come has no
+    effect on an adaptive result, and on the other none but the rounding of a sum. Plot the accuracy
+    over the confidence: a calibrated model is on the diagonal.
 
     Args:
       confidence: probability given to what was predicted, in [0, 1], floating, of any shape.
@@ -92,6 +105,15 @@ def _reliability_bins(
     bins: int,
     adaptive: bool,
 ) -> ReliabilityBins:
+    found = _means_of_bins(confidence, correct, where, bins, adaptive)
+    means = (jnp.where(found.size == 0, jnp.nan, x) for x in (found.confidence, found.accuracy))
+    return ReliabilityBins(found.size, *means)
+
+
+def _means_of_bins(
+    confidence: ArrayLike, correct: ArrayLike, where: ArrayLike | None, bins: int, adaptive: bool
+) -> ReliabilityBins:
+    """As `reliability_bins`, with 0 for the means of an empty bin."""
     confidence = checks.floating("confidence", confidence)
     correct = checks.boolean("correct", correct)
     checks.shape_is("correct", correct, confidence.shape, "the shape of confidence")
@@ -100,30 +122,35 @@ def _reliability_bins(
         where = checks.boolean("where", where)
         counts = checks.broadcast("where", where, counts.shape, "the shape of confidence")
     counts, correct = counts.reshape(-1), correct.reshape(-1)
-    confidence = confidence.reshape(-1).astype(wide(confidence.dtype))
-    confidence = jnp.where(counts, confidence, 0)
+    dtype = wide(confidence.dtype)
+    confidence = jnp.where(counts, confidence.reshape(-1).astype(dtype), 0)
     if adaptive:
-        order = jnp.argsort(jnp.where(counts, confidence, jnp.inf))
-        rank = (
-            jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
-        )
+        # By all that a prediction is: no sum can then depend on the order in which they came.
+        excluded, confidence, correct = jax.lax.sort((~counts, confidence, correct), num_keys=3)
+        counts = ~excluded
+        rank = jax.lax.iota(jnp.int32, confidence.shape[0])
         index = bin_of_rank(rank, jnp.sum(counts, dtype=jnp.int32), bins)
     else:
-        edges = jnp.arange(1, bins, dtype=confidence.dtype) / bins
+        # XLA may multiply by a rounded 1 / bins, where NumPy gives the nearest number to each.
+        edges = jnp.asarray(np.arange(1, bins) / bins, dtype)
         index = jnp.searchsorted(edges, confidence, side="left")
-    size, right = (
-        jnp.zeros(bins, jnp.int32).at[index].add(x.astype(jnp.int32))
-        for x in (counts, counts & correct)
-    )
-    divisor = jnp.where(size == 0, jnp.nan, size.astype(confidence.dtype))
+    size = bin_counts(counts, index, bins)
+    divisor = jnp.maximum(size, 1).astype(dtype)
 
     def mean(x: Array) -> Array:
-        return bin_sums(jnp.where(counts, x, 0), index, bins) / divisor
+        # The rounding of a mean is as large as the sum was; what is left of it after the first is
+        # not.
+        def once(x: Array) -> Array:
+            return bin_sums(jnp.where(counts, x, 0), index, bins) / divisor
 
-    # The rounding of a mean is as large as the sum was; what is left of it after the first is not.
-    rough = jax.lax.stop_gradient(mean(confidence))
-    confidence = rough + mean(confidence - rough[index])
-    return ReliabilityBins(size, confidence, right.astype(confidence.dtype) / divisor)
+        rough = jax.lax.stop_gradient(once(x))
+        return rough + once(x - rough[index])
+
+    if adaptive:
+        accuracy = mean(share_of_equals(confidence, correct, counts))
+    else:
+        accuracy = bin_counts(counts & correct, index, bins).astype(dtype) / divisor
+    return ReliabilityBins(size, mean(confidence), accuracy)
 
 
 def expected_calibration_error(
@@ -138,7 +165,8 @@ def expected_calibration_error(
 
     .. math:: \sum_b \frac{n_b}{N} \left| \mathrm{acc}_b - \mathrm{conf}_b \right|
 
-    It depends on the number of bins, and small samples make it too large.
+    It depends on the number of bins, and small samples make it too large. It does not depend on the
+    order of the predictions, those of equal confidence included.
 
     Args:
       confidence: probability given to what was predicted, in [0, 1], floating, of any shape.
@@ -163,13 +191,24 @@ def expected_calibration_error(
     References:
       Naeini et al., `Obtaining Well Calibrated Probabilities Using Bayesian Binning`, 2015.
     """
-    found = reliability_bins(confidence, correct, bins=bins, adaptive=adaptive, where=where)
-    return _expected_calibration_error(found)
+    bins = positive_int("bins", bins)
+    return _expected_calibration_error(
+        confidence, correct, where, bins=bins, adaptive=bool(adaptive)
+    )
 
 
-@functools.partial(jax.jit, inline=True)
-def _expected_calibration_error(found: ReliabilityBins) -> Array:
-    gap = jnp.where(found.size == 0, 0, jnp.abs(found.accuracy - found.confidence))
+# One program from the predictions on: means of empty bins, which are NaN, would leave it.
+@functools.partial(jax.jit, static_argnames=("bins", "adaptive"), inline=True)
+def _expected_calibration_error(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    where: ArrayLike | None,
+    *,
+    bins: int,
+    adaptive: bool,
+) -> Array:
+    found = _means_of_bins(confidence, correct, where, bins, adaptive)
+    gap = jnp.abs(found.accuracy - found.confidence)
     size = found.size.astype(gap.dtype)
     everything = jnp.sum(size)
     return jnp.sum(size * gap) / jnp.where(everything == 0, jnp.nan, everything)
@@ -277,14 +316,16 @@ def fit_temperature(
       ignore_index: label of rows that do not count.
       low: the least temperature; the result where every prediction is right, and so the best
         temperature 0. May be traced.
-      high: the highest temperature; the result for a model that is no better than chance. May be
-        traced.
+      high: the highest temperature; the result for a model that is no better than chance, whose
+        best temperature is infinite. May be traced.
 
     Returns:
-      The temperature, `[]`, float32 (float64 for float64 logits); 1 if no row counts. Rows whose
-      label is masked are left out: their loss is infinite at every temperature. A label that is
-      no class gives NaN. It is found in a loop of unknown length, so there is no reverse-mode
-      derivative of it.
+      The temperature, `[]`, float32 (float64 for float64 logits). Where no temperature between
+      `low` and `high` is the best, it is that bound itself, to the last bit (in the dtype of the
+      result): `T == high` is the sign that there was no optimum to find. 1, or the bound next to
+      it, if no row counts. Rows whose label is masked are left out: their loss is infinite at every
+      temperature. A label that is no class and logits without a softmax give NaN. It is found in
+      a loop of unknown length, so there is no reverse-mode derivative of it.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -350,28 +391,36 @@ def _fit_temperature(
         spread = jnp.sum(p * jnp.square(z - mean[..., None]), -1)
         return jnp.sum(weight * mean), jnp.sum(weight * spread)
 
+    low, high = low.astype(dtype), high.astype(dtype)
+    least, most = 1 / high, 1 / low
+    (first, curvature), (last, _) = slope_and_curvature(least), slope_and_curvature(most)
+    # The slope rises with 1 / T. Where it has one sign from bound to bound, a bound is the best.
+    # With every prediction right it underflows to 0; so does the curvature, even at `high`.
+    hottest = informative & ((first > 0) | (first == 0) & (curvature > 0))
+    coldest = informative & (last <= 0)
+
     def step(state: _State) -> _State:
         least, most, inverse, change, steps = state
         slope, curvature = slope_and_curvature(inverse)
-        # With every prediction right, the slope underflows long before the bound is reached.
-        vanished = (slope == 0) & (curvature == 0) & informative
-        least = jnp.where((slope < 0) | vanished, inverse, least)
+        least = jnp.where(slope < 0, inverse, least)
         most = jnp.where(slope > 0, inverse, most)
         newton = inverse - slope / jnp.where(curvature > 0, curvature, 1)
         inside = (curvature > 0) & (newton > least) & (newton < most)
-        # Towards a bound Newton's steps do not become shorter, and would be too many.
+        # Far from the optimum Newton's steps do not become shorter, and would be too many.
         shorter = jnp.abs(newton - inverse) < change / 2
         better = jnp.where(inside & shorter, newton, jnp.sqrt(least * most))
-        better = jnp.where((slope == 0) & ~vanished, inverse, better)
+        better = jnp.where(slope == 0, inverse, better)
         return least, most, better, jnp.abs(better - inverse), steps + 1
 
     def unsettled(state: _State) -> Array:
         _, _, inverse, change, steps = state
-        return (change > 4 * jnp.finfo(dtype).eps * inverse) & (steps < _MOST_STEPS)
+        found = (change <= 4 * jnp.finfo(dtype).eps * inverse) | (steps >= _MOST_STEPS)
+        return ~(found | hottest | coldest)
 
-    least, most = 1 / high.astype(dtype), 1 / low.astype(dtype)
     start = jnp.clip(jnp.ones((), dtype), least, most)
     state = (least, most, start, jnp.asarray(jnp.inf, dtype), jnp.zeros((), jnp.int32))
     inverse = jax.lax.while_loop(unsettled, step, state)[2]
+    found = jnp.clip(1 / inverse, low, high)
+    found = jnp.where(coldest, low, jnp.where(hottest, high, found))
     known = weight != 0 if sample_weight is not None else jnp.ones_like(usable)
-    return 1 / inverse * jnp.where(jnp.any(label.unknown & known), jnp.nan, 1).astype(dtype)
+    return jnp.where(jnp.any(label.unknown & known) | jnp.isnan(first), jnp.nan, found)

@@ -11,6 +11,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 import ce_jax
+from ce_jax._rows.bins import bin_of_rank
 from tests import reference, reference_beyond
 from tests.comparison import close, compare
 from tests.helpers import softmax_arguments
@@ -174,9 +175,9 @@ def test_bins_of_ranks(bins):
     for size in (1, 2, 1000, 3_000_017, 2**31 - 1):
         rank = np.unique(np.linspace(0, size - 1, 50).astype(int))
         expected = [int(r) * bins // size for r in rank]
-        found = bins.bin_of_rank(jnp.asarray(rank, jnp.int32), jnp.asarray(size, jnp.int32), bins)
+        found = bin_of_rank(jnp.asarray(rank, jnp.int32), jnp.asarray(size, jnp.int32), bins)
         np.testing.assert_array_equal(found, expected)
-        after = bins.bin_of_rank(jnp.asarray([size]), jnp.asarray(size), bins)
+        after = bin_of_rank(jnp.asarray([size]), jnp.asarray(size), bins)
         assert expected[-1] <= after[0] < bins
 
 
@@ -271,40 +272,19 @@ def test_fit_temperature_of_what_counts():
     np.testing.assert_allclose(both, [alone, 2 * alone], rtol=1e-5)
 
 
-def test_fit_temperature_at_its_bounds():
-    right = jnp.array([[5.0, 0.0], [0.0, 3.0]])
-    np.testing.assert_allclose(ce_jax.fit_temperature(right, jnp.array([0, 1])), 0.01, rtol=1e-4)
-    wrong = ce_jax.fit_temperature(right, jnp.array([1, 0]), high=10.0)
-    np.testing.assert_allclose(wrong, 10.0, rtol=1e-4)
-    assert ce_jax.fit_temperature(jnp.zeros((0, 3)), jnp.zeros(0, int)) == 1
-    assert ce_jax.fit_temperature(jnp.array([[0.0, -jnp.inf]]), jnp.array([1])) == 1
-    assert jnp.isnan(ce_jax.fit_temperature(right, jnp.array([0, 5])))
-
-
-@pytest.mark.usefixtures("x64")
-def test_fit_temperature_where_slopes_get_small_for_long():
-    """On the way to a bound each of Newton's steps is as short as the one before."""
-    right = jnp.array([[5.0, 0.0], [0.0, 3.0]])
-    for low in (0.01, 1e-4):
-        found = ce_jax.fit_temperature(right, jnp.array([0, 1]), low=low)
-        np.testing.assert_allclose(found, low, rtol=1e-12)
-
-
 @pytest.mark.parametrize("kind", [float, np.float32, np.float64, jnp.float32])
 def test_a_bound_is_within_the_bounds(kind):
     """In float32 1e-6 is below 1e-6."""
     right, coldest = jnp.array([[5.0, 0.0], [0.0, 3.0]]), kind(1e-6)
     found = ce_jax.fit_temperature(right, jnp.array([0, 1]), low=coldest)
-    np.testing.assert_allclose(found, 1e-6, rtol=1e-3)
+    assert found == np.float32(1e-6)
     loss = ce_jax.distillation_loss(right, jnp.zeros((2, 2)), temperature=coldest)
     # To so cold a student the teacher's even odds cost their gap in half of the cases.
     np.testing.assert_allclose(loss, 1e-6**2 * np.array([5.0, 3.0]) / 2e-6, rtol=1e-4)
     for name, below in (("low", 9e-7), ("high", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must .*1e-06"):
             ce_jax.fit_temperature(right, jnp.array([0, 1]), **{name: kind(below)})
-    np.testing.assert_allclose(
-        ce_jax.fit_temperature(right, jnp.array([0, 1]), low=kind(2), high=kind(2)), 2.0
-    )
+    assert ce_jax.fit_temperature(right, jnp.array([0, 1]), low=kind(2), high=kind(2)) == 2
 
 
 @pytest.mark.parametrize(

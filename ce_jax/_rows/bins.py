@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 # Sums of the same bin, and all of them together.
 _MOST_PARTS = 512
@@ -29,6 +29,26 @@ def bin_of_rank(
             quotient = quotient + exceeds.astype(jnp.uint32)
             remainder = jnp.where(exceeds, remainder - size, remainder)
     return quotient.astype(jnp.int32)
+
+
+def bin_counts(chosen: Bool[Array, " n"], index: Integer[Array, " n"], bins: int) -> Array:
+    """How many of each bin are chosen."""
+    return jnp.zeros(bins, jnp.int32).at[index].add(chosen.astype(jnp.int32))
+
+
+def share_of_equals(
+    x: Float[Array, " n"], chosen: Bool[Array, " n"], counts: Bool[Array, " n"]
+) -> Float[Array, " n"]:
+    """For each entry of a sorted array, the share of those equal to it that is chosen.
+
+    Of entries that count; they come first, and NaN (all of which are alike) last among them.
+    """
+    before = jnp.concatenate([x[:1], x[:-1]])
+    alike = (x == before) | jnp.isnan(before)
+    group = jnp.cumsum(~alike, dtype=jnp.int32)
+    size, number = (bin_counts(y, group, x.shape[0]) for y in (counts, counts & chosen))
+    share: Array = number.astype(x.dtype) / jnp.maximum(size, 1).astype(x.dtype)
+    return share[group]
 
 
 def bin_sums(x: Float[Array, " n"], index: Integer[Array, " n"], bins: int) -> Array:
