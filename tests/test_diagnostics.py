@@ -64,6 +64,17 @@ def test_parts_of_sure_labels_and_of_a_perfect_model():
     np.testing.assert_allclose(near.divergence.sum(), exact, rtol=2e-3)
 
 
+@pytest.mark.parametrize("labels", [[1.25, -0.25, 0.0], [1, -1, 0]])
+def test_a_negative_label_has_no_entropy(labels):
+    """It is NaN where it is, in both parts; other classes are what they are without it."""
+    logits = jnp.array([2.0, 0.5, -1.0])
+    found = ce_jax.cross_entropy_parts(logits, jnp.array(labels))
+    fine = ce_jax.cross_entropy_parts(logits, jnp.maximum(jnp.array(labels), 0))
+    for part, whole in zip(found, fine, strict=True):
+        np.testing.assert_array_equal(np.isnan(part), [False, True, False])
+        np.testing.assert_array_equal(part[::2], whole[::2])
+
+
 def test_parts_under_transforms():
     draw = np.random.default_rng(0)
     logits = jnp.asarray(draw.normal(size=(4, 3)), jnp.float32)
