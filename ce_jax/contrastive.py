@@ -1,10 +1,11 @@
 r"""Contrastive losses: tell the pairs that belong together from all others in the batch.
 
 The matrix of the logits of all pairs is never held, but computed in blocks, and computed again for
-the gradient. With `axis_name`, inside `jax.shard_map`, the batch is sharded over a mesh axis: each
-device compares its own rows with the columns of all, which it gathers once. Gathering rather than
-passing the columns on from device to device costs `[N, D]` of memory, little beside a block of
-logits, for one collective that the derivative turns into one too.
+the gradient; in one block where `jax.export` leaves the size of the batch open. With `axis_name`,
+inside `jax.shard_map`, the batch is sharded over a mesh axis: each device compares its own rows
+with the columns of all, which it gathers once. Gathering rather than passing the columns on from
+device to device costs `[N, D]` of memory, little beside a block of logits, for one collective that
+the derivative turns into one too.
 
 The scale multiplies the products of the embeddings, which are float32 for narrower embeddings too:
 an embedding times a scale, rounded, would cost a bfloat16 loss its second digit.

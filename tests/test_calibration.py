@@ -104,6 +104,20 @@ def test_the_order_of_the_predictions_does_not_matter(dtype, counting):
                 np.testing.assert_allclose(b, a, rtol=rtol)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_symbolic_number_of_predictions(adaptive):
+    """One exported program for any number of them."""
+    (size,) = jax.export.symbolic_shape("size")
+    error = functools.partial(ce_jax.expected_calibration_error, bins=4, adaptive=adaptive)
+    shapes = (jax.ShapeDtypeStruct((size,), dtype) for dtype in (jnp.float32, bool))
+    exported = jax.export.export(jax.jit(error))(*shapes)
+    confidence, correct, _ = tied_predictions()
+    for some in (1, 33):
+        x = confidence[:some], correct[:some]
+        expected = reference_beyond.expected_calibration_error(*x, bins=4, adaptive=adaptive)
+        np.testing.assert_allclose(exported.call(*x), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_the_derivative_of_tied_predictions():
     """Of the error by each confidence: the sign of its bin's gap, over the number of all."""
     confidence = jnp.array([0.9, 0.2, 0.9, 0.2, 0.9, 0.2])

@@ -183,6 +183,32 @@ def test_transformations(name):
 
 
 @every_loss
+def test_a_symbolic_batch(name):
+    """One exported program for batches of any size, value and gradients."""
+    (batch,) = jax.export.symbolic_shape("batch")
+
+    def both(sides, labels):
+        labels = {"labels": labels} if len(PAIRS[name]) == 1 else {}
+        where = jnp.arange(sides[0].shape[0]) != 1
+
+        def total(sides):
+            sides = dict(zip(PAIRS[name], sides, strict=True))
+            return of(name)(**sides, **labels, where=where, reduction="mean", logit_scale=1.7)
+
+        return jax.value_and_grad(total)(sides)
+
+    sides = tuple(jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32) for _ in PAIRS[name])
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    exported = jax.export.export(jax.jit(both))(sides, labels)
+    for rows in (4, 9):
+        arguments = problem(name, rows=rows)
+        given = tuple(jnp.asarray(arguments[key][:rows], jnp.float32) for key in PAIRS[name])
+        labels = jnp.resize(jnp.int32(LABELS), rows)
+        found, wanted = exported.call(given, labels), both(given, labels)
+        jax.tree.map(lambda a, b: close(a, b, 1e-5, size=1.0), found, wanted)
+
+
+@every_loss
 def test_no_matrix_of_all_pairs(name):
     """Value and gradient; the matrix alone would take 64 MB."""
     rows, width = 4096, 32

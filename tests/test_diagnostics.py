@@ -111,6 +111,16 @@ def test_gradient_view():
     np.testing.assert_allclose(wrong.by_label, [[0, 0], [0.5, -0.5]])
 
 
+def test_the_mean_gradient_of_very_many_examples():
+    """A float32 sum of a million equal numbers is off by a hundredth: it rounds them all alike."""
+    size = 2**20 + 2**18
+    row = jnp.array([0.3, -0.4, 1.1])
+    found = jax.jit(ce_jax.gradient_view)(jnp.tile(row, (size, 1)), jnp.ones(size, jnp.int32))
+    p = np.exp(np.float64(row)) / np.exp(np.float64(row)).sum()
+    np.testing.assert_allclose(found.by_label[1], p - [0, 1, 0], rtol=1e-4)
+    np.testing.assert_array_equal(found.size, [0, size, 0])
+
+
 def predictions(size=500):
     draw = np.random.default_rng(1)
     confidence = draw.random(size).astype(np.float32)

@@ -292,6 +292,30 @@ def test_gradients_of_one_class_add_up_in_float32():
     np.testing.assert_allclose(np.float32(gradient).ravel(), expected, rtol=2**-8)
 
 
+def test_a_symbolic_batch():
+    """One exported program for any number of rows, with the gradient of the kernel's rows."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    negatives = Negatives(jnp.array([1, 1, 2]), jnp.zeros(3))
+
+    def both(hidden, kernel, labels):
+        loss = functools.partial(
+            ce_jax.linear_sampled_softmax_cross_entropy, labels=labels, negatives=negatives
+        )
+        value, pull = jax.vjp(lambda *x: loss(*x), hidden, kernel)
+        return value, pull(jnp.ones_like(value))
+
+    hidden, labels = ((batch, WIDTH), jnp.float32), ((batch,), jnp.int32)
+    shapes = hidden, ((WIDTH, ITEMS), jnp.float32), labels
+    exported = jax.export.export(jax.jit(both))(*(jax.ShapeDtypeStruct(*x) for x in shapes))
+    draw = np.random.default_rng(0)
+    for rows in (1, 6):
+        x = [
+            draw.normal(size=shape).astype(np.float32) for shape in ((rows, WIDTH), (WIDTH, ITEMS))
+        ]
+        x.append(draw.integers(ITEMS, size=rows).astype(np.int32))
+        jax.tree.map(lambda a, b: close(a, b, 1e-5), exported.call(*x), both(*x))
+
+
 @pytest.mark.cpu
 @pytest.mark.usefixtures("x64")
 def test_a_batch_over_devices():

@@ -58,11 +58,16 @@ def _fixed(x: Sides) -> _Fixed:
 
 
 def _block(x: Sides, memory_budget: int | None, tiles: int) -> int:
-    """Columns per block, where a CPU holds so many of its arrays, and its rounded gradient."""
+    """Columns per block, where a CPU holds so many of its arrays, and its rounded gradient.
+
+    All of them in a batch of symbolic size (`jax.export`): of how many blocks is not known.
+    """
+    rows, columns = x.rows.shape[0], x.columns.shape[0]
+    if not (isinstance(rows, int) and isinstance(columns, int)):
+        return columns
     if memory_budget is None:
         memory_budget = block_sizes.default_budget(x.columns.size * x.columns.dtype.itemsize)
     pair_bytes = tiles * wide(x.rows.dtype).itemsize + x.rows.dtype.itemsize
-    rows, columns = x.rows.shape[0], x.columns.shape[0]
     return block_sizes.blocks(rows, columns, pair_bytes, memory_budget, summed=False).classes
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer
 
 from .._arguments import checks, reductions
 from . import sharded
+from .bins import number_of_run
 from .head import Head, logits
 from .partial import ABSENT
 from .tile import wide
@@ -149,13 +150,13 @@ def _rows_fwd(class_axis: int, kernel: Array, ids: Array) -> tuple[Array, tuple[
 def _rows_bwd(class_axis: int, residuals: _Residuals, g: Array) -> tuple[Array, None]:
     """What belongs to one class adds up in the wide dtype, at the size of the sample."""
     kernel, ids = map(jnp.asarray, residuals)  # what is constant may come as a literal
-    zeros = jnp.zeros_like(kernel)
-    if ids.size == 0:
-        return zeros, None
-    classes, of_entry = jnp.unique(
-        ids, size=ids.size, fill_value=kernel.shape[class_axis], return_inverse=True
-    )
-    sums = jax.ops.segment_sum(g.astype(wide(g.dtype)), of_entry, ids.size).astype(kernel.dtype)
+    zeros, nobody = jnp.zeros_like(kernel), kernel.shape[class_axis]
+    order = jnp.argsort(ids)
+    ids, g = ids[order], g[order]
+    entry = number_of_run(ids)
+    classes = jnp.full_like(ids, nobody).at[entry].set(ids)
+    sums = jnp.zeros(g.shape, wide(g.dtype)).at[entry].add(g.astype(wide(g.dtype)))
+    sums = sums.astype(kernel.dtype)
     if class_axis == 0:
         return zeros.at[classes].set(sums, mode="drop"), None
     return zeros.at[:, classes].set(sums.T, mode="drop"), None
