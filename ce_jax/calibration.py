@@ -122,8 +122,9 @@ def _means_of_bins(
     dtype = wide(confidence.dtype)
     confidence = jnp.where(counts, confidence.reshape(-1).astype(dtype), 0)
     if adaptive:
-        # By all that a prediction is: no sum can then depend on the order in which they came.
-        excluded, confidence, correct = jax.lax.sort((~counts, confidence, correct), num_keys=3)
+        # What is added up then does not depend on the order in which predictions came, not even by
+        # rounding: right ones are counted, and each of their equals gets the same share.
+        excluded, confidence, correct = jax.lax.sort((~counts, confidence, correct), num_keys=2)
         counts = ~excluded
         rank = jax.lax.iota(jnp.int32, confidence.shape[0])
         index = bin_of_rank(rank, jnp.sum(counts, dtype=jnp.int32), bins)

@@ -111,6 +111,24 @@ def test_gradient_view():
     np.testing.assert_allclose(wrong.by_label, [[0, 0], [0.5, -0.5]])
 
 
+def test_the_order_of_the_examples_does_not_matter():
+    """Of what is a mean over them, or fitted to all of them."""
+    logits, labels = overconfident(200)
+    logits[50:100], labels[50:100] = logits[:50], labels[:50]  # ties
+    prior = np.full(4, 0.25)
+
+    @jax.jit
+    def found(logits, labels):
+        view = ce_jax.gradient_view(logits, labels)
+        score = ce_jax.brier_score(logits, labels, reduction="mean")
+        shares = ce_jax.estimate_prior(logits, prior).prior
+        return view.by_label, score, ce_jax.fit_temperature(logits, labels), shares
+
+    order = np.random.default_rng(1).permutation(200)
+    for a, b in zip(found(logits, labels), found(logits[order], labels[order]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
 def test_the_mean_gradient_of_very_many_examples():
     """A float32 sum of a million equal numbers is off by a hundredth: it rounds them all alike."""
     size = 2**20 + 2**18

@@ -361,6 +361,22 @@ def test_extreme_scores(name):
     assert empty == 0
 
 
+@pytest.mark.parametrize("name", SCORES)
+def test_the_order_of_the_negatives_does_not_matter(name):
+    """Of equal scores among them either; losses move with their rows."""
+    arguments = scores(name, where="negatives", sample_weight=True)
+    arguments["negative_logits"][:, 2] = arguments["negative_logits"][:, 1]
+    draw = np.random.default_rng(0)
+    rows, columns = draw.permutation(ROWS), draw.permutation(SAMPLES)
+    moved = dict(arguments)
+    for key in ("label_logits", "sample_weight", "negative_logits", "where"):
+        moved[key] = arguments[key][rows]
+    for key in ("negative_logits", "where"):
+        moved[key] = moved[key][:, columns]
+    found, wanted = (getattr(ce_jax, name)(**x) for x in (moved, arguments))
+    np.testing.assert_allclose(found, wanted[rows], rtol=1e-6, atol=1e-7)
+
+
 def test_gbce_without_calibration_is_binary_cross_entropy():
     arguments = scores("gbce_loss") | {"calibration": 0.0}
     z = np.column_stack([arguments["label_logits"], arguments["negative_logits"]])
