@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from .calibration import ReliabilityBins as ReliabilityBins
 from .calibration import brier_score as brier_score
 from .calibration import expected_calibration_error as expected_calibration_error
-from .calibration import fit_temperature as fit_temperature
 from .calibration import reliability_bins as reliability_bins
 from .contrastive import clip_loss as clip_loss
 from .contrastive import info_nce_loss as info_nce_loss
@@ -64,6 +63,7 @@ from .softmax import (
 from .statistics import SoftmaxStatistics as SoftmaxStatistics
 from .statistics import softmax_statistics as softmax_statistics
 from .supervised_contrastive import supervised_contrastive_loss as supervised_contrastive_loss
+from .temperature import fit_temperature as fit_temperature
 from .weighting import balanced_weights as balanced_weights
 from .weighting import effective_number_weights as effective_number_weights
 from .weighting import focal_alpha as focal_alpha

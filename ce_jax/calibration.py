@@ -1,4 +1,4 @@
-"""Whether a model's probabilities are right, and one number to mend them with."""
+"""Whether a model's probabilities are right."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.options import positive_int, scalar
-from ._arguments.types import ArrayLike, Reduction, Scalar
-from ._rows.bins import bin_of_rank, bin_sums
+from ._arguments.options import positive_int
+from ._arguments.types import ArrayLike, Reduction
+from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
 from ._rows.tile import wide
 from .diagnostics import log_softmax
 
 _Axis = int | tuple[int, ...] | None
-_MOST_STEPS = 100
-# Bracket of the inverse temperature, the inverse temperature, its last change, steps taken.
-_State = tuple[Array, Array, Array, Array, Array]
 
 
 class ReliabilityBins(NamedTuple):
@@ -47,10 +45,22 @@ def reliability_bins(
 ) -> ReliabilityBins:
     r"""Groups predictions by confidence, to set the mean confidence against the accuracy.
 
-    .. math:: B_b = \{ i : (b - 1) / M < c_i \le b / M \}, \qquad b = 1, \ldots, M
+    .. math::
+      B_b = \{ i : (b - 1) / M < c_i \le b / M \}, \qquad
+      \mathrm{conf}_b = \frac{1}{n_b} \sum_{i \in B_b} c_i, \qquad
+      \mathrm{acc}_b = \frac{1}{n_b} \sum_{i \in B_b} y_i, \qquad b = 1, \ldots, M
 
-    or, if adaptive, M groups of equal size (to within one) in the order of confidence. Plot the
-    accuracy over the confidence: a calibrated model is on the diagonal.
+    or, if adaptive, M groups of equal size (to within one) in the order of confidence. The border
+    of two groups may fall among predictions of equal confidence. No order among them means
+    anything, so each of them then counts as their mean, and the accuracy is
+
+    .. math::
+      \mathrm{acc}_b = \frac{1}{n_b} \sum_{i \in B_b} \bar y(c_i), \qquad
+      \bar y(c) = \text{the share of the predictions with confidence } c \text{ that is right}
+
+    which is the formula above wherever no tie is cut. The order in which predictions come has no
+    effect on an adaptive result, and on the other none but the rounding of a sum. Plot the accuracy
+    over the confidence: a calibrated model is on the diagonal.
 
     Args:
       confidence: probability given to what was predicted, in [0, 1], floating, of any shape.
@@ -94,6 +104,15 @@ def _reliability_bins(
     bins: int,
     adaptive: bool,
 ) -> ReliabilityBins:
+    found = _means_of_bins(confidence, correct, where, bins, adaptive)
+    means = (jnp.where(found.size == 0, jnp.nan, x) for x in (found.confidence, found.accuracy))
+    return ReliabilityBins(found.size, *means)
+
+
+def _means_of_bins(
+    confidence: ArrayLike, correct: ArrayLike, where: ArrayLike | None, bins: int, adaptive: bool
+) -> ReliabilityBins:
+    """As `reliability_bins`, with 0 for the means of an empty bin."""
     confidence = checks.floating("confidence", confidence)
     correct = checks.boolean("correct", correct)
     checks.shape_is("correct", correct, confidence.shape, "the shape of confidence")
@@ -102,30 +121,36 @@ def _reliability_bins(
         where = checks.boolean("where", where)
         counts = checks.of_rows("where", where, counts.shape, "confidence")
     counts, correct = counts.reshape(-1), correct.reshape(-1)
-    confidence = confidence.reshape(-1).astype(wide(confidence.dtype))
-    confidence = jnp.where(counts, confidence, 0)
+    dtype = wide(confidence.dtype)
+    confidence = jnp.where(counts, confidence.reshape(-1).astype(dtype), 0)
     if adaptive:
-        order = jnp.argsort(jnp.where(counts, confidence, jnp.inf))
-        rank = (
-            jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
-        )
+        # What is added up then does not depend on the order in which predictions came, not even by
+        # rounding: right ones are counted, and each of their equals gets the same share.
+        excluded, confidence, correct = jax.lax.sort((~counts, confidence, correct), num_keys=2)
+        counts = ~excluded
+        rank = jax.lax.iota(jnp.int32, confidence.shape[0])
         index = bin_of_rank(rank, jnp.sum(counts, dtype=jnp.int32), bins)
     else:
-        edges = jnp.arange(1, bins, dtype=confidence.dtype) / bins
+        # XLA may multiply by a rounded 1 / bins, where NumPy gives the nearest number to each.
+        edges = jnp.asarray(np.arange(1, bins) / bins, dtype)
         index = jnp.searchsorted(edges, confidence, side="left")
-    size, right = (
-        jnp.zeros(bins, jnp.int32).at[index].add(x.astype(jnp.int32))
-        for x in (counts, counts & correct)
-    )
-    divisor = jnp.where(size == 0, jnp.nan, size.astype(confidence.dtype))
+    size = bin_counts(counts, index, bins)
+    divisor = jnp.maximum(size, 1).astype(dtype)
 
     def mean(x: Array) -> Array:
-        return bin_sums(jnp.where(counts, x, 0), index, bins) / divisor
+        # The rounding of a mean is as large as the sum was; what is left of it after the first is
+        # not.
+        def once(x: Array) -> Array:
+            return bin_sums(jnp.where(counts, x, 0), index, bins) / divisor
 
-    # The rounding of a mean is as large as the sum was; what is left of it after the first is not.
-    rough = jax.lax.stop_gradient(mean(confidence))
-    confidence = rough + mean(confidence - rough[index])
-    return ReliabilityBins(size, confidence, right.astype(confidence.dtype) / divisor)
+        rough = jax.lax.stop_gradient(once(x))
+        return rough + once(x - rough[index])
+
+    if adaptive:
+        accuracy = mean(share_of_equals(confidence, correct, counts))
+    else:
+        accuracy = bin_counts(counts & correct, index, bins).astype(dtype) / divisor
+    return ReliabilityBins(size, mean(confidence), accuracy)
 
 
 def expected_calibration_error(
@@ -140,7 +165,8 @@ def expected_calibration_error(
 
     .. math:: \sum_b \frac{n_b}{N} \left| \mathrm{acc}_b - \mathrm{conf}_b \right|
 
-    It depends on the number of bins, and small samples make it too large.
+    It depends on the number of bins, and small samples make it too large. It does not depend on the
+    order of the predictions, those of equal confidence included.
 
     Args:
       confidence: probability given to what was predicted, in [0, 1], floating, of any shape.
@@ -166,13 +192,19 @@ def expected_calibration_error(
     References:
       Naeini et al., `Obtaining Well Calibrated Probabilities Using Bayesian Binning`, 2015.
     """
-    found = reliability_bins(confidence, correct, bins=bins, adaptive=adaptive, where=where)
-    return _expected_calibration_error(found)
+    bins = positive_int("bins", bins)
+    return _expected_calibration_error(
+        confidence, correct, where, bins=bins, adaptive=bool(adaptive)
+    )
 
 
+# One program from the predictions on: means of empty bins, which are NaN, would leave it.
 @compiled
-def _expected_calibration_error(found: ReliabilityBins) -> Array:
-    gap = jnp.where(found.size == 0, 0, jnp.abs(found.accuracy - found.confidence))
+def _expected_calibration_error(
+    confidence: Array, correct: Array, where: Array | None, *, bins: int, adaptive: bool
+) -> Array:
+    found = _means_of_bins(confidence, correct, where, bins, adaptive)
+    gap = jnp.abs(found.accuracy - found.confidence)
     size = found.size.astype(gap.dtype)
     everything = jnp.sum(size)
     return jnp.sum(size * gap) / jnp.where(everything == 0, jnp.nan, everything)
@@ -250,131 +282,3 @@ def _brier_score(
     score = jnp.sum(jnp.square(p - jax.nn.one_hot(label.ids, shape[-1], dtype=dtype)), -1)
     score = targets.nan_if(label.unknown, score, sample_weight)
     return reductions.reduce(score, label.counts, sample_weight, reduction)
-
-
-def fit_temperature(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] = -1,
-    where: ArrayLike | None = None,
-    *,
-    sample_weight: ArrayLike | None = None,
-    ignore_index: int | None = None,
-    low: Scalar = 0.01,
-    high: Scalar = 100.0,
-) -> Float[Array, ""]:
-    r"""The temperature by which to divide logits for the least cross-entropy on held-out data.
-
-    .. math:: T = \arg\min_T \sum_n s_n \left( \mathrm{lse}(z_n / T) - z_{n y_n} / T \right)
-
-    The loss is convex in :math:`1 / T`, so Newton's method with a bracket finds the one minimum in
-    a few passes over the data, to the last digits, where a gradient method would need a step size
-    and hundreds of them.
-
-    Args:
-      logits: logits `[..., C]` of data that the model was not trained on; `-inf` masks a class.
-      labels: class ids `[...]`, of any integer dtype.
-      axis: the class axis, or a tuple of them: labels are then flat indices.
-      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
-      ignore_index: label of rows that do not count.
-      low: the least temperature; the result where every prediction is right, and so the best
-        temperature 0. May be traced.
-      high: the highest temperature; the result for a model that is no better than chance. May be
-        traced.
-
-    Returns:
-      The temperature, `[]`, float32 (float64 for float64 logits); 1 if no row counts. Rows whose
-      label is masked are left out: their loss is infinite at every temperature. A label that is
-      no class gives NaN. It is found in a loop of unknown length, so there is no reverse-mode
-      derivative of it.
-
-    Raises:
-      TypeError: for a dtype or type that does not fit.
-      ValueError: for a shape, an axis or a value that does not fit; `low` must not be above `high`.
-
-    Example:
-      >>> import jax.numpy as jnp, ce_jax
-      >>> logits = jnp.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])
-      >>> print(ce_jax.fit_temperature(logits, jnp.array([0, 0, 0, 1])))  # 4 / log 3
-      3.641
-
-    References:
-      Guo et al., `On Calibration of Modern Neural Networks`, 2017.
-    """
-    least, most = scalar("low", low, low=1e-6), scalar("high", high, low=1e-6)
-    known = not any(isinstance(x, jax.core.Tracer) for x in (least, most))
-    if known and float(least) > float(most):
-        raise ValueError(f"low must be at most high, got low={low} and high={high}")
-    return _fit_temperature(
-        logits,
-        labels,
-        where,
-        sample_weight,
-        least,
-        most,
-        axis=checks.static_axis(axis),
-        ignore_index=checks.integer_option("ignore_index", ignore_index),
-    )
-
-
-@compiled
-def _fit_temperature(
-    logits: Array,
-    labels: Array,
-    where: Array | None,
-    sample_weight: Array | None,
-    low: Array,
-    high: Array,
-    *,
-    axis: _Axis,
-    ignore_index: int | None,
-) -> Array:
-    rows = targets.rows_of("logits", logits, axis, where)
-    shape, dtype = rows.values.shape, wide(rows.values.dtype)
-    label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
-    weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
-    z = targets.without_excluded(rows.values, label.counts, weight).astype(dtype)
-    top = jnp.max(z, -1, keepdims=True)
-    z = z - jnp.where(jnp.isneginf(top), 0, top)
-    allowed = z > -jnp.inf
-    at_label = jnp.take_along_axis(z, label.ids[..., None], -1)
-    usable = at_label[..., 0] > -jnp.inf
-    if label.counts is not None:
-        usable &= label.counts
-    weight = jnp.where(usable, jnp.ones(shape[:-1], dtype) if weight is None else weight, 0)
-    # Relative to the label's logit, which then is out of the formulas; 0 where it is masked.
-    z = jnp.where(allowed, z - jnp.where(usable[..., None], at_label, 0), 0)
-    informative = jnp.any((weight != 0)[..., None] & (z != 0))
-
-    def slope_and_curvature(inverse: Array) -> tuple[Array, Array]:
-        p = jax.nn.softmax(jnp.where(allowed, inverse * z, -jnp.inf), -1)
-        mean = jnp.sum(p * z, -1)
-        spread = jnp.sum(p * jnp.square(z - mean[..., None]), -1)
-        return jnp.sum(weight * mean), jnp.sum(weight * spread)
-
-    def step(state: _State) -> _State:
-        least, most, inverse, change, steps = state
-        slope, curvature = slope_and_curvature(inverse)
-        # With every prediction right, the slope underflows long before the bound is reached.
-        vanished = (slope == 0) & (curvature == 0) & informative
-        least = jnp.where((slope < 0) | vanished, inverse, least)
-        most = jnp.where(slope > 0, inverse, most)
-        newton = inverse - slope / jnp.where(curvature > 0, curvature, 1)
-        inside = (curvature > 0) & (newton > least) & (newton < most)
-        # Towards a bound Newton's steps do not become shorter, and would be too many.
-        shorter = jnp.abs(newton - inverse) < change / 2
-        better = jnp.where(inside & shorter, newton, jnp.sqrt(least * most))
-        better = jnp.where((slope == 0) & ~vanished, inverse, better)
-        return least, most, better, jnp.abs(better - inverse), steps + 1
-
-    def unsettled(state: _State) -> Array:
-        _, _, inverse, change, steps = state
-        return (change > 4 * jnp.finfo(dtype).eps * inverse) & (steps < _MOST_STEPS)
-
-    least, most = 1 / high.astype(dtype), 1 / low.astype(dtype)
-    start = jnp.clip(jnp.ones((), dtype), least, most)
-    state = (least, most, start, jnp.asarray(jnp.inf, dtype), jnp.zeros((), jnp.int32))
-    inverse = jax.lax.while_loop(unsettled, step, state)[2]
-    known = weight != 0 if sample_weight is not None else jnp.ones_like(usable)
-    return 1 / inverse * jnp.where(jnp.any(label.unknown & known), jnp.nan, 1).astype(dtype)

@@ -1,26 +1,28 @@
 r"""Contrastive losses: tell the pairs that belong together from all others in the batch.
 
 The matrix of the logits of all pairs is never held, but computed in blocks, and computed again for
-the gradient. With `axis_name`, inside `jax.shard_map`, the batch is sharded over a mesh axis: each
-device compares its own rows with the columns of all, which it gathers once. Gathering rather than
-passing the columns on from device to device costs `[N, D]` of memory, little beside a block of
-logits, for one collective that the derivative turns into one too.
+the gradient; in one block where `jax.export` leaves the size of the batch open. With `axis_name`,
+inside `jax.shard_map`, the batch is sharded over a mesh axis: each device compares its own rows
+with the columns of all, which it gathers once. Gathering rather than passing the columns on from
+device to device costs `[N, D]` of memory, little beside a block of logits, for one collective that
+the derivative turns into one too.
+
+The scale multiplies the products of the embeddings, which are float32 for narrower embeddings too:
+an embedding times a scale, rounded, would cost a bfloat16 loss its second digit.
 """
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions
+from ._arguments import checks
 from ._arguments.compiled import compiled
 from ._arguments.options import scalar
-from ._arguments.sides import over_devices, reduced, sides
+from ._arguments.sides import reduced, sides, without_silent
 from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import pairs
 from ._rows.tile import wide
-from .linear import linear_softmax_cross_entropy
 
 
 def info_nce_loss(
@@ -40,8 +42,8 @@ def info_nce_loss(
     .. math::
       \ell_i = \log \sum_j e^{z_{ij}} - z_{ii}, \qquad z_{ij} = s \langle q_i, k_j \rangle
 
-    It is `linear_softmax_cross_entropy` with the keys as kernel, and neither holds the logits.
-    Normalise the embeddings where the cosine is wanted. A temperature is :math:`1 / s`.
+    It is the cross-entropy of a linear layer with the keys as kernel. Normalise the embeddings
+    where the cosine is wanted. A temperature is :math:`1 / s`.
 
     Args:
       queries: embeddings `[N, D]`, floating.
@@ -54,8 +56,8 @@ def info_nce_loss(
         and `sample_weight` are sharded by rows. All devices' keys are compared with.
       reduction: "none": this device's losses `[N]`; "sum" or "mean": over all devices, the latter
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
-      memory_budget: bytes that a block of logits and its gradient may take, by default as in
-        `linear_softmax_cross_entropy`.
+      memory_budget: bytes that a block of logits and its gradient may take, by default a third
+        of the bytes of `keys`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
@@ -106,29 +108,9 @@ def _info_nce(
     forward_mode: bool,
 ) -> Array:
     x = sides("queries", queries, "keys", keys, where, logit_scale, axis_name, more=True)
-    rows, dtype = x.rows.shape[0], wide(x.rows.dtype)
-    bias = None
-    if x.column_counts is not None:
-        bias = jnp.where(x.column_counts, 0, -jnp.inf).astype(x.rows.dtype)
-    if rows == 0:  # perhaps there is no key either
-        loss = jnp.sum(x.rows, -1 if reduction == "none" else None, dtype=dtype)
-    else:
-        loss = linear_softmax_cross_entropy(
-            x.rows,
-            x.columns,
-            x.first + jnp.arange(rows, dtype=jnp.int32),
-            class_axis=0,
-            bias=bias,
-            sample_weight=sample_weight,
-            where=x.row_counts,
-            reduction="none" if reduction == "none" else "sum",
-            memory_budget=memory_budget,
-            forward_mode=forward_mode,
-        )
-    if reduction == "none":
-        return loss
-    weights = reductions.weights("sample_weight", sample_weight, (rows,), dtype)
-    return over_devices(loss, (rows,), x.row_counts, weights, axis_name, reduction)
+    x = without_silent(x, sample_weight)
+    loss = pairs.one_direction(x, memory_budget=memory_budget, forward_mode=forward_mode)
+    return reduced(loss, x.row_counts, sample_weight, axis_name, reduction)
 
 
 def clip_loss(
@@ -310,6 +292,7 @@ def _siglip(
     forward_mode: bool,
 ) -> Array:
     x = sides("images", images, "texts", texts, where, logit_scale, axis_name)
+    x = without_silent(x, sample_weight)
     bias = logit_bias.astype(wide(x.rows.dtype))
     loss = pairs.decisions(x, bias, memory_budget=memory_budget, forward_mode=forward_mode)
     return reduced(loss, x.row_counts, sample_weight, axis_name, reduction)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Integer
 from ._arguments import checks, targets
 from ._arguments.compiled import compiled
 from ._arguments.types import ArrayLike
+from ._rows.bins import bin_counts, bin_sums
 from ._rows.numerics import expm1_less_x
 from ._rows.tile import wide
 
@@ -181,8 +182,8 @@ def _gradient_view(
         usable &= label.counts
     kept = jnp.where(usable[..., None], gradient, 0)
     segments = label.ids.reshape(-1)
-    size = jax.ops.segment_sum(usable.reshape(-1).astype(jnp.int32), segments, classes)
-    total = jax.ops.segment_sum(kept.reshape(-1, classes), segments, classes)
+    size = bin_counts(usable.reshape(-1), segments, classes)
+    total = bin_sums(kept.reshape(-1, classes), segments, classes)
     by_label = total / jnp.maximum(size, 1).astype(p.dtype)[:, None]
     return GradientView(jnp.where(label.unknown[..., None], jnp.nan, kept), by_label, size)
 

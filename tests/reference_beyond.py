@@ -189,20 +189,27 @@ def cross_entropy_parts(logits, labels, axis=-1, where=None):
 
 
 def reliability_bins(confidence, correct, *, bins, adaptive):
-    """A list of bins, each the indices in it, then their statistics."""
+    """A list of bins, each the indices in it, then their statistics.
+
+    The borders of adaptive bins cut ties: there each prediction is worth the mean of its equals.
+    """
     if adaptive:
         order = np.argsort(confidence, kind="stable")
         bounds = [-(-b * order.size // bins) for b in range(bins + 1)]
         groups = [order[a:b] for a, b in itertools.pairwise(bounds)]
+        correct = np.array([np.mean(correct[confidence == c]) for c in confidence])
     else:
-        edges = np.arange(bins + 1) / bins
+        edges = (np.arange(bins + 1) / bins).astype(confidence.dtype)
         edges[0] = -1
         groups = [
             np.flatnonzero((confidence > a) & (confidence <= b))
             for a, b in itertools.pairwise(edges)
         ]
     size = np.array([len(g) for g in groups])
-    means = [[np.mean(x[g]) if len(g) else np.nan for g in groups] for x in (confidence, correct)]
+    means = [
+        [np.mean(x[g], dtype=float) if len(g) else np.nan for g in groups]
+        for x in (confidence, correct)
+    ]
     return size, *means
 
 

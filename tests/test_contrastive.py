@@ -77,24 +77,62 @@ def test_value_and_gradients(name, dtype, options):
     compare(of(name), truth, arguments, scalars(arguments), dtype=dtype, loosen=3.0, **blocks)
 
 
-def test_bfloat16():
-    """Logits in float32 from rounded embeddings; a scale that is no power of two rounds again."""
-    arguments = problem("clip_loss") | {"logit_scale": 2.0}
-    truth = reference_contrastive.clip_loss
-    rounded = {k: np.asarray(jnp.bfloat16(v), np.float64) for k, v in arguments.items()}
+@pytest.mark.usefixtures("x64")
+@every_loss
+def test_a_scale_of_zero_has_a_gradient(name):
+    """Whatever the embeddings are, all logits are 0; the slope is that of the formula."""
+    arguments = problem(name) | {"logit_scale": 0.0}
+    truth, slope_of = of(name, reference_contrastive), functools.partial(of(name), **arguments)
+    for forward_mode in (False, True):
+        slope = jax.jacfwd if forward_mode else jax.jacrev
+        found = slope(lambda s, mode=forward_mode: slope_of(logit_scale=s, forward_mode=mode))(0.0)
+        expected = reference.vjp(truth, arguments, "logit_scale", np.ones(N))
+        np.testing.assert_allclose(found.sum(), expected, rtol=1e-12)
 
-    @jax.jit
-    def value_and_gradients(*sides):
-        value, pull = jax.vjp(functools.partial(ce_jax.clip_loss, logit_scale=2.0), *sides)
-        return value, pull(jnp.ones_like(value))
 
-    sides = (jnp.asarray(arguments[k], jnp.bfloat16) for k in PAIRS["clip_loss"])
-    value, gradients = value_and_gradients(*sides)
-    assert value.dtype == jnp.float32
-    close(value, truth(**rounded), 4e-6)
-    for key, gradient in zip(PAIRS["clip_loss"], gradients, strict=True):
-        assert gradient.dtype == jnp.bfloat16
-        close(gradient, reference.vjp(truth, rounded, key, np.ones(N)), 2**-6, key)
+@pytest.mark.parametrize("name", ["info_nce_loss", "siglip_loss"])
+def test_a_query_that_weighs_nothing_may_hold_anything(name):
+    """It has a part in its own loss alone, and so reaches no other's gradient."""
+    arguments = problem(name, sample_weight=True)
+    arguments = {k: np.asarray(v, np.float32) for k, v in arguments.items()}
+    spoiled = dict(arguments)
+    first = PAIRS[name][0]
+    spoiled[first] = arguments[first].copy()
+    spoiled[first][1] = np.nan, np.inf, 0
+    both = jax.jit(jax.value_and_grad(lambda x: of(name)(**x, reduction="sum")))
+    found, expected = both(spoiled), both(arguments)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    for key in (PAIRS[name][1], "logit_scale"):
+        np.testing.assert_allclose(found[1][key], expected[1][key], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found[1][first][1], 0)
+
+
+@every_loss
+def test_the_order_of_the_pairs_does_not_matter(name):
+    """Losses and gradients move with their pairs; those of equal embeddings are equal."""
+    arguments = problem(name, where=True, sample_weight=True)
+    arguments = {k: np.asarray(v) for k, v in arguments.items()}
+    for key in PAIRS[name]:  # ties
+        arguments[key][5] = arguments[key][4]
+    if "labels" in arguments:
+        arguments["labels"] = np.array([5, -3, 5, 200, 5, 5, 8])
+    moved = np.random.default_rng(1).permutation(N)
+    shuffled = {k: v if v.ndim == 0 else v[moved] for k, v in arguments.items()}
+    if name == "info_nce_loss":
+        shuffled["keys"] = np.concatenate([arguments["keys"][moved], arguments["keys"][:-3:-1]])
+
+    def found(arguments):
+        where = arguments.pop("where")
+        return value_and_gradients(name, arguments)[0](where)
+
+    value, gradients = found(dict(arguments))
+    again, again_gradients = found(shuffled)
+    np.testing.assert_allclose(again, value[moved], rtol=1e-5, atol=1e-6)
+    for key in PAIRS[name]:
+        expected = gradients[key][:N][moved]
+        np.testing.assert_allclose(again_gradients[key][:N], expected, rtol=1e-4, atol=1e-5)
+    weight = arguments["sample_weight"]
+    np.testing.assert_allclose(value[4] / weight[4], value[5] / weight[5], rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -142,6 +180,32 @@ def test_transformations(name):
     np.testing.assert_allclose(pushed, slope @ v, rtol=1e-11)
     np.testing.assert_allclose(forward, product, rtol=0, atol=1e-8)
     np.testing.assert_allclose(reverse, product, rtol=0, atol=1e-8)
+
+
+@every_loss
+def test_a_symbolic_batch(name):
+    """One exported program for batches of any size, value and gradients."""
+    (batch,) = jax.export.symbolic_shape("batch")
+
+    def both(sides, labels):
+        labels = {"labels": labels} if len(PAIRS[name]) == 1 else {}
+        where = jnp.arange(sides[0].shape[0]) != 1
+
+        def total(sides):
+            sides = dict(zip(PAIRS[name], sides, strict=True))
+            return of(name)(**sides, **labels, where=where, reduction="mean", logit_scale=1.7)
+
+        return jax.value_and_grad(total)(sides)
+
+    sides = tuple(jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32) for _ in PAIRS[name])
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    exported = jax.export.export(jax.jit(both))(sides, labels)
+    for rows in (4, 9):
+        arguments = problem(name, rows=rows)
+        given = tuple(jnp.asarray(arguments[key][:rows], jnp.float32) for key in PAIRS[name])
+        labels = jnp.resize(jnp.int32(LABELS), rows)
+        found, wanted = exported.call(given, labels), both(given, labels)
+        jax.tree.map(lambda a, b: close(a, b, 1e-5, size=1.0), found, wanted)
 
 
 @every_loss

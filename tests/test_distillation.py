@@ -251,28 +251,54 @@ def test_extremes(reverse):
     assert empty == 0
 
 
+@pytest.mark.parametrize("side", ["hidden", "teacher_hidden"])
+def test_a_row_that_weighs_nothing_may_hold_anything(side):
+    """It reaches no gradient, that of the kernel beside it least of all."""
+    arguments = linear_arguments(sample_weight=np.ones((2, 3)))
+    arguments["sample_weight"][0, 1] = 0
+    smooth = [k for k, v in arguments.items() if isinstance(v, np.ndarray)]
+    arrays = {k: jnp.asarray(arguments[k], jnp.float32) for k in smooth}
+    spoiled = arrays | {side: arrays[side].at[0, 1, 0].set(NAN)}
+    loss = functools.partial(
+        ce_jax.linear_distillation_loss, teacher_class_axis=0, reduction="sum", temperature=1.3
+    )
+    both = jax.jit(jax.value_and_grad(lambda x: loss(**x)))
+    (found, slopes), (value, wanted) = both(spoiled), both(arrays)
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    for key, slope in slopes.items():
+        if key != "sample_weight":  # whose slope is the loss of the row
+            np.testing.assert_allclose(slope, wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    np.testing.assert_array_equal(slopes[side][0, 1], 0)
+
+
 @pytest.mark.cpu
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("linear", [False, True])
-def test_sharded_classes(linear):
+@pytest.mark.parametrize("form", ["dense", "two layers", "logits given"])
+def test_sharded_classes(form):
     """Over four devices, the last of which hold padding: value and all gradients are whole."""
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
-    arguments = linear_arguments(temperature=1.5)
+    arguments = linear_arguments(temperature=1.5, given=form == "logits given")
     specs = {"hidden": P(), "kernel": P(None, "model"), "temperature": P()}
     specs |= {"teacher_hidden": P(), "teacher_kernel": P("model")}
+    specs |= {"teacher_logits": P(None, None, "model")}
     static = {"axis_name": "model"}
-    if linear:
+    if form != "dense":
         static |= {"teacher_class_axis": 0, "num_classes": CLASSES, **budget(1)}
         arguments["kernel"] = np.pad(arguments["kernel"], ((0, 0), (0, 1)), constant_values=NAN)
-        arguments["teacher_kernel"] = np.pad(arguments["teacher_kernel"], ((0, 1), (0, 0)))
+        if form == "two layers":
+            arguments["teacher_kernel"] = np.pad(arguments["teacher_kernel"], ((0, 1), (0, 0)))
+        else:
+            beyond = np.full((2, 3, 1), INF)
+            arguments["teacher_logits"] = np.append(arguments["teacher_logits"], beyond, -1)
         arguments["num_classes"] = CLASSES
     else:
         logits = 2 * np.random.default_rng(0).normal(size=(2, 3, 8))
         arguments = {"logits": logits, "teacher_logits": -logits[::-1], "temperature": 1.5}
         specs = {k: P(None, None, "model") if np.ndim(v) else P() for k, v in arguments.items()}
-    name = LINEAR if linear else DENSE
+    name = DENSE if form == "dense" else LINEAR
     truth = getattr(reference_distillation, name)
     smooth = {k: jnp.asarray(v, float) for k, v in arguments.items() if k in specs}
+    specs = {k: specs[k] for k in smooth}
 
     def local(smooth):
         return getattr(ce_jax, name)(**smooth, **static)

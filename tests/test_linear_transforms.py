@@ -206,6 +206,57 @@ def dot_products(program):
     return found
 
 
+def accumulators(program):
+    """The dtypes in which the products of each matmul in a program are asked for."""
+    found = []
+    for eqn in program.eqns:
+        if eqn.primitive.name == "dot_general":
+            found.append(eqn.outvars[0].aval.dtype.name)
+        for inner in jaxprs_in_params(eqn.params):
+            found += accumulators(inner)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_products_are_asked_for_in_float32(dtype, forward_mode):
+    """In every loss with a matmul; where JAX derives the derivative, in the value at least."""
+    x, y = jnp.ones((6, 3), dtype), jnp.ones((3, 5), dtype)
+    labels = np.zeros(6, np.int32)
+    negatives = ce_jax.Negatives(jnp.array([1, 2]), jnp.zeros(2))
+    losses = {
+        "linear": (ce_jax.linear_softmax_cross_entropy, (x, y), (labels,), {}),
+        "sum": (ce_jax.linear_softmax_cross_entropy, (x, y), (labels,), {"reduction": "sum"}),
+        "sampled": (
+            ce_jax.linear_sampled_softmax_cross_entropy,
+            (x, y),
+            (labels, negatives),
+            {},
+        ),
+        "distillation": (
+            lambda x, y, **options: ce_jax.linear_distillation_loss(
+                x, y, teacher_hidden=x, teacher_kernel=y, **options
+            ),
+            (x, y),
+            (),
+            {},
+        ),
+        "info_nce": (ce_jax.info_nce_loss, (x, x), (), {}),
+        "clip": (ce_jax.clip_loss, (x, x), (), {}),
+        "siglip": (ce_jax.siglip_loss, (x, x), (), {}),
+        "supervised": (ce_jax.supervised_contrastive_loss, (x,), (labels,), {}),
+    }
+    for name, (loss, smooth, rest, options) in losses.items():
+
+        def total(*smooth, loss=loss, rest=rest, options=options):
+            return jnp.sum(loss(*smooth, *rest, forward_mode=forward_mode, **options))
+
+        function = total if forward_mode else jax.grad(total, tuple(range(len(smooth))))
+        found = accumulators(jax.make_jaxpr(function)(*smooth).jaxpr)
+        assert found, name
+        assert set(found) == {"float32"}, name
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("division", "matmuls"), [("classes", 4), ("tokens", 3)])
 def test_matmuls(division, matmuls, dtype):

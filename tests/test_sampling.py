@@ -292,6 +292,30 @@ def test_gradients_of_one_class_add_up_in_float32():
     np.testing.assert_allclose(np.float32(gradient).ravel(), expected, rtol=2**-8)
 
 
+def test_a_symbolic_batch():
+    """One exported program for any number of rows, with the gradient of the kernel's rows."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    negatives = Negatives(jnp.array([1, 1, 2]), jnp.zeros(3))
+
+    def both(hidden, kernel, labels):
+        loss = functools.partial(
+            ce_jax.linear_sampled_softmax_cross_entropy, labels=labels, negatives=negatives
+        )
+        value, pull = jax.vjp(lambda *x: loss(*x), hidden, kernel)
+        return value, pull(jnp.ones_like(value))
+
+    hidden, labels = ((batch, WIDTH), jnp.float32), ((batch,), jnp.int32)
+    shapes = hidden, ((WIDTH, ITEMS), jnp.float32), labels
+    exported = jax.export.export(jax.jit(both))(*(jax.ShapeDtypeStruct(*x) for x in shapes))
+    draw = np.random.default_rng(0)
+    for rows in (1, 6):
+        x = [
+            draw.normal(size=shape).astype(np.float32) for shape in ((rows, WIDTH), (WIDTH, ITEMS))
+        ]
+        x.append(draw.integers(ITEMS, size=rows).astype(np.int32))
+        jax.tree.map(lambda a, b: close(a, b, 1e-5), exported.call(*x), both(*x))
+
+
 @pytest.mark.cpu
 @pytest.mark.usefixtures("x64")
 def test_a_batch_over_devices():
@@ -315,10 +339,10 @@ def test_a_batch_over_devices():
 @pytest.mark.parametrize("name", SCORES)
 def test_extreme_scores(name):
     """Weights of 0 silence what is not finite; an impossible negative costs nothing."""
-    label = jnp.array([0.0, 1e5, NAN, 3.0])
-    negatives = jnp.array([[-INF, 1.0], [-1e5, 2.0], [INF, 0.0], [1e5, 0.0]])
+    label = jnp.array([0.0, 1e5, NAN, 3.0, -INF])
+    negatives = jnp.array([[-INF, 1.0], [-1e5, 2.0], [INF, 0.0], [1e5, 0.0], [-INF, -INF]])
     options = SCORES[name]
-    weights = jnp.array([1.0, 1.0, 0.0, 1.0])
+    weights = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0])
 
     @jax.jit
     def value_and_gradients(*logits):
@@ -328,13 +352,29 @@ def test_extreme_scores(name):
 
     value, gradients = value_and_gradients(label, negatives)
     assert np.isfinite(value).all()
-    assert value[2] == 0
+    np.testing.assert_array_equal(value[jnp.array([2, 4])], 0)
     assert value[3] > 1e4
     for gradient in gradients:
         assert np.isfinite(gradient).all()
-        assert np.all(gradient[2] == 0)
+        np.testing.assert_array_equal(gradient[jnp.array([2, 4])], 0)
     empty = getattr(ce_jax, name)(jnp.zeros(0), jnp.zeros((0, 3)), reduction="mean", **options)
     assert empty == 0
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_the_order_of_the_negatives_does_not_matter(name):
+    """Of equal scores among them either; losses move with their rows."""
+    arguments = scores(name, where="negatives", sample_weight=True)
+    arguments["negative_logits"][:, 2] = arguments["negative_logits"][:, 1]
+    draw = np.random.default_rng(0)
+    rows, columns = draw.permutation(ROWS), draw.permutation(SAMPLES)
+    moved = dict(arguments)
+    for key in ("label_logits", "sample_weight", "negative_logits", "where"):
+        moved[key] = arguments[key][rows]
+    for key in ("negative_logits", "where"):
+        moved[key] = moved[key][:, columns]
+    found, wanted = (getattr(ce_jax, name)(**x) for x in (moved, arguments))
+    np.testing.assert_allclose(found, wanted[rows], rtol=1e-6, atol=1e-7)
 
 
 def test_gbce_without_calibration_is_binary_cross_entropy():

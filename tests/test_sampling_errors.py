@@ -42,6 +42,20 @@ ERRORS = [
         ValueError,
         ["(4, 3)", "(5,)"],
     ),
+    (
+        "linear_sampled_softmax_cross_entropy",
+        "negatives",
+        Negatives(jnp.zeros(3, int), jnp.zeros(4)),
+        ValueError,
+        ["negatives.log_expected_count", "(3,)", "(4,)"],
+    ),
+    (
+        "linear_sampled_softmax_cross_entropy",
+        "negatives",
+        Negatives(jnp.zeros(3, int), jnp.zeros(())),
+        ValueError,
+        ["negatives.log_expected_count", "(3,)", "()"],
+    ),
 ]
 
 

@@ -38,6 +38,17 @@ def test_mask(segments, pad_id, where):
     np.testing.assert_array_equal(found.where, expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "pad_id", "as_stored"), [("uint8", -1, 255), ("uint8", 256, 0), ("int8", 300, 44)]
+)
+def test_a_pad_id_that_no_token_can_have(dtype, pad_id, as_stored):
+    """Nothing is padding: neither what it would be stored as, nor anything else."""
+    tokens = np.array([1, as_stored, 3, as_stored], dtype)
+    found = ce_jax.next_tokens(tokens, pad_id=pad_id)
+    np.testing.assert_array_equal(found.where, True)
+    np.testing.assert_array_equal(found.labels, tokens[1:])
+
+
 def test_packed_documents_cost_what_they_cost_apart():
     draw = np.random.default_rng(0)
     logits = jnp.asarray(draw.normal(size=(6, 9)), jnp.float32)

@@ -1,4 +1,4 @@
-"""The two sides of a batch of pairs: checked, masked, scaled, gathered; and its losses reduced."""
+"""The two sides of a batch of pairs: checked, masked, gathered; and its losses reduced."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Sides(NamedTuple):
     Attributes:
       rows: this device's.
       columns: those of all devices.
+      scale: what the products of rows and columns are multiplied by.
       first: the column with which the first row is paired.
       row_counts: rows that exist; None if all do.
       column_counts: columns that exist; None if all do.
@@ -27,6 +28,7 @@ class Sides(NamedTuple):
 
     rows: Float[Array, "n width"]
     columns: Float[Array, "m width"]
+    scale: Float[Array, ""]
     first: Integer[Array, ""]
     row_counts: Bool[Array, " n"] | None
     column_counts: Bool[Array, " m"] | None
@@ -43,7 +45,7 @@ def sides(
     *,
     more: bool = False,
 ) -> Sides:
-    """Checks both sides. Where one does not exist it is 0, and `logit_scale` is in the rows.
+    """Checks both sides. Where one does not exist it is 0.
 
     Row `i` belongs to column `i` of the same device; with `more` there may be further columns.
     """
@@ -73,8 +75,9 @@ def sides(
         columns = targets.without_excluded(columns, column_counts)
         column_counts = gathered(column_counts, axis_name)
     return Sides(
-        rows=scaled(rows, logit_scale),
+        rows=rows,
         columns=gathered(columns, axis_name),
+        scale=logit_scale.astype(wide(rows.dtype)),
         first=jnp.asarray(sharded.first_class(m, axis_name), jnp.int32),
         row_counts=row_counts,
         column_counts=column_counts,
@@ -89,10 +92,17 @@ def embeddings(name: str, x: ArrayLike) -> Float[Array, "n width"]:
     return x
 
 
-def scaled(x: Float[Array, "n width"], scale: Array) -> Float[Array, "n width"]:
-    """`scale * x`, rounded once."""
-    dtype = wide(x.dtype)
-    return (x.astype(dtype) * scale.astype(dtype)).astype(x.dtype)
+def without_silent(x: Sides, sample_weight: ArrayLike | None) -> Sides:
+    """The sides, with 0 in rows that weigh nothing and hold a NaN or infinity.
+
+    For losses in which a row has a part in no other row's.
+    """
+    n, dtype = x.rows.shape[0], x.scale.dtype
+    weights = reductions.weights("sample_weight", sample_weight, (n,), dtype)
+    if weights is None:
+        return x
+    silent = (weights == 0) & ~jnp.all(jnp.isfinite(x.rows), -1)
+    return x._replace(rows=jnp.where(silent[:, None], 0, x.rows))
 
 
 def gathered(x: Array, axis_name: str | None) -> Array:
@@ -114,21 +124,9 @@ def reduced(
     loss = reductions.reduce(loss, None, weights, "none")
     if reduction == "none":
         return loss
-    return over_devices(jnp.sum(loss), loss.shape, counts, weights, axis_name, reduction)
-
-
-def over_devices(
-    total: Float[Array, ""],
-    rows: tuple[int, ...],
-    counts: Bool[Array, " n"] | None,
-    weights: Float[Array, " n"] | None,
-    axis_name: str | None,
-    reduction: Reduction,
-) -> Float[Array, ""]:
-    """The "sum" or "mean" over all devices from this device's sum."""
-    denominator = reductions.denominator(rows, total.dtype, counts, weights)
-    denominator = sharded.like(denominator, total)
-    total = sharded.sum_over(total, axis_name)
+    denominator = reductions.denominator(loss.shape, loss.dtype, counts, weights)
+    denominator = sharded.like(denominator, loss)
+    total = sharded.sum_over(jnp.sum(loss), axis_name)
     if reduction == "sum":
         return total
     return reductions.divide(total, sharded.sum_over(denominator, axis_name))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 # Sums of the same bin, and all of them together.
 _MOST_PARTS = 512
@@ -31,8 +33,37 @@ def bin_of_rank(
     return quotient.astype(jnp.int32)
 
 
-def bin_sums(x: Float[Array, " n"], index: Integer[Array, " n"], bins: int) -> Array:
+def bin_counts(chosen: Bool[Array, " n"], index: Integer[Array, " n"], bins: int) -> Array:
+    """How many of each bin are chosen."""
+    return jnp.zeros(bins, jnp.int32).at[index].add(chosen.astype(jnp.int32))
+
+
+def number_of_run(x: Shaped[Array, " n"]) -> Integer[Array, " n"]:
+    """The number, from 0 on, of the run of equal entries that each entry of an array is in.
+
+    What follows a NaN is one too, in an array that is sorted.
+    """
+    before = jnp.concatenate([x[:1], x[:-1]])
+    alike = (x == before) | (before != before)
+    return jnp.cumsum(~alike, dtype=jnp.int32)
+
+
+def share_of_equals(
+    x: Float[Array, " n"], chosen: Bool[Array, " n"], counts: Bool[Array, " n"]
+) -> Float[Array, " n"]:
+    """For each entry of a sorted array, the share of those equal to it that is chosen.
+
+    Of entries that count, which come first.
+    """
+    group = number_of_run(x)
+    size, number = (bin_counts(y, group, x.shape[0]) for y in (counts, counts & chosen))
+    share: Array = number.astype(x.dtype) / jnp.maximum(size, 1).astype(x.dtype)
+    return share[group]
+
+
+def bin_sums(x: Float[Array, "n ..."], index: Integer[Array, " n"], bins: int) -> Array:
     """The sum of each bin, from many sums in turn, lest a large one swallow what is added to it."""
-    parts = max(1, min(_MOST_PARTS, _PARTS_OF_BINS // bins))
-    part = jax.lax.iota(jnp.int32, x.shape[0]) % parts
-    return jnp.sum(jnp.zeros((parts, bins), x.dtype).at[part, index].add(x), 0)
+    number, *rest = x.shape
+    parts = max(1, min(_MOST_PARTS, _PARTS_OF_BINS // (bins * math.prod(rest))))
+    part = jax.lax.iota(jnp.int32, number) % parts
+    return jnp.sum(jnp.zeros((parts, bins, *rest), x.dtype).at[part, index].add(x), 0)

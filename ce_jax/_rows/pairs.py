@@ -1,12 +1,14 @@
-"""Losses of the matrix of all pairs `rows @ columns.T`, which is read in blocks of columns.
+"""Losses of the matrix of all pairs, `scale * rows @ columns.T`, read in blocks of columns.
 
-Three ways of reading a block: as a softmax over the columns and one over the rows, as independent
-binary decisions, and as a softmax over the columns whose target are several of them.
+Four ways of reading a block: as a softmax over the columns, as one and a softmax over the rows
+besides, as independent binary decisions, and as a softmax over the columns whose target are several
+of them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,10 +21,15 @@ from .._platform import block_sizes
 from ..sigmoid import sigmoid_binary_cross_entropy
 from . import sharded, tile
 from .columns import WHOLE, Form, over_columns
-from .head import Head, logits, over_blocks, put, take
+from .head import Head, over_blocks, put, take
+from .head import logits as products_of
 from .tile import ABSENT, First, Partial, RowStatistics, Target, is_label, merge, wide
 
+# The differentiable inputs of a form, or their cotangents: rows, columns, scale.
+_Inputs = tuple[Array, Array, Array]
+_Axes = (WHOLE, 0, WHOLE)
 _Partials = tuple[Partial, Partial]
+_Pull = Callable[[Float[Array, "n block"]], _Inputs]
 
 
 class _Fixed(NamedTuple):
@@ -50,12 +57,37 @@ def _fixed(x: Sides) -> _Fixed:
 
 
 def _block(x: Sides, memory_budget: int | None, tiles: int) -> int:
-    """Columns per block, where a CPU holds so many of its arrays, and its rounded gradient."""
+    """Columns per block, where a CPU holds so many of its arrays, and its rounded gradient.
+
+    All of them in a batch of symbolic size (`jax.export`): of how many blocks is not known.
+    """
+    rows, columns = x.rows.shape[0], x.columns.shape[0]
+    if not (isinstance(rows, int) and isinstance(columns, int)):
+        return columns
     if memory_budget is None:
         memory_budget = block_sizes.default_budget(x.columns.size * x.columns.dtype.itemsize)
     pair_bytes = tiles * wide(x.rows.dtype).itemsize + x.rows.dtype.itemsize
-    rows, columns = x.rows.shape[0], x.columns.shape[0]
     return block_sizes.blocks(rows, columns, pair_bytes, memory_budget, summed=False).classes
+
+
+def _inputs(x: Sides) -> _Inputs:
+    return x.rows, x.columns, x.scale
+
+
+def _logits(inputs: _Inputs, first: First, size: int) -> tuple[Float[Array, "n block"], _Pull]:
+    """The logits of a block of columns, and what takes their cotangents back to the inputs.
+
+    The scale multiplies the products in their wide dtype: rounded into narrow rows it would move
+    every logit by as much as that rounding.
+    """
+    rows, columns, scale = inputs
+    products, pull_products = products_of(rows, Head(take(columns, first, size)), 0)
+
+    def pull(dz: Float[Array, "n block"]) -> _Inputs:
+        d_rows, head = pull_products(dz * scale)
+        return d_rows.T, head.kernel, jnp.sum(dz * products)
+
+    return products * scale, pull
 
 
 def _without(
@@ -86,6 +118,65 @@ def _of_cross(g: Float[Array, " n"]) -> RowStatistics:
     return RowStatistics(lse=zero, cross=g, label_logit=zero)
 
 
+_View = tuple[Float[Array, "_ _"], Target, First]
+
+
+def _by_row(z: Float[Array, "n block"], fixed: _Fixed, first: First) -> _View:
+    """A block as rows of columns: logits, labels, and the id of the first class."""
+    labels = fixed.first + jnp.arange(z.shape[0], dtype=jnp.int32)
+    return _without(z, fixed.column_counts, first), Target(labels=labels), first
+
+
+def _by_column(z: Float[Array, "n block"], fixed: _Fixed, first: First) -> _View:
+    """A block as columns of rows, likewise.
+
+    The label of a column may be a row of another device: then it is not found in this block.
+    """
+    labels = first + jnp.arange(z.shape[1], dtype=jnp.int32)
+    return _without(z.T, fixed.row_counts, 0), Target(labels=labels), fixed.first
+
+
+def _read(view: _View) -> Partial:
+    z, target, first_class = view
+    return tile.read(z, target, _platform.normaliser(z), first_class=first_class)
+
+
+def _pulled_back(view: _View, part: Partial, g: Float[Array, " n"]) -> Float[Array, "_ _"]:
+    z, target, first_class = view
+    return tile.pullback(z, target, part, _of_cross(g), first_class=first_class)[0]
+
+
+# A softmax over the columns.
+
+
+def one_direction(x: Sides, *, memory_budget: int | None, forward_mode: bool) -> Float[Array, " n"]:
+    """Cross-entropy of each row with its column: row `i` is paired with column `first + i`."""
+    form = Form(
+        start=lambda inputs, fixed: _nothing(inputs[0].shape[0], wide(inputs[0].dtype), False),
+        fold=_fold_rows,
+        across=_not_empty,
+        finish=lambda part: tile.finish(part).cross,
+        pull=_pull_rows,
+        axes=_Axes,
+        columns=x.columns.shape[0],
+        block=_block(x, memory_budget, 2),
+    )
+    losses: Array = over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
+    return losses
+
+
+def _fold_rows(inputs: _Inputs, fixed: _Fixed, sums: Partial, first: First, size: int) -> Partial:
+    z, _ = _logits(inputs, first, size)
+    return merge(sums, _read(_by_row(z, fixed, first)))
+
+
+def _pull_rows(
+    inputs: _Inputs, fixed: _Fixed, sums: Partial, g: Array, first: First, size: int
+) -> _Inputs:
+    z, pull = _logits(inputs, first, size)
+    return pull(_pulled_back(_by_row(z, fixed, first), sums, g))
+
+
 # Both directions. A block has all rows of its columns (on this device), so it completes their
 # statistics, and adds to those of the rows.
 
@@ -103,51 +194,29 @@ def both_directions(
         across=functools.partial(_join_columns, axis_name),
         finish=_finish_both,
         pull=_pull_both,
-        axes=(WHOLE, 0),
+        axes=_Axes,
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 2),
     )
     cross: tuple[Array, Array] = over_columns(
-        form, (x.rows, x.columns), _fixed(x), forward_mode=forward_mode
+        form, _inputs(x), _fixed(x), forward_mode=forward_mode
     )
     return cross
 
 
-def _start_both(inputs: tuple[Array, Array], fixed: _Fixed) -> _Partials:
-    rows, columns = inputs
+def _start_both(inputs: _Inputs, fixed: _Fixed) -> _Partials:
+    rows, columns, _ = inputs
     dtype = wide(rows.dtype)
     return _nothing(rows.shape[0], dtype, False), _nothing(columns.shape[0], dtype, False)
 
 
-def _views(
-    z: Float[Array, "n block"], fixed: _Fixed, first: First
-) -> tuple[tuple[Array, Target, First], tuple[Array, Target, First]]:
-    """A block as rows of columns and as columns of rows: logits, labels, and first class of each.
-
-    The label of a column may be a row of another device: then it is not found in this block.
-    """
-    n, size = z.shape
-    by_row = _without(z, fixed.column_counts, first)
-    by_column = _without(z.T, fixed.row_counts, 0)
-    row_labels = fixed.first + jnp.arange(n, dtype=jnp.int32)
-    column_labels = first + jnp.arange(size, dtype=jnp.int32)
-    return (
-        (by_row, Target(labels=row_labels), first),
-        (by_column, Target(labels=column_labels), fixed.first),
-    )
-
-
 def _fold_both(
-    inputs: tuple[Array, Array], fixed: _Fixed, sums: _Partials, first: First, size: int
+    inputs: _Inputs, fixed: _Fixed, sums: _Partials, first: First, size: int
 ) -> _Partials:
-    rows, columns = inputs
-    z, _ = logits(rows, Head(take(columns, first, size)), 0)
-    parts = [
-        tile.read(view, target, _platform.normaliser(view), first_class=first_class)
-        for view, target, first_class in _views(z, fixed, first)
-    ]
-    of_columns = jax.tree.map(lambda x, new: put(x, new, first), sums[1], parts[1])
-    return merge(sums[0], parts[0]), of_columns
+    z, _ = _logits(inputs, first, size)
+    new = _read(_by_column(z, fixed, first))
+    of_columns = jax.tree.map(lambda x, new: put(x, new, first), sums[1], new)
+    return merge(sums[0], _read(_by_row(z, fixed, first))), of_columns
 
 
 def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:
@@ -161,28 +230,23 @@ def _finish_both(sums: _Partials) -> tuple[Array, Array]:
 
 
 def _pull_both(
-    inputs: tuple[Array, Array],
+    inputs: _Inputs,
     fixed: _Fixed,
     sums: _Partials,
     g: tuple[Array, Array],
     first: First,
     size: int,
-) -> tuple[Array, Array]:
-    rows, columns = inputs
-    z, pull = logits(rows, Head(take(columns, first, size)), 0)
-    of_block = jax.tree.map(lambda x: take(x, first, size), (sums[1], g[1]))
-    parts, cotangents = (sums[0], of_block[0]), (g[0], of_block[1])
-    by_row, by_column = (
-        tile.pullback(view, target, part, _of_cross(d), first_class=first_class)[0]
-        for (view, target, first_class), part, d in zip(
-            _views(z, fixed, first), parts, cotangents, strict=True
-        )
-    )
-    d_rows, head = pull(by_row + by_column.T)
-    return d_rows.T, head.kernel
+) -> _Inputs:
+    z, pull = _logits(inputs, first, size)
+    part, d = jax.tree.map(lambda x: take(x, first, size), (sums[1], g[1]))
+    by_row = _pulled_back(_by_row(z, fixed, first), sums[0], g[0])
+    return pull(by_row + _pulled_back(_by_column(z, fixed, first), part, d).T)
 
 
 # Independent decisions: is this the row's column?
+
+# As `_Inputs`, and a bias.
+_Biased = tuple[Array, Array, Array, Array]
 
 
 def decisions(
@@ -198,23 +262,17 @@ def decisions(
         across=lambda sums: sums,
         finish=lambda sums: sums,
         pull=_pull_decisions,
-        axes=(WHOLE, 0, WHOLE),
+        axes=(*_Axes, WHOLE),
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 3),
     )
-    losses: Array = over_columns(
-        form, (x.rows, x.columns, bias), _fixed(x), forward_mode=forward_mode
-    )
+    inputs = (*_inputs(x), bias)
+    losses: Array = over_columns(form, inputs, _fixed(x), forward_mode=forward_mode)
     return losses
 
 
-def _start_decisions(inputs: tuple[Array, Array, Array], fixed: _Fixed) -> Float[Array, " n"]:
+def _start_decisions(inputs: _Biased, fixed: _Fixed) -> Float[Array, " n"]:
     return jnp.zeros(inputs[0].shape[0], wide(inputs[0].dtype))
-
-
-def _block_of(inputs: tuple[Array, Array, Array], first: First, size: int) -> Head:
-    _, columns, bias = inputs
-    return Head(take(columns, first, size), jnp.broadcast_to(bias, (size,)))
 
 
 def _row_losses(
@@ -232,28 +290,28 @@ def _row_losses(
 
 def _fold_decisions(
     forward_mode: bool,
-    inputs: tuple[Array, Array, Array],
+    inputs: _Biased,
     fixed: _Fixed,
     sums: Array,
     first: First,
     size: int,
 ) -> Float[Array, " n"]:
-    z, _ = logits(inputs[0], _block_of(inputs, first, size), 0)
-    return sums + _row_losses(fixed, first, forward_mode, z)
+    z, _ = _logits(inputs[:3], first, size)
+    return sums + _row_losses(fixed, first, forward_mode, z + inputs[3])
 
 
 def _pull_decisions(
-    inputs: tuple[Array, Array, Array],
+    inputs: _Biased,
     fixed: _Fixed,
     sums: Array,
     g: Array,
     first: First,
     size: int,
-) -> tuple[Array, Array, Array]:
-    z, pull = logits(inputs[0], _block_of(inputs, first, size), 0)
-    _, pull_losses = jax.vjp(functools.partial(_row_losses, fixed, first, False), z)
-    d_rows, head = pull(*pull_losses(g))
-    return d_rows.T, head.kernel, jnp.sum(head.bias)
+) -> _Biased:
+    z, pull = _logits(inputs[:3], first, size)
+    _, pull_losses = jax.vjp(functools.partial(_row_losses, fixed, first, False), z + inputs[3])
+    (dz,) = pull_losses(g)
+    return (*pull(dz), jnp.sum(dz))
 
 
 # A softmax over all columns but the row itself, against the columns of the row's group.
@@ -287,12 +345,12 @@ def against_group(
         across=_not_empty,
         finish=lambda part: tile.finish(part).cross,
         pull=_pull_group,
-        axes=(WHOLE, 0),
+        axes=_Axes,
         columns=columns,
         block=block,
     )
     fixed = fixed._replace(positives=jnp.maximum(positives, 1).astype(wide(x.rows.dtype)))
-    losses: Array = over_columns(form, (x.rows, x.columns), fixed, forward_mode=forward_mode)
+    losses: Array = over_columns(form, _inputs(x), fixed, forward_mode=forward_mode)
     return losses, positives > 0
 
 
@@ -317,25 +375,15 @@ def _group_block(
     return jnp.where(others, z, -jnp.inf), Target(probs=probs)
 
 
-def _fold_group(
-    inputs: tuple[Array, Array], fixed: _Fixed, sums: Partial, first: First, size: int
-) -> Partial:
-    rows, columns = inputs
-    z, _ = logits(rows, Head(take(columns, first, size)), 0)
+def _fold_group(inputs: _Inputs, fixed: _Fixed, sums: Partial, first: First, size: int) -> Partial:
+    z, _ = _logits(inputs, first, size)
     z, target = _group_block(z, fixed, first)
     return merge(sums, tile.read(z, target, _platform.normaliser(z), _platform.row_sums))
 
 
 def _pull_group(
-    inputs: tuple[Array, Array],
-    fixed: _Fixed,
-    sums: Partial,
-    g: Array,
-    first: First,
-    size: int,
-) -> tuple[Array, Array]:
-    rows, columns = inputs
-    z, pull = logits(rows, Head(take(columns, first, size)), 0)
+    inputs: _Inputs, fixed: _Fixed, sums: Partial, g: Array, first: First, size: int
+) -> _Inputs:
+    z, pull = _logits(inputs, first, size)
     dz, _ = tile.pullback(*_group_block(z, fixed, first), sums, _of_cross(g))
-    d_rows, head = pull(dz)
-    return d_rows.T, head.kernel
+    return pull(dz)

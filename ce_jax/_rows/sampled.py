@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from .._arguments import checks, reductions
 from .._arguments.types import ArrayLike
 from . import sharded
+from .bins import number_of_run
 from .head import Head, logits
 from .tile import ABSENT, wide
 
@@ -64,8 +65,10 @@ def compared(
     weights = reductions.weights("sample_weight", sample_weight, label.shape, dtype)
     kept = counts
     if weights is not None:
-        # A weight of 0 silences NaN; where there is none, its derivative is the loss.
-        heard = (weights != 0) | (label < jnp.inf) & jnp.all(negatives < jnp.inf, -1)
+        # A weight of 0 silences NaN; where there is none, its derivative is the loss. The
+        # difference of two scores of -inf is one.
+        meets = (label == -jnp.inf) & jnp.any(negatives == -jnp.inf, -1)
+        heard = (weights != 0) | (label < jnp.inf) & jnp.all(negatives < jnp.inf, -1) & ~meets
         kept = heard if counts is None else counts & heard
     if kept is not None:
         label = jnp.where(kept, label, 0)
@@ -142,11 +145,13 @@ def _rows_fwd(class_axis: int, kernel: Array, ids: Array) -> tuple[Array, tuple[
 def _rows_bwd(class_axis: int, residuals: _Residuals, g: Array) -> tuple[Array, None]:
     """What belongs to one class adds up in the wide dtype, at the size of the sample."""
     kernel, ids = map(jnp.asarray, residuals)  # what is constant may come as a literal
-    zeros = jnp.zeros_like(kernel)
-    if ids.size == 0:
-        return zeros, None
-    classes, of_entry = _unique(ids, beyond=kernel.shape[class_axis])
-    sums = jax.ops.segment_sum(g.astype(wide(g.dtype)), of_entry, ids.size).astype(kernel.dtype)
+    zeros, nobody = jnp.zeros_like(kernel), kernel.shape[class_axis]
+    order = jnp.argsort(ids)
+    ids, g = ids[order], g[order]
+    entry = number_of_run(ids)
+    classes = jnp.full_like(ids, nobody).at[entry].set(ids)
+    sums = jnp.zeros(g.shape, wide(g.dtype)).at[entry].add(g.astype(wide(g.dtype)))
+    sums = sums.astype(kernel.dtype)
     if class_axis == 0:
         return zeros.at[classes].set(sums, mode="drop"), None
     return zeros.at[:, classes].set(sums.T, mode="drop"), None

@@ -1,0 +1,158 @@
+"""One number by which to mend a model's probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._arguments import checks, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.options import scalar
+from ._arguments.types import ArrayLike, Scalar
+from ._rows.tile import wide
+
+_Axis = int | tuple[int, ...] | None
+_MOST_STEPS = 100
+# Bracket of the inverse temperature, the inverse temperature, its last change, steps taken.
+_State = tuple[Array, Array, Array, Array, Array]
+
+
+def fit_temperature(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | Sequence[int] = -1,
+    where: ArrayLike | None = None,
+    *,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    low: Scalar = 0.01,
+    high: Scalar = 100.0,
+) -> Float[Array, ""]:
+    r"""The temperature by which to divide logits for the least cross-entropy on held-out data.
+
+    .. math:: T = \arg\min_T \sum_n s_n \left( \mathrm{lse}(z_n / T) - z_{n y_n} / T \right)
+
+    The loss is convex in :math:`1 / T`, so Newton's method with a bracket finds the one minimum in
+    a few passes over the data, to the last digits, where a gradient method would need a step size
+    and hundreds of them.
+
+    Args:
+      logits: logits `[..., C]` of data that the model was not trained on; `-inf` masks a class.
+      labels: class ids `[...]`, of any integer dtype.
+      axis: the class axis, or a tuple of them: labels are then flat indices.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+      ignore_index: label of rows that do not count.
+      low: the least temperature; the result where every prediction is right, and so the best
+        temperature 0. May be traced.
+      high: the highest temperature; the result for a model that is no better than chance, whose
+        best temperature is infinite. May be traced.
+
+    Returns:
+      The temperature, `[]`, float32 (float64 for float64 logits). Where no temperature between
+      `low` and `high` is the best, it is that bound itself, to the last bit (in the dtype of the
+      result): `T == high` is the sign that there was no optimum to find. 1, or the bound next to
+      it, if no row counts. Rows whose label is masked are left out: their loss is infinite at every
+      temperature. A label that is no class and logits without a softmax give NaN. It is found in
+      a loop of unknown length, so there is no reverse-mode derivative of it.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit; `low` must not be above `high`.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> logits = jnp.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])
+      >>> print(ce_jax.fit_temperature(logits, jnp.array([0, 0, 0, 1])))  # 4 / log 3
+      3.641
+
+    References:
+      Guo et al., `On Calibration of Modern Neural Networks`, 2017.
+    """
+    least, most = scalar("low", low, low=1e-6), scalar("high", high, low=1e-6)
+    known = not any(isinstance(x, jax.core.Tracer) for x in (least, most))
+    if known and float(least) > float(most):
+        raise ValueError(f"low must be at most high, got low={low} and high={high}")
+    return _fit_temperature(
+        logits,
+        labels,
+        where,
+        sample_weight,
+        least,
+        most,
+        axis=checks.static_axis(axis),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
+    )
+
+
+@compiled
+def _fit_temperature(
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    sample_weight: Array | None,
+    low: Array,
+    high: Array,
+    *,
+    axis: _Axis,
+    ignore_index: int | None,
+) -> Array:
+    rows = targets.rows_of("logits", logits, axis, where)
+    shape, dtype = rows.values.shape, wide(rows.values.dtype)
+    label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
+    weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    z = targets.without_excluded(rows.values, label.counts, weight).astype(dtype)
+    top = jnp.max(z, -1, keepdims=True)
+    z = z - jnp.where(jnp.isneginf(top), 0, top)
+    allowed = z > -jnp.inf
+    at_label = jnp.take_along_axis(z, label.ids[..., None], -1)
+    usable = at_label[..., 0] > -jnp.inf
+    if label.counts is not None:
+        usable &= label.counts
+    weight = jnp.where(usable, jnp.ones(shape[:-1], dtype) if weight is None else weight, 0)
+    # Relative to the label's logit, which then is out of the formulas; 0 where it is masked.
+    z = jnp.where(allowed, z - jnp.where(usable[..., None], at_label, 0), 0)
+    informative = jnp.any((weight != 0)[..., None] & (z != 0))
+
+    def slope_and_curvature(inverse: Array) -> tuple[Array, Array]:
+        p = jax.nn.softmax(jnp.where(allowed, inverse * z, -jnp.inf), -1)
+        mean = jnp.sum(p * z, -1)
+        spread = jnp.sum(p * jnp.square(z - mean[..., None]), -1)
+        return jnp.sum(weight * mean), jnp.sum(weight * spread)
+
+    low, high = low.astype(dtype), high.astype(dtype)
+    least, most = 1 / high, 1 / low
+    (first, curvature), (last, _) = slope_and_curvature(least), slope_and_curvature(most)
+    # The slope rises with 1 / T. Where it has one sign from bound to bound, a bound is the best.
+    # With every prediction right it underflows to 0; so does the curvature, even at `high`.
+    hottest = informative & ((first > 0) | (first == 0) & (curvature > 0))
+    coldest = informative & (last <= 0)
+
+    def step(state: _State) -> _State:
+        least, most, inverse, change, steps = state
+        slope, curvature = slope_and_curvature(inverse)
+        least = jnp.where(slope < 0, inverse, least)
+        most = jnp.where(slope > 0, inverse, most)
+        newton = inverse - slope / jnp.where(curvature > 0, curvature, 1)
+        inside = (curvature > 0) & (newton > least) & (newton < most)
+        # Far from the optimum Newton's steps do not become shorter, and would be too many.
+        shorter = jnp.abs(newton - inverse) < change / 2
+        better = jnp.where(inside & shorter, newton, jnp.sqrt(least * most))
+        better = jnp.where(slope == 0, inverse, better)
+        return least, most, better, jnp.abs(better - inverse), steps + 1
+
+    def unsettled(state: _State) -> Array:
+        _, _, inverse, change, steps = state
+        found = (change <= 4 * jnp.finfo(dtype).eps * inverse) | (steps >= _MOST_STEPS)
+        return ~(found | hottest | coldest)
+
+    start = jnp.clip(jnp.ones((), dtype), least, most)
+    state = (least, most, start, jnp.asarray(jnp.inf, dtype), jnp.zeros((), jnp.int32))
+    inverse = jax.lax.while_loop(unsettled, step, state)[2]
+    found = jnp.clip(1 / inverse, low, high)
+    found = jnp.where(coldest, low, jnp.where(hottest, high, found))
+    known = weight != 0 if sample_weight is not None else jnp.ones_like(usable)
+    return jnp.where(jnp.any(label.unknown & known) | jnp.isnan(first), jnp.nan, found)
