@@ -15,6 +15,7 @@ the optimizer keeps of it: its width over the devices that share the batch (FSDP
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from rich.console import Console
 import ce_jax
 from experiments import console as show
 from experiments import processes, runs
-from experiments.errors import ExperimentError, RunError, fail
+from experiments.errors import RunError, reported
 from experiments.transformer import VOCABULARY, WIDTH, LanguageModel
 
 README = Path(__file__).parents[1] / "README.md"
@@ -243,14 +244,9 @@ def main(
     config = Config(steps, length, batch_size, parts, learning_rate, tied, seed)
     started = processes.common_time()
     folder = out or Path("runs") / f"language_model-{started:%Y%m%d-%H%M%S}"
-    try:
+    cure = f"The same command with --out {folder} --resume goes on from the last checkpoint."
+    with reported(folder, cure):
         run(config, text, tensor_parallel, folder, resume)
-    except ExperimentError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"{error.filename or folder}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        fail(f"interrupted; --out {folder} --resume goes on from the last checkpoint", 130)
 
 
 def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bool) -> None:
@@ -268,8 +264,8 @@ def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bo
         "options": dataclasses.asdict(config),
         "text": zlib.crc32(learnt),
     }
-    if recorded not in (None, facts):
-        raise RunError(f"{path}: the run in it has other options or another text: {recorded}")
+    if recorded is not None:
+        check_unchanged(path, recorded, facts, text)
     processes.require_agreement(
         {
             "options": [facts, tensor_parallel],
@@ -298,18 +294,31 @@ def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bo
         fit(trainer, rows, folder, console)
 
 
+def check_unchanged(
+    path: Path, recorded: dict[str, Any], facts: dict[str, Any], text: Path
+) -> None:
+    """Raises RunError unless the run in a folder is one of the same options and text."""
+    if recorded.keys() != facts.keys() or recorded["experiment"] != facts["experiment"]:
+        raise RunError(f"{path / runs.CONFIG_FILE}: not the configuration of this script")
+    runs.require_same(path, recorded["options"], facts["options"])
+    if recorded["text"] != facts["text"]:
+        raise RunError(f"{path}: the run in it learns another text than {text} holds now")
+
+
 def fit(trainer: Trainer, rows: np.ndarray, folder: runs.RunFolder, console: Console) -> None:
     """Trains from where the folder left off to the last step, recording it at every stretch."""
     done = 0
     if folder.epochs_done:
         trainer.state = folder.restore(trainer.state)
         done = folder.history[-1]["step"]
-        console.print(f"resuming after step {done}")
+        console.print(f"resuming after step {done} of {trainer.config.steps}")
     steps = trainer.config.steps
     for step in range(done + 1, steps + 1):
         sums = trainer.step(batch_of(rows, trainer.config, step))
         if step == 1 or step % STRETCH == 0 or step == steps:
             loss, accuracy = float(sums.loss / sums.tokens), float(sums.hits / sums.tokens)
+            if not math.isfinite(loss):
+                raise RunError(f"the loss is {loss} at step {step}; try a smaller --learning-rate")
             folder.record_epoch({"step": step, "loss": loss, "accuracy": accuracy}, trainer.state)
             console.print(f"step {step:4d}: loss {loss:.4f} nats, accuracy {accuracy:.2%}")
     processes.wait_for_all("the run is finished")

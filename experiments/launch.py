@@ -103,7 +103,13 @@ def main(
             signal.signal(number, lambda number, _: received.append(number))
     # Where nobody reads the output any more, this process is killed, and with it the workers end.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    failure = supervise.run(jobs, command, environment, until=lambda: bool(received))
+    try:
+        failure = supervise.run(jobs, command, environment, until=lambda: bool(received))
+    except OSError as error:
+        fail(
+            "what the processes print cannot be written, so all of them were ended: "
+            f"{error.strerror or error}. {advice(command)}"
+        )
     if received:
         name = signal.Signals(received[0]).name
         fail(f"{name}: all processes were ended. {advice(command)}", 128 + received[0])

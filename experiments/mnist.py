@@ -20,7 +20,7 @@ from rich.console import Console
 
 from experiments import console as show
 from experiments import data, plots, processes, runs
-from experiments.errors import ExperimentError, RunError, fail
+from experiments.errors import RunError, reported
 from experiments.objectives import LossName, make_objective
 from experiments.training import Settings, Trainer, fit
 
@@ -173,14 +173,8 @@ def main(
         raise typer.BadParameter("--data-dir is of no use to --dataset digits")
     started = processes.common_time()
     folder = out or Path("runs") / f"mnist-{started:%Y%m%d-%H%M%S}"
-    try:
+    with reported(folder, f"--out {folder} --resume goes on from the last finished epoch."):
         run(given, data_dir, folder, resume)
-    except ExperimentError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"{error.filename or folder}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        fail(f"interrupted; --out {folder} --resume goes on from the last finished epoch", 130)
 
 
 def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) -> None:
@@ -200,7 +194,9 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
         config = new_config(given, dataset.name)
     else:
         config = recorded_config(path, recorded)
-        check_unchanged(path, config, given)
+        # "auto" may stand for either data set.
+        asked = {name: x for name, x in given.items() if (name, x) != ("dataset", "auto")}
+        runs.require_same(path, dataclasses.asdict(config), asked)
         if data_dir is not None and config.dataset == "digits":
             raise RunError(f"{path}: the run in it is on digits, --data-dir is of no use to it")
         dataset = data.load(config.dataset, data_dir)
@@ -308,17 +304,6 @@ def recorded_config(path: Path, recorded: dict[str, Any]) -> Config:
         raise RunError(
             f"{path / runs.CONFIG_FILE}: not the configuration of this script"
         ) from error
-
-
-def check_unchanged(path: Path, config: Config, given: dict[str, Any]) -> None:
-    """Raises RunError where an option asks for something else than the run to resume has."""
-    changed = [
-        f"--{name.replace('_', '-')} is {getattr(config, name)}, not {value}"
-        for name, value in given.items()
-        if value != getattr(config, name) and (name, value) != ("dataset", "auto")
-    ]
-    if changed:
-        raise RunError(f"{path}: the run in it has other options: {'; '.join(changed)}")
 
 
 def check_options(given: dict[str, Any]) -> None:

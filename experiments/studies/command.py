@@ -18,7 +18,7 @@ from rich.text import Text
 from experiments import console as show
 from experiments import data
 from experiments.benchmarking.report import machine
-from experiments.errors import ExperimentError, RunError, fail
+from experiments.errors import RunError, reported
 from experiments.studies import pictures, report
 from experiments.studies.training import HIDDEN, Loss, Runs, Trained, train
 from experiments.training import Settings
@@ -176,7 +176,9 @@ def make_app(
         if data_dir is not None and dataset == "digits":
             raise typer.BadParameter("--data-dir is of no use to --dataset digits")
         folder = out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        try:
+        with reported(
+            folder, "A study writes its results at its end: start it with another --out."
+        ):
             found = data.load(dataset, data_dir)
             claim(folder)
             budget = budgets[found.name]
@@ -191,12 +193,6 @@ def make_app(
             images = min(budget.images, _QUICK_IMAGES) if quick else budget.images
             study = Study(found, images, settings, range(seeds or (1 if quick else 3)), Console())
             _conduct(name, body, study, folder, quick)
-        except ExperimentError as error:
-            fail(str(error))
-        except OSError as error:
-            fail(f"{error.filename or folder}: {error.strerror or error}")
-        except KeyboardInterrupt:
-            fail("interrupted; a study writes its results at its end, there are none", 130)
 
     return app
 
@@ -252,11 +248,12 @@ def _conduct(
         **machine(),
     }
     about["versions"] = {"flax": flax.__version__, **about["versions"]}
-    report.save(folder, outcome, about, title)
-    pictures.save_all(folder, outcome.figures, title, notice)
+    # Shown first: what took minutes to compute is not lost with a disk that is full.
     console.print(f"[bold]{title}[/bold]; mean ± standard deviation over the seeds")
     outcome.table.show(console)
     console.print(f"{seconds:.0f} s, {work:.0f} s of processor time", highlight=False)
+    report.save(folder, outcome, about, title)
+    pictures.save_all(folder, outcome.figures, title, notice)
     console.print(
         Text(f"tables, plots and the figures of every run: {folder.absolute()}"), soft_wrap=True
     )
