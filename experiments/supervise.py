@@ -83,8 +83,12 @@ class Worker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def kill(self) -> None:
+        """Ends it, without waiting for that."""
         self._process.kill()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
         self._process.wait()
         for thread in self._threads:
             thread.join()
@@ -140,6 +144,9 @@ def run(
             prefix = f"[{index}] " if len(jobs) > 1 else ""
             worker = Worker(name, prefix, joining, command, environment, unwritten)
             workers.append(stack.enter_context(worker))
+        # All at once in the end, or the last ones would complain about the death of the first.
+        for worker in workers:
+            stack.callback(worker.kill)
         while not (failed := [worker for worker in workers if worker.status]):
             if unwritten:
                 raise unwritten[0]
