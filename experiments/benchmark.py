@@ -75,35 +75,45 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     only: Annotated[
         list[Operation] | None,
-        typer.Option(help="Measure this operation alone; may be repeated.", show_default="all"),
+        typer.Option(
+            help="Measure this operation alone. May be given several times.", show_default="all"
+        ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few and small shapes, few samples.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="Measure few and small shapes with few samples, to see the benchmark run.",
+        ),
     ] = False,
     seconds: Annotated[
         float | None,
         typer.Option(
             min=0.01,
-            help="How long to sample each problem, and as long again for the loss alone.",
+            help="Seconds for which each problem is measured, and as many again for the loss "
+            "without its gradient.",
             show_default="3; with --quick 0.15",
         ),
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(help="Leave this peer out, such as torch.compile; may be repeated."),
+        typer.Option(
+            help="Leave out this peer, torch.compile for example. May be given several times."
+        ),
     ] = None,
     fresh_memory: Annotated[
         bool,
         typer.Option(
             "--fresh-memory",
-            help="Leave malloc as it is, which asks the kernel for the memory of large arrays anew "
-            "in each call.",
+            help="Leave malloc as it is. It then asks the kernel for the memory of large arrays "
+            "in each call again.",
         ),
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the run, new or empty.", show_default="runs/benchmark-DATE-TIME"
+            help="Folder for tables and pictures. It has to be new or empty.",
+            show_default="runs/benchmark-DATE-TIME",
         ),
     ] = None,
 ) -> None:

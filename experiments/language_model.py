@@ -184,8 +184,9 @@ def make_mesh(config: Config, tensor_parallel: int, devices: Sequence[jax.Device
     used = processes.sharing(devices, evenly)
     if not used or VOCABULARY % tensor_parallel:
         raise RunError(
-            f"{VOCABULARY} classes, by --tensor-parallel {tensor_parallel}, and {rows} rows, by "
-            f"what is left of {len(devices)} devices, are not to be shared evenly by all processes"
+            f"--tensor-parallel {tensor_parallel} does not go with {len(devices)} devices: it has "
+            f"to divide {VOCABULARY} classes, all processes have to take part with equally many "
+            f"devices, and these have to share {rows} rows evenly"
         )
     shape = (len(used) // tensor_parallel, tensor_parallel)
     return jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2, devices=used)
@@ -212,35 +213,50 @@ def batch_of(rows: np.ndarray, config: Config, step: int) -> np.ndarray:
 
 
 def main(
-    text: Annotated[Path, typer.Option(help="File to learn.")] = README,
+    text: Annotated[
+        Path, typer.Option(help="File to learn.", show_default="the README of ce_jax")
+    ] = README,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = 300,
-    length: Annotated[int, typer.Option(min=2, help="Bytes of context.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="How many bytes the model sees at once.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows of text per step, drawn with replacement.")
+    ] = 32,
     parts: Annotated[
-        int, typer.Option(min=1, help="Divide each batch and accumulate its gradient.")
+        int,
+        typer.Option(
+            min=1, help="Compute the gradient in so many parts of the batch, to save memory."
+        ),
     ] = 1,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 3e-3,
-    tied: Annotated[bool, typer.Option(help="Use the embedding table as the head.")] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Of parameters and batches.")] = 0,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of AdamW.")] = 3e-3,
+    tied: Annotated[bool, typer.Option(help="Use the embedding table as the head, too.")] = True,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the initial parameters and of the batches.")
+    ] = 0,
     tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Devices over which the classes are spread.")
+        int, typer.Option(min=1, help="Number of devices over which the classes are spread.")
     ] = 1,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for metrics and checkpoints, new or empty.",
+            help="Folder for metrics and checkpoints. It has to be new or empty, unless --resume "
+            "is given.",
             show_default="runs/language_model-DATE-TIME",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, of the same options.")
+        bool,
+        typer.Option("--resume", help="Continue the run in --out. Give the same options again."),
     ] = False,
 ) -> None:
-    """Train a byte-level transformer with the linear cross-entropy of ce_jax as its head."""
+    """Train a byte-level transformer with the linear cross-entropy of ce_jax as its head.
+
+    Exit status: 0 for a finished run, 1 for a text or a folder that cannot be used, 2 for wrong
+    options, 130 for an interrupt.
+    """
     if batch_size % parts:
         raise typer.BadParameter(f"--parts {parts} does not divide --batch-size {batch_size}")
     if resume and out is None:
-        raise typer.BadParameter("--resume wants the folder of the run: add --out")
+        raise typer.BadParameter("--resume needs the folder of the run: add --out")
     config = Config(steps, length, batch_size, parts, learning_rate, tied, seed)
     started = processes.common_time()
     folder = out or Path("runs") / f"language_model-{started:%Y%m%d-%H%M%S}"
