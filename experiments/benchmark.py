@@ -130,9 +130,7 @@ def main(
     default = Effort(0.15, 3, 15) if quick else Effort(3.0)
     effort = default if seconds is None else default._replace(seconds=seconds)
     kept = not fresh_memory and keep_freed_memory(_QUICK_HEAP if quick else _HEAP)
-    cure = (
-        f"What was measured before is in {folder}; the same command with another --out starts anew."
-    )
+    cure = f"What was measured until then is in {folder}; another --out starts anew."
     with reported(folder, cure):
         run(only or list(Operation), effort, folder, quick=quick, without=without or (), kept=kept)
 
