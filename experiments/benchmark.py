@@ -257,9 +257,11 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     table.add_column("peer", no_wrap=True)
     for heading in ("forward", "gradient", "quartiles", "temporaries", "/ optax", "/ limit"):
         table.add_column(heading, justify="right", no_wrap=True)
+    several = len({row.problem for row in rows}) > 1
     for row in rows:
         on = f", {row.devices} devices" if row.devices > 1 else ""
-        peer = escape(row.peer) + on
+        what = f"{row.problem.operation} {row.problem.shape}: " if several else ""
+        peer = escape(what + row.peer) + on
         if row.gradient is None:
             console.print(f"  {peer}: {escape(row.status)}", style="dim", soft_wrap=True)
         else:

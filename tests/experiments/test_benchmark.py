@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.text import Text
+from rich.console import Console
 from typer.testing import CliRunner
 
 from experiments import benchmark
@@ -440,6 +441,9 @@ def test_compile_times_are_those_of_value_and_gradient_beside_optax(monkeypatch)
         for peer in ("ce_jax", "optax")
     ]
     assert all(row.gradient.median > 0 for row in rows)
+    console = Console(record=True, width=120)
+    benchmark.print_rows(console, rows)
+    assert "compile integer 8x3: ce_jax" in console.export_text()
     table = report.full_table(rows)
     assert "| compile integer | 8x3 | float32 | CPU | optax |" in table
 

@@ -180,7 +180,7 @@ def test_a_checkpoint_asks_for_room_before_it_is_written(tmp_path, monkeypatch, 
     ],
 )
 def test_a_checkpoint_that_cannot_be_written_is_one_error(
-    tmp_path, monkeypatch, capfd, raised, wanted, message
+    tmp_path, monkeypatch, caplog, raised, wanted, message
 ):
     def save(*_, **__):
         logging.getLogger("absl").error("a traceback of a thread")
@@ -191,7 +191,9 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(
         monkeypatch.setattr(folder._checkpoints, "save", save)
         with pytest.raises(wanted, match=message):
             folder.record_epoch({"loss": 0.5}, state(2))
-    assert capfd.readouterr().err == ""
+    assert not [entry for entry in caplog.records if entry.levelno >= logging.ERROR]
+    logging.getLogger("absl").error("is heard again")
+    assert "is heard again" in caplog.text
     record(tmp_path, [2])
     assert [row.get("epoch") for row in metrics_rows(tmp_path)] == [None, 1, 2]
 
