@@ -322,7 +322,7 @@ def test_a_batch_that_processes_cannot_share_is_refused():
     with pytest.raises(RunError, match="--batch-size 33 is not a multiple of the number of proc"):
         make_mesh(33, devices(0, 0, 1, 1))
     config = language_model.Config(1, 8, 9, 3, 1e-3, True, 0)
-    with pytest.raises(RunError, match="3 rows, by what is left of 2 devices, are not to be"):
+    with pytest.raises(RunError, match="these have to share 3 rows evenly"):
         language_model.make_mesh(config, 1, devices(0, 1))
 
 
