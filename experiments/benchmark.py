@@ -2,7 +2,8 @@
 
     python -m experiments.benchmark
 
-It needs a machine that has nothing else to do, and long; `--quick` takes fewer shapes. All peers
+It takes long, and needs a machine that has nothing else to do: tables and pictures say where that
+was not so, and where `--quick` took fewer shapes. All peers
 are called in turns in this one process, after a warm-up, and each call waits for its result; ratios
 are taken within a turn, so that they stay right where the machine's speed drifts.
 """
@@ -34,10 +35,11 @@ from experiments.benchmarking import (
     torch_peers,
 )
 from experiments.benchmarking.allocator import keep_freed_memory
+from experiments.benchmarking.contention import Contention
 from experiments.benchmarking.measure import OURS, Row, measure
 from experiments.benchmarking.programs import Peer
 from experiments.benchmarking.timing import Effort
-from experiments.errors import ExperimentError, fail
+from experiments.errors import ExperimentError, reported
 
 
 class Operation(StrEnum):
@@ -73,41 +75,52 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     only: Annotated[
         list[Operation] | None,
-        typer.Option(help="Measure this operation alone; may be repeated.", show_default="all"),
+        typer.Option(
+            help="Measure this operation alone. May be given several times.", show_default="all"
+        ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few and small shapes, few samples.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="Measure few and small shapes with few samples, to see the benchmark run.",
+        ),
     ] = False,
     seconds: Annotated[
         float | None,
         typer.Option(
             min=0.01,
-            help="How long to sample each problem, and as long again for the loss alone.",
+            help="Seconds for which each problem is measured, and as many again for the loss "
+            "without its gradient.",
             show_default="3; with --quick 0.15",
         ),
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(help="Leave this peer out, such as torch.compile; may be repeated."),
+        typer.Option(
+            help="Leave out this peer, torch.compile for example. May be given several times."
+        ),
     ] = None,
     fresh_memory: Annotated[
         bool,
         typer.Option(
             "--fresh-memory",
-            help="Leave malloc as it is, which asks the kernel for the memory of large arrays anew "
-            "in each call.",
+            help="Leave malloc as it is. It then asks the kernel for the memory of large arrays "
+            "in each call again.",
         ),
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the run, new or empty.", show_default="runs/benchmark-DATE-TIME"
+            help="Folder for tables and pictures. It has to be new or empty.",
+            show_default="runs/benchmark-DATE-TIME",
         ),
     ] = None,
 ) -> None:
     """Measure the losses of ce_jax and of other libraries.
 
-    Exit status: 0 for a finished run, 1 for a run folder that cannot be used, 2 for wrong options.
+    Exit status: 0 for a finished run, 1 for a run folder that cannot be used, 2 for wrong options,
+    130 for an interrupt.
     """
     folder = out or Path("runs") / f"benchmark-{datetime.now():%Y%m%d-%H%M%S}"
     # Or JAX would take most of a GPU's memory, and leave torch the rest.
@@ -117,10 +130,9 @@ def main(
     default = Effort(0.15, 3, 15) if quick else Effort(3.0)
     effort = default if seconds is None else default._replace(seconds=seconds)
     kept = not fresh_memory and keep_freed_memory(_QUICK_HEAP if quick else _HEAP)
-    try:
+    cure = f"What was measured until then is in {folder}; another --out starts anew."
+    with reported(folder, cure):
         run(only or list(Operation), effort, folder, quick=quick, without=without or (), kept=kept)
-    except ExperimentError as error:
-        fail(str(error))
 
 
 def run(
@@ -155,7 +167,8 @@ def run(
         "freed memory": "kept" if kept else "left to malloc",
         **effort._asdict(),
     }
-    about: dict[str, Any] = {"options": options, **report.machine()}
+    contention = Contention()
+    about: dict[str, Any] = {"options": options, **report.machine(), "others": None}
     runs.create(folder, {"experiment": "benchmark", **about})
     show.setting(
         console,
@@ -166,25 +179,23 @@ def run(
             "folder": str(folder.absolute()),
         },
     )
-    if about["load"] > 0.3:
-        show.warn(
-            console,
-            f"The machine is busy (load {about['load']}).",
-            "Other programs disturb some peers more than others: ratios taken now are not to be "
-            "trusted.",
-        )
+    for notice in report.notices(about):
+        show.warn(console, notice)
     rows: list[Row] = []
     for name, part in parts(operations, effort, peers, quick=quick, kept=kept):
         console.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
         found = part()
         print_rows(console, found)
         rows += found
+        others = contention.cores()
+        about["others"] = None if others is None else round(others, 2)
         report.save(folder, rows, about)
     device = f"{about['processor']}, {about['cores']} cores"
     if jax.default_backend() != "cpu":
         device = ", ".join(about["devices"])
     title = f"{device}, jax {jax.__version__}"
-    pictures.save_all(folder, rows, title)
+    notices = report.notices(about)
+    pictures.save_all(folder, rows, title, notices)
     for row in report.slower(rows):
         problem = row.problem
         console.print(
@@ -192,6 +203,8 @@ def run(
             f"{problem.dtype}, devices {row.devices}: {report.ratio(row.to_optax)}",
             soft_wrap=True,
         )
+    for notice in notices:
+        show.warn(console, notice)
     console.print(f"results, tables and pictures: {folder.absolute()}", soft_wrap=True)
 
 
@@ -244,9 +257,11 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     table.add_column("peer", no_wrap=True)
     for heading in ("forward", "gradient", "quartiles", "temporaries", "/ optax", "/ limit"):
         table.add_column(heading, justify="right", no_wrap=True)
+    several = len({row.problem for row in rows}) > 1
     for row in rows:
         on = f", {row.devices} devices" if row.devices > 1 else ""
-        peer = escape(row.peer) + on
+        what = f"{row.problem.operation} {row.problem.shape}: " if several else ""
+        peer = escape(what + row.peer) + on
         if row.gradient is None:
             console.print(f"  {peer}: {escape(row.status)}", style="dim", soft_wrap=True)
         else:

@@ -68,11 +68,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     target: Annotated[
-        list[Target] | None, typer.Option(help="May be repeated.", show_default="both")
+        list[Target] | None,
+        typer.Option(
+            help="Accelerator to compile for. May be given several times.", show_default="both"
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Tokens.")] = ROWS,
+    rows: Annotated[int, typer.Option(min=1, help="Number of tokens.")] = ROWS,
     features: Annotated[int, typer.Option(min=1, help="Width of the hidden states.")] = FEATURES,
-    classes: Annotated[int, typer.Option(min=2, help="Vocabulary.")] = CLASSES,
+    classes: Annotated[int, typer.Option(min=2, help="Size of the vocabulary.")] = CLASSES,
 ) -> None:
     """Compile the losses for accelerators and show their temporaries, in bfloat16.
 

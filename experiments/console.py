@@ -1,5 +1,6 @@
 """What a person sees of a run: its setting, its progress and its result."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -82,6 +83,11 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _figure(value: float, form: str) -> str:
+    """The figure, or a dash where there is none: no image of a class, or none taken for one."""
+    return "-" if math.isnan(value) else format(value, form)
+
+
 def files(console: Console, folder: Path) -> None:
     """Says where the files of the run are, unwrapped so that the path can be copied."""
     text = Text(f"configuration, metrics, events, checkpoints and plots: {folder}")
@@ -98,8 +104,8 @@ def result(console: Console, title: str, evaluation: Evaluation) -> None:
         table.add_row(
             row["class"],
             str(row["examples"]),
-            *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1")),
-            f"{row['nll']:.4f}",
+            *(_figure(row[key], ".2%") for key in ("precision", "recall", "f1")),
+            _figure(row["nll"], ".4f"),
         )
     summary = evaluation.summary
     table.add_section()

@@ -15,6 +15,7 @@ the optimizer keeps of it: its width over the devices that share the batch (FSDP
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from rich.console import Console
 import ce_jax
 from experiments import console as show
 from experiments import processes, runs
-from experiments.errors import ExperimentError, RunError, fail
+from experiments.errors import RunError, reported
 from experiments.transformer import VOCABULARY, WIDTH, LanguageModel
 
 README = Path(__file__).parents[1] / "README.md"
@@ -183,8 +184,9 @@ def make_mesh(config: Config, tensor_parallel: int, devices: Sequence[jax.Device
     used = processes.sharing(devices, evenly)
     if not used or VOCABULARY % tensor_parallel:
         raise RunError(
-            f"{VOCABULARY} classes, by --tensor-parallel {tensor_parallel}, and {rows} rows, by "
-            f"what is left of {len(devices)} devices, are not to be shared evenly by all processes"
+            f"--tensor-parallel {tensor_parallel} does not go with {len(devices)} devices: it has "
+            f"to divide {VOCABULARY} classes, all processes have to take part with equally many "
+            f"devices, and these have to share {rows} rows evenly"
         )
     shape = (len(used) // tensor_parallel, tensor_parallel)
     return jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2, devices=used)
@@ -211,46 +213,56 @@ def batch_of(rows: np.ndarray, config: Config, step: int) -> np.ndarray:
 
 
 def main(
-    text: Annotated[Path, typer.Option(help="File to learn.")] = README,
+    text: Annotated[
+        Path, typer.Option(help="File to learn.", show_default="the README of ce_jax")
+    ] = README,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = 300,
-    length: Annotated[int, typer.Option(min=2, help="Bytes of context.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="How many bytes the model sees at once.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows of text per step, drawn with replacement.")
+    ] = 32,
     parts: Annotated[
-        int, typer.Option(min=1, help="Divide each batch and accumulate its gradient.")
+        int,
+        typer.Option(
+            min=1, help="Compute the gradient in so many parts of the batch, to save memory."
+        ),
     ] = 1,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 3e-3,
-    tied: Annotated[bool, typer.Option(help="Use the embedding table as the head.")] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Of parameters and batches.")] = 0,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of AdamW.")] = 3e-3,
+    tied: Annotated[bool, typer.Option(help="Use the embedding table as the head, too.")] = True,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the initial parameters and of the batches.")
+    ] = 0,
     tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Devices over which the classes are spread.")
+        int, typer.Option(min=1, help="Number of devices over which the classes are spread.")
     ] = 1,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for metrics and checkpoints, new or empty.",
+            help="Folder for metrics and checkpoints. It has to be new or empty, unless --resume "
+            "is given.",
             show_default="runs/language_model-DATE-TIME",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, of the same options.")
+        bool,
+        typer.Option("--resume", help="Continue the run in --out. Give the same options again."),
     ] = False,
 ) -> None:
-    """Train a byte-level transformer with the linear cross-entropy of ce_jax as its head."""
+    """Train a byte-level transformer with the linear cross-entropy of ce_jax as its head.
+
+    Exit status: 0 for a finished run, 1 for a text or a folder that cannot be used, 2 for wrong
+    options, 130 for an interrupt.
+    """
     if batch_size % parts:
         raise typer.BadParameter(f"--parts {parts} does not divide --batch-size {batch_size}")
     if resume and out is None:
-        raise typer.BadParameter("--resume wants the folder of the run: add --out")
+        raise typer.BadParameter("--resume needs the folder of the run: add --out")
     config = Config(steps, length, batch_size, parts, learning_rate, tied, seed)
     started = processes.common_time()
     folder = out or Path("runs") / f"language_model-{started:%Y%m%d-%H%M%S}"
-    try:
+    cure = f"The same command with --out {folder} --resume goes on from the last checkpoint."
+    with reported(folder, cure):
         run(config, text, tensor_parallel, folder, resume)
-    except ExperimentError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"{error.filename or folder}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        fail(f"interrupted; --out {folder} --resume goes on from the last checkpoint", 130)
 
 
 def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bool) -> None:
@@ -268,8 +280,8 @@ def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bo
         "options": dataclasses.asdict(config),
         "text": zlib.crc32(learnt),
     }
-    if recorded not in (None, facts):
-        raise RunError(f"{path}: the run in it has other options or another text: {recorded}")
+    if recorded is not None:
+        check_unchanged(path, recorded, facts, text)
     processes.require_agreement(
         {
             "options": [facts, tensor_parallel],
@@ -298,18 +310,31 @@ def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bo
         fit(trainer, rows, folder, console)
 
 
+def check_unchanged(
+    path: Path, recorded: dict[str, Any], facts: dict[str, Any], text: Path
+) -> None:
+    """Raises RunError unless the run in a folder is one of the same options and text."""
+    if recorded.keys() != facts.keys() or recorded["experiment"] != facts["experiment"]:
+        raise RunError(f"{path / runs.CONFIG_FILE}: not the configuration of this script")
+    runs.require_same(path, recorded["options"], facts["options"])
+    if recorded["text"] != facts["text"]:
+        raise RunError(f"{path}: the run in it learns another text than {text} holds now")
+
+
 def fit(trainer: Trainer, rows: np.ndarray, folder: runs.RunFolder, console: Console) -> None:
     """Trains from where the folder left off to the last step, recording it at every stretch."""
     done = 0
     if folder.epochs_done:
         trainer.state = folder.restore(trainer.state)
         done = folder.history[-1]["step"]
-        console.print(f"resuming after step {done}")
+        console.print(f"resuming after step {done} of {trainer.config.steps}")
     steps = trainer.config.steps
     for step in range(done + 1, steps + 1):
         sums = trainer.step(batch_of(rows, trainer.config, step))
         if step == 1 or step % STRETCH == 0 or step == steps:
             loss, accuracy = float(sums.loss / sums.tokens), float(sums.hits / sums.tokens)
+            if not math.isfinite(loss):
+                raise RunError(f"the loss is {loss} at step {step}; try a smaller --learning-rate")
             folder.record_epoch({"step": step, "loss": loss, "accuracy": accuracy}, trainer.state)
             console.print(f"step {step:4d}: loss {loss:.4f} nats, accuracy {accuracy:.2%}")
     processes.wait_for_all("the run is finished")

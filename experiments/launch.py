@@ -41,44 +41,51 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # Whatever follows the experiment is its own.
 @app.command(context_settings={"allow_interspersed_args": False})
 def main(
-    experiment: Annotated[Literal["mnist", "language_model"], typer.Argument(help="What to run.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Its own options.")] = None,
+    experiment: Annotated[
+        Literal["mnist", "language_model"], typer.Argument(help="The experiment to run.")
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="The options of the experiment.")
+    ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes in all.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Number of processes, on all machines together.", show_default=False
+        ),
     ] = None,
     coordinator: Annotated[
         str | None,
         typer.Option(
             metavar=f"HOST:PORT|{AUTO}",
-            help="Start one process of a cluster, to meet the others at this address of process "
-            f"0. {AUTO}: JAX finds the address, the number and the id, as it can under Slurm, "
-            "Open MPI and on TPUs.",
+            help="Start one process of a cluster. All of them meet at this address, which is that "
+            f"of process 0. {AUTO}: JAX finds the address, the number of processes and the id by "
+            "itself, as it can under Slurm, Open MPI and on TPUs.",
             show_default="all processes run on this machine",
         ),
     ] = None,
     process_id: Annotated[
         int | None,
         typer.Option(
-            min=0, help="With HOST:PORT: which process this is, from 0.", show_default=False
+            min=0, help="Number of this process, from 0. Needed with HOST:PORT.", show_default=False
         ),
     ] = None,
     cpu_devices: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Give each process so many CPU devices.",
-            show_default="a GPU each on this machine, all that there is on a cluster's; one CPU "
-            "device where there is nothing else",
+            help="Number of CPU devices that each process gets.",
+            show_default="on this machine one GPU for each process, on a cluster all of its "
+            "machine; one CPU device where there is no GPU",
         ),
     ] = None,
     start_timeout: Annotated[
-        int, typer.Option(min=1, help="Seconds for which a process waits for the others to start.")
+        int, typer.Option(min=1, help="Seconds that a process waits for the others to start.")
     ] = START_TIMEOUT,
 ) -> None:
-    """Train with several processes, on this machine or a cluster, and end all when one dies.
+    """Train with several processes, on this machine or a cluster. When one dies, all of them end.
 
-    Exit status: 0 where all are done; that of the process that failed first, or 128 plus the
-    signal that killed it, also where that was this one; 2 for wrong options.
+    Exit status: 0 where all are done, 2 for wrong options, otherwise that of the process that
+    failed first. A process that was killed counts as 128 plus the number of the signal.
     """
     timeouts = {
         "initialization_timeout": start_timeout,
@@ -103,7 +110,13 @@ def main(
             signal.signal(number, lambda number, _: received.append(number))
     # Where nobody reads the output any more, this process is killed, and with it the workers end.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    failure = supervise.run(jobs, command, environment, until=lambda: bool(received))
+    try:
+        failure = supervise.run(jobs, command, environment, until=lambda: bool(received))
+    except OSError as error:
+        fail(
+            "what the processes print cannot be written, so all of them were ended: "
+            f"{error.strerror or error}. {advice(command)}"
+        )
     if received:
         name = signal.Signals(received[0]).name
         fail(f"{name}: all processes were ended. {advice(command)}", 128 + received[0])

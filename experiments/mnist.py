@@ -20,7 +20,7 @@ from rich.console import Console
 
 from experiments import console as show
 from experiments import data, plots, processes, runs
-from experiments.errors import ExperimentError, RunError, fail
+from experiments.errors import RunError, reported
 from experiments.objectives import LossName, make_objective
 from experiments.training import Settings, Trainer, fit
 
@@ -57,9 +57,10 @@ def main(
     loss: Annotated[
         LossName | None,
         typer.Option(
-            help="softmax: integer labels. one-hot: softmax, one-hot labels. one-vs-rest: a "
-            "sigmoid per class, n-hot labels. even-odd: one sigmoid, is the digit odd? weighted: "
-            "softmax, classes weighted by inverse frequency.",
+            help="What to train with. softmax: cross-entropy with integer labels. one-hot: the "
+            "same with one-hot labels. one-vs-rest: one sigmoid for each class. even-odd: a single "
+            "sigmoid that tells whether the digit is odd. weighted: softmax with classes weighted "
+            "by inverse frequency.",
             show_default="softmax",
         ),
     ] = None,
@@ -76,7 +77,7 @@ def main(
         float | None,
         typer.Option(
             min=0,
-            help="Weight of the squared log-partition function; softmax losses only.",
+            help="Weight of the squared log-partition function. Softmax losses only.",
             show_default="0",
         ),
     ] = None,
@@ -88,7 +89,11 @@ def main(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Examples per step.", show_default=by_dataset(DEFAULT_BATCH_SIZE)),
+        typer.Option(
+            min=1,
+            help="Images per step of the optimizer, at most as many as there are for training.",
+            show_default=by_dataset(DEFAULT_BATCH_SIZE),
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None,
@@ -99,12 +104,17 @@ def main(
     ] = None,
     weight_decay: Annotated[
         float | None,
-        typer.Option(min=0, help="Decay of the kernels, decoupled.", show_default="0.3"),
+        typer.Option(
+            min=0, help="AdamW's decay of the kernels; biases do not decay.", show_default="0.3"
+        ),
     ] = None,
     dropout: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Share of hidden units that training drops.", show_default="0.2"
+            min=0,
+            max=1,
+            help="Share of the hidden units that each step of training drops, below 1.",
+            show_default="0.2",
         ),
     ] = None,
     seed: Annotated[
@@ -119,24 +129,25 @@ def main(
     dataset: Annotated[
         data.DatasetName | None,
         typer.Option(
-            help="mnist: the real one, or an error. digits: scikit-learn's 8x8 digits. auto: mnist "
-            "where it is at hand or can be downloaded, otherwise digits.",
+            help="What to train on. mnist: MNIST, or an error where there is none. digits: "
+            "scikit-learn's 8x8 digits. auto: MNIST where it is at hand or can be downloaded, "
+            "otherwise the digits.",
             show_default="auto",
         ),
     ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the four MNIST files, plain or .gz. Without one they are downloaded, "
-            "once, into the user's cache folder.",
+            help="Folder of the four MNIST files, plain or .gz. Without one they are downloaded "
+            "into your cache folder, once.",
             show_default=f"${data.DATA_DIR_VARIABLE} where it is set",
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the run, new or empty: configuration, metrics, TensorBoard events, "
-            "checkpoints and plots.",
+            help="Folder for configuration, metrics, TensorBoard events, checkpoints and plots. It "
+            "has to be new or empty, unless --resume is given.",
             show_default="runs/mnist-DATE-TIME",
         ),
     ] = None,
@@ -144,13 +155,14 @@ def main(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --out where it was interrupted, with its own options.",
+            help="Continue the interrupted run in --out after its last finished epoch. It keeps "
+            "its options.",
         ),
     ] = False,
 ) -> None:
     """Train a 784-512-256-10 MLP on MNIST with a cross-entropy of ce_jax.
 
-    Exit status: 0 for a finished run, 1 for data or a run folder that cannot be used, 2 for wrong
+    Exit status: 0 for a finished run, 1 for data or a folder that cannot be used, 2 for wrong
     options, 130 for an interrupt.
     """
     given = {
@@ -168,19 +180,13 @@ def main(
     given = {name: value for name, value in given.items() if value is not None}
     check_options(given)
     if resume and out is None:
-        raise typer.BadParameter("--resume wants the folder of the run: add --out")
+        raise typer.BadParameter("--resume needs the folder of the run: add --out")
     if data_dir is not None and given.get("dataset") == "digits":
-        raise typer.BadParameter("--data-dir is of no use to --dataset digits")
+        raise typer.BadParameter("--data-dir is for MNIST: leave it out with --dataset digits")
     started = processes.common_time()
     folder = out or Path("runs") / f"mnist-{started:%Y%m%d-%H%M%S}"
-    try:
+    with reported(folder, f"--out {folder} --resume goes on from the last finished epoch."):
         run(given, data_dir, folder, resume)
-    except ExperimentError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"{error.filename or folder}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        fail(f"interrupted; --out {folder} --resume goes on from the last finished epoch", 130)
 
 
 def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) -> None:
@@ -200,9 +206,13 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
         config = new_config(given, dataset.name)
     else:
         config = recorded_config(path, recorded)
-        check_unchanged(path, config, given)
+        # "auto" may stand for either data set.
+        asked = {name: x for name, x in given.items() if (name, x) != ("dataset", "auto")}
+        runs.require_same(path, dataclasses.asdict(config), asked)
         if data_dir is not None and config.dataset == "digits":
-            raise RunError(f"{path}: the run in it is on digits, --data-dir is of no use to it")
+            raise RunError(
+                f"{path}: the run in it is on digits; leave out --data-dir, which is for MNIST"
+            )
         dataset = data.load(config.dataset, data_dir)
         dataset = dataclasses.replace(dataset, notice=recorded["notice"])
     if config.z_loss and config.loss in SIGMOID_LOSSES:
@@ -308,17 +318,6 @@ def recorded_config(path: Path, recorded: dict[str, Any]) -> Config:
         raise RunError(
             f"{path / runs.CONFIG_FILE}: not the configuration of this script"
         ) from error
-
-
-def check_unchanged(path: Path, config: Config, given: dict[str, Any]) -> None:
-    """Raises RunError where an option asks for something else than the run to resume has."""
-    changed = [
-        f"--{name.replace('_', '-')} is {getattr(config, name)}, not {value}"
-        for name, value in given.items()
-        if value != getattr(config, name) and (name, value) != ("dataset", "auto")
-    ]
-    if changed:
-        raise RunError(f"{path}: the run in it has other options: {'; '.join(changed)}")
 
 
 def check_options(given: dict[str, Any]) -> None:

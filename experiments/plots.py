@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from experiments.report import Evaluation
 
@@ -20,6 +21,11 @@ _TEST_COLOR = "#2166ac"
 _GAP_COLOR = "#d6604d"
 _MISTAKE_COLOR = "#b2182b"
 _DOTS_PER_INCH = 130
+# Points of accuracy that are told apart near 100 %.
+_FINEST = 0.1
+_ACCURACY_TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 100)
+# Per cent; what is below has the palest colour.
+_MISTAKE_SHARES = (0.1, 100)
 _HARDEST_ROWS, _HARDEST_COLUMNS = 4, 6
 
 
@@ -80,27 +86,48 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     loss_axes.yaxis.set_major_formatter("{x:g}")
     loss_axes.yaxis.set_minor_locator(NullLocator())
     loss_axes.legend(frameon=False, fontsize=9)
-    accuracy_axes.set_ylabel("accuracy (%)")
-    accuracies = [row["test_accuracy"] * 100 for row in history]
-    # The differences that matter are near the top: training accuracy of the first epoch, measured
-    # from the untrained model on, may begin below the picture.
-    accuracy_axes.set_ylim(bottom=min(accuracies) - 1)
-    accuracy_axes.set_title(f"test accuracy at the end: {accuracies[-1]:.2f} %", fontsize=10)
-    loss_axes.set_title(f"test loss at the end: {history[-1]['test_loss']:.4f}", fontsize=10)
+    accuracies = [100 * row[f"{split}_accuracy"] for row in history for split in ("train", "test")]
+    _accuracy_scale(accuracy_axes, min(accuracies))
+    last = history[-1]
+    accuracy_axes.set_title(
+        f"test accuracy at the end: {100 * last['test_accuracy']:.2f} %", fontsize=10
+    )
+    loss_axes.set_title(f"test loss at the end: {last['test_loss']:.4f}", fontsize=10)
     return figure
 
 
+def _accuracy_scale(axes: Axes, lowest: float) -> None:
+    """Widens the scale towards 100 %, where the differences matter, and begins below the lowest.
+
+    That is the training accuracy of the first epoch, measured from the untrained model on.
+    """
+    axes.set_yscale(
+        "function",
+        functions=(
+            lambda accuracy: -np.log10(_FINEST + np.maximum(100 - accuracy, 0)),
+            lambda height: 100 + _FINEST - 10**-height,
+        ),
+    )
+    axes.set_ylim(max(0, lowest - 0.2 * (100 - lowest) - _FINEST), 100)
+    axes.yaxis.set_major_locator(FixedLocator(_ACCURACY_TICKS))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylabel("accuracy (%), scale widened towards 100")
+
+
 def confusion(evaluation: Evaluation) -> Figure:
-    """Counts of true against predicted classes; colours show the mistakes alone."""
+    """Counts of true against predicted classes; the colour of a mistake is its share of the class.
+
+    The scale is the same for every model, so that few mistakes are pale.
+    """
     counts = evaluation.confusion
     classes = len(counts)
     side = 1.4 + 0.5 * max(classes, 7)
-    figure = Figure(figsize=(side, side + 0.3), layout="constrained")
+    figure = Figure(figsize=(side + 1, side + 0.3), layout="constrained")
     axes = figure.subplots()
-    right = np.eye(classes, dtype=bool)
-    mistakes = np.where(right | (counts == 0), np.nan, counts)
-    scale = LogNorm(0.5, max(2, np.max(counts[~right], initial=0)))
-    axes.imshow(mistakes, cmap="Reds", norm=scale)
+    mistakes = np.where(np.eye(classes, dtype=bool), 0, counts)
+    shares = 100 * mistakes / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    scale = LogNorm(*_MISTAKE_SHARES, clip=True)
+    image = axes.imshow(np.where(mistakes > 0, shares, np.nan), cmap="Reds", norm=scale)
     for true, predicted in np.ndindex(counts.shape):
         count = int(counts[true, predicted])
         if true == predicted:
@@ -108,14 +135,16 @@ def confusion(evaluation: Evaluation) -> Figure:
         elif count == 0:
             style = {"color": "#cccccc"}
         else:
-            style = {"color": "white" if scale(count) > 0.6 else "black"}
+            style = {"color": "white" if scale(shares[true, predicted]) > 0.6 else "black"}
         axes.text(predicted, true, str(count), ha="center", va="center", fontsize=9, **style)
     axes.set_xticks(range(classes), evaluation.class_names)
     axes.set_yticks(range(classes), evaluation.class_names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    wrong = int(counts.sum() - np.trace(counts))
-    axes.set_title(f"{wrong} of {counts.sum()} test images wrong", fontsize=10)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=30)
+    bar.set_label("mistakes, % of the true class (logarithmic)")
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(f"{mistakes.sum()} of {counts.sum()} test images wrong", fontsize=10)
     return figure
 
 
@@ -158,18 +187,20 @@ def reliability(evaluation: Evaluation) -> Figure:
 def hardest(evaluation: Evaluation, images: np.ndarray) -> Figure:
     """The test images whose true class was given the least probability."""
     shown = np.argsort(-evaluation.nll, kind="stable")[: _HARDEST_ROWS * _HARDEST_COLUMNS]
-    figure = Figure(figsize=(9, 7.6), layout="constrained")
+    figure = Figure(figsize=(9, 8), layout=ConstrainedLayoutEngine(h_pad=0.12))
     grid = list(figure.subplots(_HARDEST_ROWS, _HARDEST_COLUMNS).flat)
     names = evaluation.class_names
-    for axes in grid:
+    for axes in grid[len(shown) :]:
         axes.set_axis_off()
     for axes, index in zip(grid, shown, strict=False):
         axes.imshow(images[index], cmap="gray_r")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("#cccccc")
         true, predicted = evaluation.labels[index], evaluation.predicted[index]
         wrong = true != predicted
         verdict = f"taken for {names[predicted]}" if wrong else "recognised"
         axes.set_title(
-            f"{names[true]}, {verdict}\nloss {evaluation.nll[index]:.2f}",
+            f"{names[true]}, {verdict}\n-log p = {evaluation.nll[index]:.2f}",
             fontsize=8.5,
             color=_MISTAKE_COLOR if wrong else "black",
         )

@@ -9,22 +9,26 @@ Where several processes share a run, all of them open its folder, which has to b
 checkpoint is written by all, everything else by the first.
 """
 
+import contextlib
+import errno
+import gc
 import json
+import logging
 import math
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from experiments import processes
 from experiments.errors import RunError
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+from experiments.events import EventFile
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -33,12 +37,15 @@ EVENTS_FOLDER = "events"
 
 _TEMPORARY_SUFFIX = ".partial"
 _KEPT_CHECKPOINTS = 2
+# What Orbax calls a checkpoint before it is complete, and the bytes it writes beside the arrays.
+_UNFINISHED = "*.orbax-checkpoint-tmp"
+_BESIDE_ARRAYS = 1 << 20
 
 State = TypeVar("State")
 
 
 class RunFolder:
-    """One run on disk. Use `create` or `resume`, and `close` it at the end (or use `with`).
+    """One run on disk. Use `create` before a new one, and `close` at the end (or use `with`).
 
     Attributes:
       path: the folder.
@@ -50,23 +57,30 @@ class RunFolder:
         self.path = path.absolute()
         self.history: list[dict[str, Any]] = []
         self._header = dict(header)
+        if processes.is_first():
+            # Orbax would do that in a thread that does not end with the program.
+            for unfinished in (self.path / CHECKPOINT_FOLDER).glob(_UNFINISHED):
+                shutil.rmtree(unfinished)
         self._checkpoints = ocp.CheckpointManager(
             self.path / CHECKPOINT_FOLDER,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=_KEPT_CHECKPOINTS,
-                cleanup_tmp_directories=True,
                 # The next epoch takes over the buffers that are being saved.
                 enable_async_checkpointing=False,
             ),
         )
         self.epochs_done = self._checkpoints.latest_step() or 0
-        self.history = self._read_history()
-        # The first process writes anew what the others read.
-        processes.wait_for_all("the metrics are read")
-        self._events: SummaryWriter | None = None
-        if processes.is_first():
-            self._rewrite_metrics()
-            self._events = self._replay_events()
+        self._events: EventFile | None = None
+        try:
+            self.history = self._read_history()
+            # The first process writes anew what the others read.
+            processes.wait_for_all("the metrics are read")
+            if processes.is_first():
+                self._rewrite_metrics()
+                self._events = self._replay_events()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -81,9 +95,8 @@ class RunFolder:
         self.history.append(row)
         self._append(row)
         if self._events:
-            _add_events(self._events, row)
-            self._events.flush()
-        self._checkpoints.save(epoch, args=ocp.args.StandardSave(state))
+            self._events.add(epoch, row)
+        self._save(epoch, state)
         self.epochs_done = epoch
 
     def record_final(self, metrics: Mapping[str, Any]) -> None:
@@ -106,9 +119,23 @@ class RunFolder:
 
     def close(self) -> None:
         """Ends all writing."""
-        if self._events:
-            self._events.close()
         self._checkpoints.close()
+
+    def _save(self, epoch: int, state: Any) -> None:
+        if processes.is_first():
+            _require_room(self.path / CHECKPOINT_FOLDER, state)
+        failure: OSError | RunError | None = None
+        with _silence():
+            try:
+                self._checkpoints.save(epoch, args=ocp.args.StandardSave(state))
+            except (ValueError, RuntimeError, OSError) as error:
+                folder = self.path / CHECKPOINT_FOLDER / str(epoch)
+                failure = _failure_to_write(folder, error)
+            if failure is not None:
+                # What Orbax's threads left behind would be reported when Python comes across it.
+                gc.collect()
+        if failure is not None:
+            raise failure
 
     def _read_history(self) -> list[dict[str, Any]]:
         path = self.path / METRICS_FILE
@@ -130,7 +157,7 @@ class RunFolder:
 
     def _rewrite_metrics(self) -> None:
         rows = [{"kind": "run", **self._header}, *self.history]
-        _write_whole(self.path / METRICS_FILE, "".join(_json_line(row) for row in rows))
+        write_whole(self.path / METRICS_FILE, "".join(_json_line(row) for row in rows))
 
     def _append(self, row: Mapping[str, Any]) -> None:
         if not processes.is_first():
@@ -140,16 +167,13 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def _replay_events(self) -> "SummaryWriter":
-        # Imported here because it takes a second that the other processes need not wait for.
-        from tensorboardX import SummaryWriter
-
+    def _replay_events(self) -> EventFile:
         folder = self.path / EVENTS_FOLDER
         shutil.rmtree(folder, ignore_errors=True)
-        writer = SummaryWriter(str(folder))
+        events = EventFile(folder)
         for row in self.history:
-            _add_events(writer, row)
-        return writer
+            events.add(row["epoch"], row)
+        return events
 
 
 def require_fresh(path: Path) -> None:
@@ -174,25 +198,29 @@ def create(path: Path, config: Mapping[str, Any]) -> None:
     require_fresh(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _write_whole(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        write_whole(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def read_config(path: Path) -> dict[str, Any] | None:
-    """Returns the configuration of the run in a folder, or None where no run has begun in it.
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the configuration of the run in a folder.
 
     Raises:
-      RunError: the folder holds something else, or a configuration that cannot be read.
+      RunError: there is no run in the folder, or its configuration cannot be read.
     """
     file = path / CONFIG_FILE
     try:
-        if not path.exists() or (path.is_dir() and _is_fresh(path)):
-            return None
+        if not path.exists():
+            raise RunError(
+                f"{path}: no such folder, so there is no run to resume; leave --resume out to "
+                "start one there"
+            )
         if not path.is_dir():
             raise RunError(f"{path}: not a folder")
         if not file.exists():
-            raise RunError(f"{path}: holds no run to resume (no {CONFIG_FILE})")
+            cure = "; leave --resume out to start one there" if _is_fresh(path) else ""
+            raise RunError(f"{path}: holds no run to resume (no {CONFIG_FILE}){cure}")
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{file}: damaged: {error}") from error
@@ -203,10 +231,36 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def _add_events(writer: "SummaryWriter", row: Mapping[str, Any]) -> None:
-    for key, value in row.items():
-        if isinstance(value, float):
-            writer.add_scalar(key, value, row["epoch"])
+def require_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises RunError where a run is to be resumed with other options than it was begun with.
+
+    Args:
+      path: folder of the run.
+      then: the options of the run.
+      now: those that are asked for now, some or all of them.
+    """
+    changed = [name for name, value in now.items() if value != then.get(name)]
+    if changed:
+        lines = [
+            f"\n  --{name.replace('_', '-')}: then {then.get(name)}, now {now[name]}"
+            for name in changed
+        ]
+        raise RunError(f"{path}: the run in it has other options:{''.join(lines)}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that a reader sees the old text or the new."""
+    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
+    try:
+        with temporary.open("w", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        # On a full disk it would take the room of something else.
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _is_fresh(path: Path) -> bool:
@@ -227,14 +281,38 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a reader sees the old text or the new."""
-    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _require_room(folder: Path, state: Any) -> None:
+    """Raises OSError where a disk has no room for a state.
+
+    Orbax notices too, but then each of its threads prints a traceback, some of them at the end of
+    the program.
+    """
+    wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _BESIDE_ARRAYS
+    if shutil.disk_usage(folder).free < wanted:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps Orbax, which raises the error, from also printing it for each of its threads."""
+    hook, disabled = sys.unraisablehook, logging.root.manager.disable
+    sys.unraisablehook = lambda _: None
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        logging.disable(disabled)
+
+
+def _failure_to_write(folder: Path, error: BaseException) -> OSError | RunError:
+    """The error of the system behind one of Orbax, where it tells of one."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return OSError(int(code[1]), os.strerror(int(code[1])), str(folder))
+    return RunError(f"{folder}: cannot be written ({_first_line(error)})")
 
 
 def _first_line(error: BaseException) -> str:

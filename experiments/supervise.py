@@ -44,6 +44,7 @@ class Worker:
       joining: keyword arguments of `jax.distributed.initialize`.
       command: the experiment and its arguments.
       environment: variables besides those of this process.
+      unwritten: gets the error where its lines cannot be passed on.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Worker:
         joining: Joining,
         command: Sequence[str],
         environment: Mapping[str, str],
+        unwritten: list[OSError],
     ):
         self.name = name
         # Closes with this process, however that ends, and so tells the worker to end too.
@@ -72,7 +74,7 @@ class Worker:
             )
         streams = ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr))
         self._threads = [
-            threading.Thread(target=_forward, args=(source, target, prefix), daemon=True)
+            threading.Thread(target=_forward, args=(source, target, prefix, unwritten), daemon=True)
             for source, target in streams
         ]
         for thread in self._threads:
@@ -81,8 +83,12 @@ class Worker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def kill(self) -> None:
+        """Ends it, without waiting for that."""
         self._process.kill()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
         self._process.wait()
         for thread in self._threads:
             thread.join()
@@ -127,14 +133,23 @@ def run(
 
     Returns:
       The failure, or None where all were done or had to be ended.
+
+    Raises:
+      OSError: what they print cannot be passed on, since a disk is full. They were ended.
     """
+    unwritten: list[OSError] = []
     with contextlib.ExitStack() as stack:
         workers = []
         for index, (name, joining) in enumerate(jobs.items()):
             prefix = f"[{index}] " if len(jobs) > 1 else ""
-            worker = Worker(name, prefix, joining, command, environment)
+            worker = Worker(name, prefix, joining, command, environment, unwritten)
             workers.append(stack.enter_context(worker))
+        # All at once in the end, or the last ones would complain about the death of the first.
+        for worker in workers:
+            stack.callback(worker.kill)
         while not (failed := [worker for worker in workers if worker.status]):
+            if unwritten:
+                raise unwritten[0]
             if until() or all(worker.status == 0 for worker in workers):
                 return None
             time.sleep(_POLL_SECONDS)
@@ -156,8 +171,12 @@ def _likely_victim(worker: Worker) -> int:
     return 0 if worker.status < 0 else 1
 
 
-def _forward(source: IO[str], target: IO[str], prefix: str) -> None:
+def _forward(source: IO[str], target: IO[str], prefix: str, unwritten: list[OSError]) -> None:
     with source:
         for line in source:
-            target.write(prefix + line)
-            target.flush()
+            try:
+                target.write(prefix + line)
+                target.flush()
+            except OSError as error:
+                unwritten.append(error)
+                return

@@ -102,6 +102,9 @@ class Trainer:
       objective: by which loss.
       settings: how.
       devices: on what; by default all there are. The batch is spread over them.
+
+    Raises:
+      RunError: a batch would be larger than the training set.
     """
 
     def __init__(
@@ -111,6 +114,12 @@ class Trainer:
         settings: Settings,
         devices: Sequence[jax.Device] | None = None,
     ):
+        images = len(dataset.train_labels)
+        if settings.batch_size > images:
+            raise RunError(
+                f"--batch-size {settings.batch_size} is above {images}, the number of training "
+                f"images of {dataset.name}"
+            )
         devices = jax.devices() if devices is None else devices
         self.dataset = dataset
         self.settings = settings

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from experiments.benchmarking.measure import BASELINE, LIMIT, OURS, Row
@@ -24,7 +26,9 @@ _STYLES = {
     "cut-cross-entropy exact": ("#f1b6da", ">"),
     LIMIT: ("#777777", ""),
 }
+_NOTICE_COLOR = "#b2182b"
 _DOTS_PER_INCH = 130
+_LINE_INCHES, _KEY_INCHES = 0.24, 0.7
 _VARIED: dict[str, Callable[[Row], int]] = {
     "classes": lambda row: row.problem.classes,
     "rows": lambda row: row.problem.rows,
@@ -32,14 +36,26 @@ _VARIED: dict[str, Callable[[Row], int]] = {
 }
 
 
-def save_all(folder: Path, rows: Sequence[Row], title: str) -> list[Path]:
-    """Draws what the rows have figures for and returns the paths."""
+def save_all(
+    folder: Path, rows: Sequence[Row], title: str, notices: Sequence[str] = ()
+) -> list[Path]:
+    """Draws what the rows have figures for and returns the paths.
+
+    Args:
+      folder: where the pictures go.
+      rows: the figures.
+      title: what every picture is called.
+      notices: what every picture has to say.
+    """
     figures: dict[str, Figure] = {}
     table = [row for row in rows if row.problem.group == "table" and row.to_optax is not None]
     shared = [row for row in table if row.problem.operation == "vocab-parallel"]
-    table = [row for row in table if row not in shared]
+    waited = [row for row in table if row.problem.operation.startswith(("import", "compile"))]
+    table = [row for row in table if row not in shared and row not in waited]
     if table:
         figures["ratios"] = ratios(table)
+    if waited:
+        figures["startup"] = startup(waited)
     for varied in ("classes", "rows"):
         series = [row for row in rows if row.problem.group == varied]
         if series:
@@ -49,6 +65,9 @@ def save_all(folder: Path, rows: Sequence[Row], title: str) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         figure.suptitle(title, fontsize=10)
+        if notices:
+            text = "\n".join(notices)
+            figure.supxlabel(text, color="white", backgroundcolor=_NOTICE_COLOR, fontsize=10)
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=_DOTS_PER_INCH)
         paths.append(path)
@@ -56,51 +75,127 @@ def save_all(folder: Path, rows: Sequence[Row], title: str) -> list[Path]:
 
 
 def ratios(rows: Sequence[Row]) -> Figure:
-    """Time of value and gradient over optax's, one line of points for each problem."""
-    problems = list(dict.fromkeys(row.problem for row in rows))
-    figure = Figure(figsize=(9, 1.6 + 0.22 * len(problems)), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(1, color=_STYLES[BASELINE][0], linewidth=1.2, label="optax = 1")
-    for peer in _order(rows):
-        if peer in (BASELINE, LIMIT):
-            continue
-        color, marker = _style(peer)
-        found = [row for row in rows if row.peer == peer]
-        axes.scatter(
-            [row.to_optax.median for row in found if row.to_optax],
-            [problems.index(row.problem) for row in found],
-            color=color,
-            marker=marker,
-            s=46 if peer == OURS else 22,
-            zorder=3 if peer == OURS else 2,
-            label=peer,
-        )
-    last = ""
-    for index, problem in enumerate(problems):
-        if last and problem.operation != last:
-            axes.axhline(index - 0.5, color="#cccccc", linewidth=0.8)
-        last = problem.operation
-    axes.set_yticks(
-        range(len(problems)),
-        [f"{p.operation}  {p.shape} {p.dtype}" if p.rows else p.operation for p in problems],
-        fontsize=8,
-    )
-    axes.set_ylim(len(problems) - 0.5, -0.5)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("time of value and gradient, over that of optax (left is faster)")
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-    _clean(axes)
+    """Time of value and gradient over optax's: a column for each dtype, a line for each shape.
+
+    Every text is large enough for a page on which the picture is 900 pixels wide.
+    """
+    dtypes = list(dict.fromkeys(row.problem.dtype for row in rows))
+    lines = _Lines(rows)
+    figure, key, body = _with_key((9, 1.4 + _LINE_INCHES * len(lines.labels)))
+    columns = body.subgridspec(1, len(dtypes)).subplots(sharex=True, sharey=True, squeeze=False)[0]
+    for dtype, axes in zip(dtypes, columns, strict=True):
+        axes.axvline(1, color=_STYLES[BASELINE][0], linewidth=1.5, label="optax = 1")
+        for peer in _order(rows):
+            if peer in (BASELINE, LIMIT):
+                continue
+            found = [row for row in rows if (row.peer, row.problem.dtype) == (peer, dtype)]
+            _points(axes, lines, peer, found, [r.to_optax.median for r in found if r.to_optax])
+        lines.draw(axes)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.tick_params(labeltop=True, labelsize=10)
+        axes.set_title(dtype, fontsize=11)
+        axes.set_xlabel("over optax's (left is faster)", fontsize=10)
+    _legend(key, *columns[0].get_legend_handles_labels())
+    key.set_title("time of value and gradient, over that of optax", fontsize=11)
     return figure
+
+
+def startup(rows: Sequence[Row]) -> Figure:
+    """How long importing and compiling value and gradient take, beside optax."""
+    lines = _Lines(rows)
+    figure, key, body = _with_key((9, 0.8 + _LINE_INCHES * len(lines.labels)))
+    axes = figure.add_subplot(body)
+    for peer in _order(rows):
+        found = [row for row in rows if row.peer == peer]
+        _points(axes, lines, peer, found, [r.gradient.median for r in found if r.gradient])
+        for row in found:
+            if row.gradient:
+                axes.plot(
+                    [row.gradient.lower, row.gradient.upper],
+                    [lines.position(row)] * 2,
+                    color=_style(peer)[0],
+                    linewidth=1.2,
+                )
+    lines.draw(axes)
+    axes.set_xlim(left=0)
+    axes.tick_params(labelsize=10)
+    axes.set_xlabel("seconds, with quartiles (left is faster)", fontsize=10)
+    _legend(key, *axes.get_legend_handles_labels())
+    key.set_title("time of importing the library, and of compiling value and gradient", fontsize=11)
+    return figure
+
+
+class _Lines:
+    """Lines of a picture from top to bottom: a heading for each operation, then its shapes."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.labels: list[str] = []
+        self._headings: list[int] = []
+        self._positions: dict[tuple[str, str], int] = {}
+        for operation in dict.fromkeys(row.problem.operation for row in rows):
+            self._headings.append(len(self.labels))
+            self.labels.append(operation)
+            problems = [row.problem for row in rows if row.problem.operation == operation]
+            for shape in dict.fromkeys(problem.shape for problem in problems):
+                # What has no shape is a single figure, beside the heading.
+                if problems[0].rows:
+                    self.labels.append(shape)
+                self._positions[operation, shape] = len(self.labels) - 1
+
+    def position(self, row: Row) -> int:
+        """The line of a row, counted from the top."""
+        return self._positions[row.problem.operation, row.problem.shape]
+
+    def draw(self, axes: Axes) -> None:
+        """Labels the lines and rules off the operations."""
+        axes.set_yticks(range(len(self.labels)), self.labels, fontsize=10)
+        for index in self._headings:
+            axes.yaxis.get_major_ticks()[index].label1.set_fontweight("bold")
+            axes.axhline(index - 0.5, color="#bbbbbb", linewidth=0.8)
+        axes.set_ylim(len(self.labels) - 0.5, -0.5)
+        _clean(axes)
+
+
+def _points(
+    axes: Axes, lines: _Lines, peer: str, rows: Sequence[Row], values: Sequence[float]
+) -> None:
+    color, marker = _style(peer)
+    axes.scatter(
+        values,
+        [lines.position(row) for row in rows],
+        color=color,
+        marker=marker,
+        s=60 if peer == OURS else 34,
+        zorder=3 if peer == OURS else 2,
+        label=peer,
+    )
+
+
+def _with_key(size: tuple[float, float]) -> tuple[Figure, Axes, SubplotSpec]:
+    """A picture with room for its key and, below that, of this size in inches for the rest.
+
+    A legend of the figure itself would lie over the title or the notices.
+    """
+    width, height = size
+    figure = Figure(figsize=(width, _KEY_INCHES + height), layout="constrained")
+    grid = figure.add_gridspec(2, 1, height_ratios=(_KEY_INCHES, height))
+    key = figure.add_subplot(grid[0])
+    key.set_axis_off()
+    return figure, key, grid[1]
+
+
+def _legend(key: Axes, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    key.legend(handles, labels, frameon=False, fontsize=10, ncols=5, loc="upper center")
 
 
 def scaling(rows: Sequence[Row], varied: str) -> Figure:
     """Time and temporaries of value and gradient against one size, with all peers."""
     operations = list(dict.fromkeys(row.problem.operation for row in rows))
-    figure = Figure(figsize=(9.5, 0.7 + 3.3 * len(operations)), layout="constrained")
-    grid = figure.subplots(len(operations), 2, squeeze=False)
+    figure, key, body = _with_key((9, 3.3 * len(operations)))
+    grid = body.subgridspec(len(operations), 2).subplots(squeeze=False)
     for operation, (time_axes, memory_axes) in zip(operations, grid, strict=True):
         found = [row for row in rows if row.problem.operation == operation and row.gradient]
         for peer in _order(found):
@@ -126,9 +221,7 @@ def scaling(rows: Sequence[Row], varied: str) -> Figure:
             _amount_axis(axes, unit)
         time_axes.set_title(_title(found[0], varied), fontsize=10, loc="left")
     lines = {str(line.get_label()): line for time_axes, _ in grid for line in time_axes.get_lines()}
-    figure.legend(
-        lines.values(), lines.keys(), frameon=False, fontsize=9, ncols=6, loc="outside lower center"
-    )
+    _legend(key, list(lines.values()), list(lines))
     return figure
 
 

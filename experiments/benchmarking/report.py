@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -14,9 +15,14 @@ import jax
 
 from experiments.benchmarking.measure import BASELINE, LIMIT, MEASURED, OURS, Row
 from experiments.benchmarking.timing import Samples
+from experiments.runs import write_whole
 
 CSV_FILE, JSON_FILE = "results.csv", "results.json"
 SUMMARY_FILE, TABLE_FILE = "summary.md", "table.md"
+
+# What may be before the ratios are doubtful: the load average when a run begins, of which the one
+# thread of this process may be the cause, and the share of the cores that others use during it.
+MOST_LOAD, MOST_OTHERS = 1.0, 0.1
 
 _PACKAGES = (
     *("ce-jax", "jax", "jaxlib", "optax", "torch", "keras", "tokamax"),
@@ -37,19 +43,44 @@ def machine() -> dict[str, Any]:
     }
 
 
+def notices(about: Mapping[str, Any]) -> list[str]:
+    """What every table and picture has to say, one sentence each; empty after a run to trust.
+
+    Args:
+      about: `options`, `cores`, the `load` when the run began, and how many cores `others` used.
+    """
+    found = []
+    if about["options"]["quick"]:
+        found.append("QUICK RUN: small shapes and few samples, not for conclusions")
+    if about["load"] > MOST_LOAD:
+        found.append(
+            f"BUSY MACHINE: load {about['load']} when the run began; do not trust the ratios"
+        )
+    others = about["others"]
+    if others is not None and others > MOST_OTHERS * about["cores"]:
+        found.append(
+            f"BUSY MACHINE: other programs used {others} of {about['cores']} cores during the run; "
+            "do not trust the ratios"
+        )
+    return found
+
+
 def save(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
     """Writes all rows in every form."""
-    records = [row.record() for row in rows]
-    with (folder / CSV_FILE).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    (folder / JSON_FILE).write_text(json.dumps({**about, "rows": records}, indent=1) + "\n")
+    said = notices(about)
+    records = [{**row.record(), "notice": "; ".join(said)} for row in rows]
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, list(records[0]))
+    writer.writeheader()
+    writer.writerows(records)
+    write_whole(folder / CSV_FILE, lines.getvalue())
+    content = {**about, "notices": said, "rows": [row.record() for row in rows]}
+    write_whole(folder / JSON_FILE, json.dumps(content, indent=1) + "\n")
     table = [row for row in rows if row.problem.group == "table"]
     if table:
-        heading = f"{_about(about)}\n\n"
-        (folder / SUMMARY_FILE).write_text(heading + summary(table))
-        (folder / TABLE_FILE).write_text(heading + full_table(rows))
+        heading = "".join(f"**{text}**\n\n" for text in said) + f"{_about(about)}\n\n"
+        write_whole(folder / SUMMARY_FILE, heading + summary(table))
+        write_whole(folder / TABLE_FILE, heading + full_table(rows))
 
 
 def summary(rows: Sequence[Row]) -> str:

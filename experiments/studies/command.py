@@ -18,7 +18,7 @@ from rich.text import Text
 from experiments import console as show
 from experiments import data
 from experiments.benchmarking.report import machine
-from experiments.errors import ExperimentError, RunError, fail
+from experiments.errors import RunError, reported
 from experiments.studies import pictures, report
 from experiments.studies.training import HIDDEN, Loss, Runs, Trained, train
 from experiments.training import Settings
@@ -130,7 +130,7 @@ def make_app(
             typer.Option(
                 min=1,
                 max=100,
-                help="Number of seeds. Each brings its own parameters, images and noise.",
+                help="Number of seeds. Each has its own initial parameters, images and noise.",
                 show_default="3; with --quick 1",
             ),
         ] = None,
@@ -147,36 +147,39 @@ def make_app(
         dataset: Annotated[
             data.DatasetName,
             typer.Option(
-                help="mnist: the real one, or an error. digits: scikit-learn's 8x8 digits. auto: "
-                "mnist where it is at hand or can be downloaded, otherwise digits."
+                help="What to train on. mnist: MNIST, or an error where there is none. digits: "
+                "scikit-learn's 8x8 digits. auto: MNIST where it is at hand or can be downloaded, "
+                "otherwise the digits."
             ),
         ] = "auto",
         data_dir: Annotated[
             Path | None,
             typer.Option(
                 help="Folder of the four MNIST files, plain or .gz. Without one they are "
-                "downloaded, once, into the user's cache folder.",
+                "downloaded into your cache folder, once.",
                 show_default=f"${data.DATA_DIR_VARIABLE} where it is set",
             ),
         ] = None,
         out: Annotated[
             Path | None,
             typer.Option(
-                help="Folder of the results, new or empty: tables, figures of every run, plots.",
+                help="Folder for tables, plots and figures of all runs. It has to be new or empty.",
                 show_default=f"runs/{name}-DATE-TIME",
             ),
         ] = None,
         quick: Annotated[
             bool,
             typer.Option(
-                "--quick", help="Few images and epochs: to see it run, not for its figures."
+                "--quick", help="Take few images and epochs, to see the study run in seconds."
             ),
         ] = False,
     ) -> None:
         if data_dir is not None and dataset == "digits":
-            raise typer.BadParameter("--data-dir is of no use to --dataset digits")
+            raise typer.BadParameter("--data-dir is for MNIST: leave it out with --dataset digits")
         folder = out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        try:
+        with reported(
+            folder, "A study writes its results at its end: start it with another --out."
+        ):
             found = data.load(dataset, data_dir)
             claim(folder)
             budget = budgets[found.name]
@@ -191,12 +194,6 @@ def make_app(
             images = min(budget.images, _QUICK_IMAGES) if quick else budget.images
             study = Study(found, images, settings, range(seeds or (1 if quick else 3)), Console())
             _conduct(name, body, study, folder, quick)
-        except ExperimentError as error:
-            fail(str(error))
-        except OSError as error:
-            fail(f"{error.filename or folder}: {error.strerror or error}")
-        except KeyboardInterrupt:
-            fail("interrupted; a study writes its results at its end, there are none", 130)
 
     return app
 
@@ -252,11 +249,12 @@ def _conduct(
         **machine(),
     }
     about["versions"] = {"flax": flax.__version__, **about["versions"]}
-    report.save(folder, outcome, about, title)
-    pictures.save_all(folder, outcome.figures, title, notice)
+    # Shown first: what took minutes to compute is not lost with a disk that is full.
     console.print(f"[bold]{title}[/bold]; mean ± standard deviation over the seeds")
     outcome.table.show(console)
     console.print(f"{seconds:.0f} s, {work:.0f} s of processor time", highlight=False)
+    report.save(folder, outcome, about, title)
+    pictures.save_all(folder, outcome.figures, title, notice)
     console.print(
         Text(f"tables, plots and the figures of every run: {folder.absolute()}"), soft_wrap=True
     )

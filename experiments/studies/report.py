@@ -1,6 +1,7 @@
 """Figures of many runs: means and spreads, tables, and the files of a study."""
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as ConsoleTable
+
+from experiments.runs import write_whole
 
 CSV_FILE, JSON_FILE, TABLE_FILE = "results.csv", "results.json", "table.md"
 
@@ -148,13 +151,14 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def save(folder: Path, outcome: Outcome, about: Mapping[str, Any], title: str) -> None:
     """Writes everything but the pictures."""
-    with (folder / CSV_FILE).open("w", newline="") as file:
-        first = outcome.records[0]
-        writer = csv.writer(file)
-        writer.writerow([*first.conditions, "seed", *first.figures])
-        for record in outcome.records:
-            writer.writerow([*record.conditions.values(), record.seed, *record.figures.values()])
+    first = outcome.records[0]
+    lines = io.StringIO()
+    writer = csv.writer(lines)
+    writer.writerow([*first.conditions, "seed", *first.figures])
+    for record in outcome.records:
+        writer.writerow([*record.conditions.values(), record.seed, *record.figures.values()])
+    write_whole(folder / CSV_FILE, lines.getvalue())
     content = {**about, **outcome.about, "results": summary(outcome.records)}
-    (folder / JSON_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / JSON_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
     notice = f"**{about['notice']}**\n\n" if about["notice"] else ""
-    (folder / TABLE_FILE).write_text(f"{title}\n\n{notice}{outcome.table.markdown()}")
+    write_whole(folder / TABLE_FILE, f"{title}\n\n{notice}{outcome.table.markdown()}")

@@ -1,12 +1,17 @@
 import csv
+import errno
 import json
+import os
 import platform
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
+from rich.console import Console
 from typer.testing import CliRunner
 
 from experiments import benchmark
@@ -17,6 +22,7 @@ from experiments.benchmarking import (
     pictures,
     problems,
     report,
+    startup,
     timing,
     torch_peers,
 )
@@ -240,7 +246,9 @@ def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
         for figure in ("forward", "gradient", "to_optax", "to_limit")
         for column in ("median", "lower", "upper", "samples")
     ]
-    assert [*columns.split(), *figures, "temporaries"] == list(rows[0])
+    assert [*columns.split(), *figures, "temporaries", "notice"] == list(rows[0])
+    assert all("QUICK RUN" in row["notice"] for row in rows)
+    assert "QUICK RUN" in result.output
     for row in about["rows"]:
         assert (row["status"] == "measured") == (row["gradient_median"] is not None)
         if row["peer"] == "optax":
@@ -264,6 +272,196 @@ def test_who_is_left_out_has_no_epoch_either(monkeypatch):
     status = {row.peer: row.status for row in epoch.rows(TINY, gone, quick=True)}
     others = dict.fromkeys(("optax", "torch", "torch.compile"), "left out")
     assert status == {"ce_jax": "measured"} | others
+
+
+ABOUT = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "processor": "a processor",
+    "cores": 4,
+    "load": 0.9,
+    "others": 0.3,
+    "devices": ["cpu"],
+    "python": "3.11",
+    "versions": {"jax": "0.1"},
+    "options": {"quick": False, "freed memory": "kept"},
+}
+QUICK = "QUICK RUN: small shapes and few samples, not for conclusions"
+LOADED = "BUSY MACHINE: load 1.1 when the run began; do not trust the ratios"
+SHARED = "BUSY MACHINE: other programs used 0.5 of 4 cores during the run; do not trust the ratios"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, []),
+        ({"others": None}, []),
+        ({"options": {**ABOUT["options"], "quick": True}}, [QUICK]),
+        ({"load": 1.1}, [LOADED]),
+        ({"others": 0.5}, [SHARED]),
+        (
+            {"load": 1.1, "others": 0.5, "options": {**ABOUT["options"], "quick": True}},
+            [QUICK, LOADED, SHARED],
+        ),
+    ],
+)
+def test_every_table_says_when_it_is_not_to_be_trusted(tmp_path, change, said):
+    times = Samples((2e-3, 1e-3))
+    rows = [
+        measure.Row(tiny("integer"), peer, gradient=times, to_optax=times)
+        for peer in ("ce_jax", "optax")
+    ]
+    report.save(tmp_path, rows, {**ABOUT, **change})
+    for name in (report.SUMMARY_FILE, report.TABLE_FILE):
+        text = (tmp_path / name).read_text()
+        assert text.startswith("".join(f"**{sentence}**\n\n" for sentence in said) + "2026-01-02")
+    assert json.loads((tmp_path / report.JSON_FILE).read_text())["notices"] == said
+    with (tmp_path / report.CSV_FILE).open(newline="") as file:
+        assert [row["notice"] for row in csv.DictReader(file)] == ["; ".join(said)] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "results.csv", "results.json", "summary.md", "table.md"
+    ]  # fmt: skip
+
+
+def everything():
+    """Rows for each kind of picture."""
+    times, ratio = Samples((2e-3, 1e-3, 9e-4)), Samples((1.0, 0.9, 1.1))
+    integer = Problem("integer", 8, 16)
+    problems_ = [
+        (integer, 1),
+        (integer._replace(dtype="bfloat16"), 1),
+        (Problem("import", 0, 0), 1),
+        (Problem("compile integer", 1024, 1000), 1),
+        *((integer._replace(rows=n, group="rows"), 1) for n in (8, 16)),
+        *((Problem("vocab-parallel", 8, 16), n) for n in (1, 2)),
+    ]
+    return [
+        measure.Row(problem, peer, gradient=times, temporaries=9, to_optax=ratio, devices=devices)
+        for problem, devices in problems_
+        for peer in ("ce_jax", "optax", "jax.nn", "torch", "torch.compile", "keras", "limit")
+    ]
+
+
+def test_every_picture_says_it_too(tmp_path, monkeypatch):
+    said = {}
+
+    def keep(self, path, **_):
+        self.draw_without_rendering()
+        said[path.stem] = self
+
+    monkeypatch.setattr(pictures.Figure, "savefig", keep)
+    for notices in ([], [QUICK, LOADED]):
+        pictures.save_all(tmp_path, everything(), "a title", notices)
+        assert set(said) == {"ratios", "startup", "scaling_rows", "scaling_devices"}
+        for name, figure in said.items():
+            assert figure.get_supxlabel() == "\n".join(notices), name
+
+
+def test_pictures_can_be_read_on_a_page(tmp_path, monkeypatch):
+    """At 900 pixels no text is below 12 of them, and none lies over another."""
+    figures = {}
+
+    def keep(self, path, **_):
+        self.draw_without_rendering()
+        figures[path.stem] = self
+
+    monkeypatch.setattr(pictures.Figure, "savefig", keep)
+    pictures.save_all(tmp_path, everything(), "a title", [QUICK, LOADED, SHARED])
+    for name in ("ratios", "startup"):
+        figure = figures[name]
+        per_point = 900 / (72 * figure.get_size_inches()[0])
+        texts = [
+            text
+            for text in figure.findobj(lambda artist: isinstance(artist, Text))
+            if text.get_visible() and text.get_text() and text.get_window_extent().width > 0
+        ]
+        assert min(text.get_fontsize() * per_point for text in texts) > 12, name
+        shown = {text.get_text() for text in texts}
+        assert {"a title", "ce_jax"} < shown
+    assert {"integer", "8x16", "float32", "bfloat16", "torch.compile"} < {
+        text.get_text() for text in figures["ratios"].findobj(Text)
+    }
+    for name, figure in figures.items():
+        notice = next(text for text in figure.texts if text.get_text().startswith("QUICK"))
+        title = next(text for text in figure.texts if text.get_text() == "a title")
+        for axes in figure.axes:
+            box = axes.get_tightbbox()
+            assert notice.get_window_extent().y1 < box.y0 + 1, name
+            assert box.y1 < title.get_window_extent().y0 + 1, name
+
+
+def test_the_points_of_a_picture_are_on_the_lines_of_their_shapes():
+    times, other = Samples((1.0,)), Samples((3.0,))
+    shapes = [(8, 16), (4, 32)]
+    rows = [
+        measure.Row(Problem(operation, *shape, dtype), "ce_jax", gradient=times, to_optax=ratio)
+        for operation, ratio in (("integer", times), ("sigmoid", other))
+        for shape in shapes
+        for dtype in ("float32", "bfloat16")
+    ]
+    figure = pictures.ratios(rows[:-1])  # the last has no figure in bfloat16
+    _, left, right = figure.axes
+    labels = [label.get_text() for label in left.get_yticklabels()]
+    assert labels == ["integer", "8x16", "4x32", "sigmoid", "8x16", "4x32"]
+    points = [axes.collections[0].get_offsets().tolist() for axes in (left, right)]
+    assert points[0] == [[1, 1], [1, 2], [3, 4], [3, 5]]
+    assert points[1] == points[0][:-1]
+
+
+STEPS = """
+import sys, time
+from experiments.benchmarking.contention import Contention
+
+contention = Contention()
+print("ready", flush=True)
+end = time.monotonic() + 1.5
+while time.monotonic() < end:
+    pass
+print(contention.cores())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system has no /proc/stat")
+def test_what_others_do_is_told_from_what_the_process_does():
+    """Of two programs at work at once, each sees the other one and not itself."""
+    command = [sys.executable, "-c", STEPS]
+    cores = len(os.sched_getaffinity(0))
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    seen = [float(process.communicate()[0].split()[1]) for process in both]
+    # Both could start a little apart, and the machine may have other work as well.
+    assert all(0.2 < found <= cores - 0.1 for found in seen), seen
+
+
+def test_compile_times_are_those_of_value_and_gradient_beside_optax(monkeypatch):
+    assert startup._COMPILED_SHAPES == ((1024, 1000), (65536, 10))
+    monkeypatch.setattr(startup, "_COMPILED_SHAPES", ((6, 5), (8, 3)))
+    rows = startup.compile_rows(["integer", "linear"], 1)
+    assert [(row.problem.operation, row.problem.shape, row.peer) for row in rows] == [
+        (f"compile {operation}", shape, peer)
+        for operation, shape in (("integer", "6x5"), ("integer", "8x3"), ("linear", "6x64x5"))
+        for peer in ("ce_jax", "optax")
+    ]
+    assert all(row.gradient.median > 0 for row in rows)
+    console = Console(record=True, width=120)
+    benchmark.print_rows(console, rows)
+    assert "compile integer 8x3: ce_jax" in console.export_text()
+    table = report.full_table(rows)
+    assert "| compile integer | 8x3 | float32 | CPU | optax |" in table
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_a_run_that_cannot_go_on_is_one_line(tmp_path, monkeypatch, error):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(report, "save", broken)
+    monkeypatch.setattr(startup, "import_rows", lambda _: [])
+    out = tmp_path / "run"
+    options = ["--quick", "--fresh-memory", "--only", "import", "--out", str(out)]
+    result = CliRunner().invoke(benchmark.app, options)
+    assert result.exit_code == (1 if isinstance(error, OSError) else 130)
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert f"What was measured until then is in {out}" in result.stderr
 
 
 def test_an_unknown_operation_is_a_wrong_option():

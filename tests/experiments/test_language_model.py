@@ -52,6 +52,52 @@ def test_loss_and_gradients_are_those_of_dense_logits(tied, parts):
     )
 
 
+@pytest.mark.usefixtures("lenient")
+def test_padding_is_never_right():
+    """A model of zeros predicts byte 0 everywhere, also where a row is padded."""
+    mesh = jax.make_mesh((1, 1), ("data", "model"), (AxisType.Auto,) * 2)
+    model = lm.LanguageModel(LENGTH, width=8, blocks=1, tied=False, rngs=nnx.Rngs(0))
+    head, _ = model.head()
+    head[...] = jnp.zeros_like(head[...])
+    tally = nnx.jit(functools.partial(lm.tally, mesh=mesh))
+    padded = np.asarray(BATCH) == lm.PADDING
+    tokens = int((~padded[:, 1:]).sum())
+    assert 0 < tokens < padded[:, 1:].size
+    for byte, hits in ((0, tokens), (1, 0)):
+        sums = tally(model, jnp.asarray(np.where(padded, lm.PADDING, byte)))
+        assert (int(sums.hits), int(sums.tokens)) == (hits, tokens)
+        np.testing.assert_allclose(sums.loss / tokens, np.log(256), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_batch_may_be_larger_than_the_text(tmp_path):
+    """Rows are drawn with replacement."""
+    (tmp_path / "text").write_text("ab")
+    options = ("--text", tmp_path / "text", "--length", 2, "--batch-size", 9, "--steps", 1)
+    result = run(*options, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.output
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    (tmp_path / "text").write_text(TABLES)
+    options = ("--text", tmp_path / "text", "--length", 4, "--batch-size", 2, "--steps", 3)
+    result = run(*options, "--learning-rate", 1e38, "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: the loss is (nan|inf) at step 3; try a .*\n", result.stderr)
+
+
+def test_there_has_to_be_a_run_of_this_script_to_resume(tmp_path):
+    result = run("--resume", "--out", tmp_path / "absent")
+    assert result.exit_code == 1
+    assert "absent: no such folder, so there is no run to resume" in result.stderr
+    (tmp_path / "config.json").write_text('{"experiment": "mnist"}')
+    result = run("--resume", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "config.json: not the configuration of this script" in result.stderr
+
+
 def test_rows_hold_every_byte_once():
     """Each row begins with the byte at which the one before it ends."""
     text = b"abcdefg\n\nh\n\nij\n\n"
@@ -83,7 +129,17 @@ def test_the_loss_falls_and_a_broken_run_goes_on(tmp_path):
     unbroken = (tmp_path / "run" / "metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
     assert "not empty" in run(*options).stderr
-    assert "other options" in run(*options, "--seed", 1, "--resume").stderr
+    result = run(*options, "--seed", 1, "--tied", "--no-tied", "--resume")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"error: {tmp_path / 'run'}: the run in it has other options:",
+        "  --tied: then True, now False",
+        "  --seed: then 0, now 1",
+    ]
+    text.write_text(f"{TABLES}!")
+    message = run(*options, "--resume").stderr
+    assert message.endswith(f"the run in it learns another text than {text} holds now\n")
+    text.write_text(TABLES)
     result = run(*options, "--resume")
     assert result.exit_code == 0, result.output
     assert "resuming after step 50" in result.output
@@ -92,9 +148,9 @@ def test_the_loss_falls_and_a_broken_run_goes_on(tmp_path):
 
 def test_wrong_use_is_one_line(tmp_path):
     assert "does not divide" in run("--parts", 3).stderr
-    assert "--resume wants the folder" in run("--resume").stderr
+    assert "--resume needs the folder" in run("--resume").stderr
     result = run("--tensor-parallel", 3, "--out", tmp_path / "run")
-    assert "256 classes, by --tensor-parallel 3" in result.stderr
+    assert "--tensor-parallel 3 does not go with" in result.stderr
     for path, message in ((tmp_path / "absent", "No such file"), (tmp_path, "directory")):
         result = run("--text", path)
         assert result.exit_code == 1

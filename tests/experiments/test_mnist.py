@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,9 +11,10 @@ from typing import get_args
 
 import jax
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from experiments import data, mnist
+from experiments import data, mnist, runs
 from experiments.objectives import LossName, make_objective
 from experiments.training import Trainer
 from tests.experiments.idx_files import write_all
@@ -159,7 +162,7 @@ def test_what_stands_in_for_mnist_says_so_for_good(begun):
 
     result = invoke("--out", begun, "--resume", "--data-dir", begun)
     assert result.exit_code == 1
-    assert "is on digits, --data-dir is of no use" in result.stderr
+    assert "is on digits; leave out --data-dir" in result.stderr
 
     result = invoke("--out", begun)
     assert result.exit_code == 1
@@ -167,7 +170,11 @@ def test_what_stands_in_for_mnist_says_so_for_good(begun):
 
     result = invoke("--out", begun, "--resume", "--seed", 5, "--loss", "one-hot", "--epochs", 2)
     assert result.exit_code == 1
-    assert "other options: --loss is softmax, not one-hot; --seed is 0, not 5" in result.stderr
+    assert result.stderr.splitlines() == [
+        f"error: {begun}: the run in it has other options:",
+        "  --loss: then softmax, now one-hot",
+        "  --seed: then 0, now 5",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -185,8 +192,8 @@ def test_what_stands_in_for_mnist_says_so_for_good(begun):
         (["--z-loss", "inf"], "--z-loss has to be finite, not inf"),
         (["--z-loss", "1", "--loss", "even-odd"], "--z-loss belongs to the softmax losses"),
         (["--dropout", "1"], "--dropout 1 would leave nothing"),
-        (["--resume"], "--resume wants the folder of the run"),
-        (["--dataset", "digits", "--data-dir", "x"], "--data-dir is of no use"),
+        (["--resume"], "--resume needs the folder of the run"),
+        (["--dataset", "digits", "--data-dir", "x"], "--data-dir is for MNIST"),
         (["--learning_rate", "1"], "--learning_rate"),
     ],
 )
@@ -228,6 +235,53 @@ def test_an_unusable_folder_is_one_line_that_names_it(tmp_path):
         for resume in ([], ["--resume"]):
             message = one_line(invoke("--dataset", "digits", "--out", out, *resume))
             assert str(out) in message
+
+
+def test_there_has_to_be_a_run_to_resume(tmp_path):
+    message = one_line(invoke("--dataset", "digits", "--out", tmp_path / "absent", "--resume"))
+    assert f"{tmp_path / 'absent'}: no such folder, so there is no run to resume" in message
+    assert "leave --resume out" in one_line(invoke("--out", tmp_path, "--resume"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_larger_than_the_training_set_is_one_line(tmp_path):
+    out = tmp_path / "run"
+    message = one_line(invoke("--dataset", "digits", "--batch-size", 1438, "--out", out))
+    assert "--batch-size 1438 is above 1437, the number of training images of digits" in message
+    assert not out.exists()
+
+
+def test_a_class_that_is_never_predicted_has_no_precision(tmp_path):
+    """One step of the largest batch there is leaves some out."""
+    options = ("--dataset", "digits", "--batch-size", 1437, "--epochs", 1)
+    result = invoke(*options, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"│ +- │", result.output)
+    assert "nan" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("broken", "goes_on"),
+    [("write_whole", False), ("_append", True), ("_save", True), ("savefig", True)],
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, broken, goes_on):
+    """Wherever it is noticed: the configuration, the metrics, a checkpoint, the pictures."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "run"
+    options = ("--dataset", "digits", "--epochs", 1, "--batch-size", 512, "--out", out)
+    where = {"write_whole": runs, "savefig": Figure}.get(broken, runs.RunFolder)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, broken, full)
+        message = one_line(invoke(*options))
+    assert f"{out}: " in message
+    assert "No space left on device" in message
+    assert (f"Make room on the disk. --out {out} --resume goes on" in message) == goes_on
+    result = invoke(*options, *(["--resume"] if goes_on else []))
+    assert result.exit_code == 0, result.output
+    assert len(rows(out, "final")) == len(rows(out, "epoch")) == 1
 
 
 def test_resuming_a_folder_of_something_else(tmp_path):

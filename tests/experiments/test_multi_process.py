@@ -253,6 +253,28 @@ def test_the_status_of_a_failing_process_is_kept(launched):
     assert "error: process 0 of 1 ended with status 2.\n" in errors
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.slow
+def test_an_output_that_cannot_be_written_ends_the_job(tmp_path):
+    """As when it goes to a file on a full disk: one line, and nobody waits for the others."""
+    command = ["--processes", "2", "mnist", "--dataset", "digits", "--out", str(tmp_path / "run")]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "experiments.launch", *command],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT,
+        )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(
+        "error: what the processes print cannot be written, so all of them were ended: No space"
+    )
+
+
 @pytest.mark.slow
 def test_the_example_of_the_readme(start, tmp_path):
     readme = (ROOT / "README.md").read_text()
@@ -300,7 +322,7 @@ def test_a_batch_that_processes_cannot_share_is_refused():
     with pytest.raises(RunError, match="--batch-size 33 is not a multiple of the number of proc"):
         make_mesh(33, devices(0, 0, 1, 1))
     config = language_model.Config(1, 8, 9, 3, 1e-3, True, 0)
-    with pytest.raises(RunError, match="3 rows, by what is left of 2 devices, are not to be"):
+    with pytest.raises(RunError, match="these have to share 3 rows evenly"):
         language_model.make_mesh(config, 1, devices(0, 1))
 
 

@@ -87,3 +87,65 @@ def test_plots_of_a_perfect_and_a_tiny_test_set(tmp_path):
     row |= dict.fromkeys(("train_accuracy", "test_accuracy"), 1.0)
     images = np.zeros((3, 8, 8), np.uint8)
     assert len(plots.save_all(tmp_path, "t", "", [{"epoch": 1, **row}], found, images)) == 4
+
+
+def history_of(accuracies):
+    return [
+        {"epoch": epoch, "train_loss": 0.1, "test_loss": 0.1}
+        | {"train_accuracy": train, "test_accuracy": test}
+        for epoch, (train, test) in enumerate(accuracies, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    "accuracies", [[(0.78, 0.956), (0.95, 0.97), (1, 1)], [(0, 0.05)], [(1, 1)], [(0.3, 0.9)] * 3]
+)
+def test_curves_show_every_epoch(accuracies):
+    figure = plots.curves(history_of(accuracies))
+    figure.draw_without_rendering()
+    axes = figure.axes[1]
+    low, high = axes.get_ylim()
+    shown = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+    np.testing.assert_allclose(sorted(shown), sorted(100 * np.ravel(accuracies)))
+    assert max(0, low) <= shown.min()
+    assert shown.max() <= high
+    heights = axes.transData.transform([(1, 90), (1, 98), (1, 100)])[:, 1]
+    assert heights[2] - heights[1] > heights[1] - heights[0] > 0
+
+
+def test_few_mistakes_are_pale_and_the_colours_have_a_key():
+    labels = np.repeat([0, 1], 1000)
+    predicted = labels.copy()
+    predicted[:3], predicted[1000:1500] = 1, 0
+    log_probs = np.log(np.where(np.eye(2)[predicted] > 0, 0.9, 0.1))
+    figure = plots.confusion(Evaluation(0.1, log_probs, labels, NAMES[:2]))
+    axes, key = figure.axes
+    (image,) = axes.images
+    shares = image.get_array()
+    np.testing.assert_allclose(shares[[0, 1], [1, 0]], [0.3, 50.0])
+    assert shares.mask[0, 0]
+    few, many = image.norm(0.3), image.norm(50.0)
+    assert few < 0.2
+    assert many > 0.85
+    assert "% of the true class" in key.get_ylabel()
+    # The same scale for a model that makes no mistake worse than that.
+    predicted[1000:1500] = 1
+    log_probs = np.log(np.where(np.eye(2)[predicted] > 0, 0.9, 0.1))
+    axes, _ = plots.confusion(Evaluation(0.1, log_probs, labels, NAMES[:2])).axes
+    assert axes.images[0].norm(0.3) == few
+
+
+@pytest.mark.parametrize("side", [8, 28])
+def test_the_title_keeps_its_distance_from_the_hardest_images(tmp_path, monkeypatch, side):
+    drawn = {}
+    hardest = plots.hardest
+    monkeypatch.setattr(plots, "hardest", lambda *a: drawn.setdefault("figure", hardest(*a)))
+    images = np.random.default_rng(0).integers(0, 255, (400, side, side), np.uint8)
+    plots.save_all(tmp_path, "a title", "", history_of([(0.5, 0.5)]), evaluation(), images)
+    figure = drawn["figure"]
+    figure.draw_without_rendering()
+    title = figure.get_suptitle()
+    assert title == "a title"
+    (text,) = [t for t in figure.texts if t.get_text() == title]
+    below = max(axes.title.get_window_extent().y1 for axes in figure.axes)
+    assert text.get_window_extent().y0 - below > 8 * figure.dpi / 72

@@ -1,4 +1,6 @@
+import errno
 import json
+import logging
 import os
 import shutil
 import struct
@@ -117,14 +119,98 @@ def test_a_new_run_wants_an_empty_folder(tmp_path):
 
 def test_a_kill_before_the_first_write_leaves_a_fresh_folder(tmp_path):
     (tmp_path / "config.json.partial").write_text('{"se')
-    assert runs.read_config(tmp_path) is None
     runs.create(tmp_path, {"seed": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_no_run_yet(tmp_path):
-    assert runs.read_config(tmp_path) is None
-    assert runs.read_config(tmp_path / "absent") is None
+    with pytest.raises(RunError, match="absent: no such folder, so there is no run to resume"):
+        runs.read_config(tmp_path / "absent")
+    with pytest.raises(RunError, match=r"holds no run to resume .*; leave --resume"):
+        runs.read_config(tmp_path)
+
+
+def test_other_options_are_named_one_by_one(tmp_path):
+    then = {"seed": 0, "batch_size": 32, "tied": True}
+    runs.require_same(tmp_path, then, {"seed": 0, "tied": True})
+    with pytest.raises(RunError) as error:
+        runs.require_same(tmp_path, then, {"seed": 1, "batch_size": 64, "tied": True})
+    assert str(error.value).splitlines() == [
+        f"{tmp_path}: the run in it has other options:",
+        "  --seed: then 0, now 1",
+        "  --batch-size: then 32, now 64",
+    ]
+
+
+def is_full(error):
+    return error.value.errno == errno.ENOSPC
+
+
+def test_a_checkpoint_asks_for_room_before_it_is_written(tmp_path, monkeypatch, capfd):
+    """Orbax would print a traceback for each of its threads."""
+    record(tmp_path, [1])
+    arrays = 5 << 20
+    large = {"w": jnp.zeros(arrays // 4)}
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((arrays, False), (arrays + (2 << 20), True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        with runs.RunFolder(tmp_path, HEADER) as folder:
+            assert folder.epochs_done == 1
+            if fits:
+                folder.record_epoch({"loss": 0.5}, large)
+            else:
+                with pytest.raises(OSError, match="No space left on device") as error:
+                    folder.record_epoch({"loss": 0.5}, large)
+                assert is_full(error)
+                assert error.value.filename == str(tmp_path / "checkpoints")
+    assert [row.get("epoch") for row in metrics_rows(tmp_path)] == [None, 1, 2]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "wanted", "message"),
+    [
+        (ValueError("Error writing: [os_error_code='28']\nand more"), OSError, "No space left"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), OSError, "quota"),
+        (
+            RuntimeError("no such thing\nand more"),
+            RunError,
+            r"2: cannot be written \(no such thing\)",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_one_error(
+    tmp_path, monkeypatch, caplog, raised, wanted, message
+):
+    def save(*_, **__):
+        logging.getLogger("absl").error("a traceback of a thread")
+        raise raised
+
+    record(tmp_path, [1])
+    with runs.RunFolder(tmp_path, HEADER) as folder:
+        monkeypatch.setattr(folder._checkpoints, "save", save)
+        with pytest.raises(wanted, match=message):
+            folder.record_epoch({"loss": 0.5}, state(2))
+    assert not [entry for entry in caplog.records if entry.levelno >= logging.ERROR]
+    logging.getLogger("absl").error("is heard again")
+    assert "is heard again" in caplog.text
+    record(tmp_path, [2])
+    assert [row.get("epoch") for row in metrics_rows(tmp_path)] == [None, 1, 2]
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "figures"
+    runs.write_whole(path, "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        runs.write_whole(path, "new")
+    assert is_full(error)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_of_something_else(tmp_path):

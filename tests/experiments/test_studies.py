@@ -1,17 +1,21 @@
 """The studies: their data, their figures against NumPy, and each command from end to end."""
 
 import csv
+import dataclasses
+import errno
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from experiments import calibration, data, imbalance, multitask, noisy_labels
 from experiments.errors import RunError
-from experiments.studies import report
+from experiments.studies import command, report, training
 from experiments.studies.training import side_by_side, single, train
 from experiments.training import Settings
 
@@ -274,7 +278,7 @@ def test_help_names_every_option(name, monkeypatch):
         (["--epochs", "-1"], "--epochs"),
         (["--epochs", "many"], "--epochs"),
         (["--dataset", "cifar"], "--dataset"),
-        (["--dataset", "digits", "--data-dir", "x"], "--data-dir is of no use"),
+        (["--dataset", "digits", "--data-dir", "x"], "--data-dir is for MNIST"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path, monkeypatch, options, message):
@@ -327,4 +331,55 @@ def test_an_interrupt_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(imbalance, "profile", interrupt)
     result = invoke("imbalance", "--dataset", "digits", "--out", tmp_path / "out")
     assert result.exit_code == 130
-    assert result.stderr.startswith("error: interrupted; a study writes its results at its end")
+    assert result.stderr.startswith("error: interrupted. A study writes its results at its end")
+
+
+@pytest.mark.parametrize("place", ["results", "pictures"])
+def test_a_full_disk_is_one_line_after_the_results(monkeypatch, tmp_path, place):
+    """What took minutes to compute can be read, though it cannot be written."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    records = [report.Record({"method": "a method"}, 0, {"x": 0.25})]
+    outcome = report.Outcome(
+        tuple(records), report.by_method(records, [report.Column("x", "heading")]), {}, {}
+    )
+    figure = Figure()
+    if place == "results":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        figure.savefig = full
+    outcome = dataclasses.replace(outcome, figures={"picture": figure})
+    app = command.make_app("a study", "purpose", lambda _: outcome, imbalance.BUDGETS)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["--dataset", "digits", "--out", str(out)])
+    message = one_line(result)
+    assert f"{out}: No space left on device. Make room on the disk. A study writes" in message
+    assert "a method" in result.output
+    assert "25.00" in result.output
+    if place == "results":
+        assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [1, 6, 8])
+def test_images_that_do_not_fill_a_batch_are_judged_as_they_are(count, monkeypatch):
+    """No image is left out, none is counted twice, whatever number is looked at together."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 3)).astype(np.uint8)
+    runs = side_by_side([single(0, seed, np.arange(8), np.arange(8) % 4) for seed in (0, 1)])
+    settings = Settings(1, 5, 0.01, 0.0, 0.0, 0)  # of 8 images a batch of 5: 3 wait
+
+    def look(at_once):
+        monkeypatch.setattr(training, "_JUDGED_AT_ONCE", at_once)
+        jax.clear_caches()
+        return train((wrong_label,), settings, images, runs, images[:count], outputs=4)
+
+    found, whole = look(3), look(8)
+    assert found.logits.shape == (2, count, 4)
+    assert found.losses.shape == (2, 1)
+    np.testing.assert_allclose(found.logits, whole.logits, rtol=1e-5, atol=1e-6)
+
+
+def wrong_label(logits, labels, given):
+    """Wants the label's logit to fall."""
+    return jnp.mean(jnp.take_along_axis(logits, labels[:, None], 1))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import chex
@@ -60,6 +61,40 @@ def test_every_example_counts_once_per_epoch(digits, trainer):
     assert len(digits.train_labels) % SETTINGS.batch_size != 0
     assert int(tally.examples) == len(digits.train_labels)
     assert float(tally.loss.denominator) == len(digits.train_labels)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "even-odd"])
+def test_the_rows_that_fill_up_the_last_batch_are_not_counted(digits, loss):
+    """They repeat image 0, which is given the label that the untrained model takes it for."""
+    task = digits.parity() if loss == "even-odd" else digits
+    task = dataclasses.replace(task, test_images=task.train_images, test_labels=task.train_labels)
+    objective = make_objective(loss, task)
+    settings = Settings(**{**vars(SETTINGS), "batch_size": 1000, "learning_rate": 1e-30})
+    settings = dataclasses.replace(settings, dropout=0.0)
+    trainer = Trainer(task, objective, settings, jax.devices()[:1])
+    found = trainer.evaluate(trainer.initial_state())
+    assert found.log_probs.shape == (1437, len(task.class_names))
+    labels = task.train_labels.copy()
+    labels[0] = found.predicted[0]
+    right = int(np.sum(found.predicted == labels))
+
+    trainer = Trainer(
+        dataclasses.replace(task, train_labels=labels), objective, settings, jax.devices()[:1]
+    )
+    state, tally = trainer.run_epoch(trainer.initial_state(), 0)
+    np.testing.assert_array_equal(trainer.evaluate(state).predicted, found.predicted)
+    assert (int(tally.examples), int(tally.correct)) == (1437, right)
+    # Nor does it matter to predictions how many rows are filled up.
+    whole = dataclasses.replace(settings, batch_size=1437)
+    again = Trainer(task, objective, whole, jax.devices()[:1])
+    np.testing.assert_allclose(
+        again.evaluate(again.initial_state()).log_probs, found.log_probs, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_batch_is_no_larger_than_the_training_set(digits):
+    with pytest.raises(RunError, match="--batch-size 1438 is above 1437, the number of training"):
+        make_trainer(digits, Settings(**{**vars(SETTINGS), "batch_size": 1438}))
 
 
 def test_the_state_is_donated(trainer):
