@@ -1,5 +1,7 @@
 """Cross-entropy losses for JAX: exact in every option, with fused gradients, compiled by XLA."""
 
+__version__ = "0.1.0"
+
 from .calibration import ReliabilityBins as ReliabilityBins
 from .calibration import brier_score as brier_score
 from .calibration import expected_calibration_error as expected_calibration_error

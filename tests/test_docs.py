@@ -1,0 +1,66 @@
+"""The pages' code runs and prints what it says; every public name is in the reference, once."""
+
+import inspect
+import re
+
+import pytest
+
+import ce_jax
+from tests import pages
+from tests.pages import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+NAMES = sorted(
+    name
+    for name, value in vars(ce_jax).items()
+    if not name.startswith("_") and not inspect.ismodule(value)
+)
+BLOCKS = [block for page in [*PAGES, ROOT / "CONTRIBUTING.md"] for block in pages.blocks(page)]
+REFERENCE = [
+    (page.stem, name)
+    for page in sorted((DOCS / "api").glob("*.md"))
+    for name in re.findall(r"^\.\. auto\w+:: (\w+)$", page.read_text("utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("code", BLOCKS)
+def test_code(code, request):
+    pages.run(code, request.node.callspec.id)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_has_one_entry(name):
+    assert [entry for _, entry in REFERENCE].count(name) == 1
+
+
+def test_every_entry_is_a_public_name():
+    assert {entry for _, entry in REFERENCE} <= {*NAMES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_python_is_left_out(page):
+    """Every fence says what it holds, so that no code can hide from `test_code`."""
+    fences = re.findall(r"^```(\S*)\n", page.read_text("utf-8") + "\n", re.MULTILINE)
+    opening = [fence for fence in fences if fence]
+    assert {fence for fence in opening if not fence.startswith("{")} <= {"python", "py", "sh"}
+    # `train.py` is run by two processes, in a test of the experiments.
+    assert opening.count("py") == (page.name == "many_devices.md")
+
+
+def test_every_page_is_in_the_contents():
+    contents = (DOCS / "index.md").read_text("utf-8") + (DOCS / "api/index.md").read_text("utf-8")
+    listed = {line.rpartition("/")[2] for line in contents.splitlines()}
+    found = {path.stem for path in DOCS.rglob("*.md") if "_build" not in path.parts}
+    assert found - listed <= {"index"}
+
+
+def test_long_tables_come_from_files():
+    """Figures of the results folders are included, never typed."""
+    for page, folder in (("benchmarks", "benchmark"), ("numerics", "numerics")):
+        text = (DOCS / f"{page}.md").read_text("utf-8")
+        included = re.findall(r"^```\{include\} (\S+)$", text, re.MULTILINE)
+        assert any(f"/results/{folder}" in path for path in included)
+        for path in included:
+            assert (DOCS / path).stat().st_size > 0
