@@ -64,3 +64,10 @@ def test_long_tables_come_from_files():
         assert any(f"/results/{folder}" in path for path in included)
         for path in included:
             assert (DOCS / path).stat().st_size > 0
+
+
+def test_the_version_stands_in_one_place():
+    """And what has to repeat it agrees."""
+    assert f"\nversion: {ce_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\n## {ce_jax.__version__}\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert 'dynamic = ["readme", "version"]' in (ROOT / "pyproject.toml").read_text("utf-8")

@@ -1,6 +1,7 @@
 """The README's code runs and prints what it says; its commands, links and pictures exist."""
 
 import re
+import tomllib
 
 import pytest
 
@@ -38,3 +39,18 @@ def test_links_and_pictures_exist():
     assert local
     for target in local:
         assert (ROOT / target).stat().st_size > 0
+
+
+def test_where_it_is_published_nothing_points_to_a_file():
+    """What the build makes of it, by the same substitutions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    hook = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    assert [fragment["path"] for fragment in hook["fragments"]] == ["README.md"]
+    text = README
+    for substitution in hook["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+    assert "<!-- repository" not in text
+    assert "| one class id per example | `softmax_cross_entropy_with_integer_labels` |" in text
