@@ -33,6 +33,7 @@ myst_heading_anchors = 3
 
 # Notebooks are stored with their outputs, which a test of the suite reproduces.
 nb_execution_mode = "off"
+nb_merge_streams = True
 
 # In a docstring `name` is a link where there is such a name, and code where there is none.
 default_role = "py:obj"

@@ -1,8 +1,12 @@
 """The pages' code runs and prints what it says; every public name is in the reference, once."""
 
+import contextlib
 import inspect
+import io
+import json
 import re
 
+import numpy as np
 import pytest
 
 import ce_jax
@@ -71,3 +75,36 @@ def test_the_version_stands_in_one_place():
     assert f"\nversion: {ce_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
     assert f"\n## {ce_jax.__version__}\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert 'dynamic = ["readme", "version"]' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+@pytest.fixture
+def print_options():
+    """Those of NumPy, which a notebook sets, are those of before again afterwards."""
+    with np.printoptions():
+        yield
+
+
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("lenient", "print_options")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_prints_what_is_stored_in_it(path, monkeypatch):
+    """Run anew, cell by cell; the pictures are drawn, and those that are stored exist."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    pyplot.switch_backend("agg")
+    shown = []
+    monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.gcf()))
+    variables = {"__name__": "notebook"}
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    for number, cell in enumerate(cell for cell in cells if cell["cell_type"] == "code"):
+        shown.clear()
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("".join(cell["source"]), f"{path.name}:{number}", "exec"), variables)
+        streams = ["".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream"]
+        assert printed.getvalue() == "".join(streams), cell["source"]
+        pictures = [output for output in cell["outputs"] if "image/png" in output.get("data", {})]
+        assert len(pictures) == len(shown), cell["source"]
+        pyplot.close("all")
