@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from pathlib import Path
 from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.transforms import SphinxTransform
 
 import ce_jax
 
-ROOT = Path(__file__).resolve().parent.parent
+NAMES = {
+    name
+    for name, value in vars(ce_jax).items()
+    if not name.startswith("_") and not inspect.ismodule(value)
+}
 
 project = "ce_jax"
 author = "The ce_jax authors"
@@ -58,10 +66,10 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "show_toc_level": 2,
     "home_page_in_toc": False,
+    "navbar_persistent": [],
 }
 html_copy_source = False
 html_show_sourcelink = False
-# The theme's own file of icons is used; none is fetched.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
@@ -76,6 +84,56 @@ def titles_in_italics(
         lines[start:] = text.split("\n")
 
 
+class LinkNames(SphinxTransform):
+    """In a page, a public name in code type is a link to its entry in the reference."""
+
+    default_priority = 5
+
+    def apply(self, **kwargs: Any) -> None:
+        """Wraps each such name; what is a link already stays as it is."""
+        for literal in list(self.document.findall(nodes.literal)):
+            name = literal.astext()
+            if name not in NAMES or isinstance(literal.parent, nodes.reference | pending_xref):
+                continue
+            link = pending_xref(
+                "",
+                literal.deepcopy(),
+                refdomain="py",
+                reftype="obj",
+                reftarget=f"ce_jax.{name}",
+                refdoc=self.env.docname,
+                refexplicit=True,
+            )
+            literal.replace_self(link)
+
+
+def signature_as_written(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """Annotations as they stand in the code: evaluated, `ArrayLike` would be a line of types."""
+    if what not in ("function", "class"):
+        return None
+    written = inspect.signature(obj)
+    parameters = [
+        parameter.replace(annotation=_Verbatim(parameter.annotation))
+        for parameter in written.parameters.values()
+    ]
+    arguments = str(inspect.Signature(parameters))
+    return arguments, "" if what == "class" else str(_Verbatim(written.return_annotation))
+
+
+class _Verbatim:
+    """An annotation that prints as its text, which `str` of a signature would put into quotes."""
+
+    def __init__(self, annotation: Any) -> None:
+        self.text = getattr(annotation, "__forward_arg__", annotation)
+
+    def __repr__(self) -> str:
+        return str(self.text)
+
+
 def setup(app: Any) -> None:
-    """Runs before napoleon, which turns the headings of a docstring into others."""
+    """Titles before napoleon, which turns the headings of a docstring into others."""
+    app.add_transform(LinkNames)
     app.connect("autodoc-process-docstring", titles_in_italics, priority=400)
+    app.connect("autodoc-process-signature", signature_as_written)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# What an example may need beyond the extra `test`.
+# Frameworks that an example needs and the suite does without.
 OPTIONAL = {"equinox", "haiku"}
 
 

@@ -5,6 +5,8 @@ import inspect
 import io
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -108,3 +110,17 @@ def test_a_notebook_prints_what_is_stored_in_it(path, monkeypatch):
         pictures = [output for output in cell["outputs"] if "image/png" in output.get("data", {})]
         assert len(pictures) == len(shown), cell["source"]
         pyplot.close("all")
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_asks_nothing_of_the_network(tmp_path):
+    pytest.importorskip("myst_nb", reason="the extra docs is not installed")
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "docs", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    pages = [page.read_text("utf-8") for page in tmp_path.rglob("*.html")]
+    assert len(pages) > 30
+    for page in pages:
+        # Scripts and sheets of styles, not the links that a reader may follow.
+        assert not re.search(r'<script[^>]* src="(?:https?:)?//', page)
+        assert not re.search(r'<link[^>]* rel="stylesheet"[^>]* href="(?:https?:)?//', page)
