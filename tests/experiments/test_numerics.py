@@ -20,6 +20,7 @@ def rows():
     return numerics.measure(quick=True)
 
 
+@pytest.mark.sweep
 def test_losses_are_float32_and_gradients_are_rounded_once(rows):
     ours = [row for row in rows if row.peer == "ce_jax"]
     assert len(ours) == 15
@@ -30,6 +31,7 @@ def test_losses_are_float32_and_gradients_are_rounded_once(rows):
         assert row.gradient_error < twice * ROUNDING[row.dtype] + 2e-6, row
 
 
+@pytest.mark.sweep
 def test_it_sees_the_losses_that_optax_rounds(rows):
     theirs = [row for row in rows if row.peer == "optax" and row.dtype == "bfloat16"]
     assert theirs
@@ -51,7 +53,8 @@ def test_the_truth_of_a_smoothed_loss():
     np.testing.assert_allclose(truth.gradient, [[0.225, -0.675, 0.225, 0.225]])
 
 
-def test_the_command_writes_its_files(tmp_path, monkeypatch, rows):
+def test_the_command_writes_its_files(tmp_path, monkeypatch):
+    rows = [numerics.Row("class ids", "1x2", "float16", "optax", 0.5, 0.25)]
     monkeypatch.setattr(numerics, "measure", lambda quick: rows if quick else [])
     app = typer.Typer()
     app.command()(numerics.main)
