@@ -15,7 +15,7 @@ import ce_jax
 NAMES = {
     name
     for name, value in vars(ce_jax).items()
-    if not name.startswith("_") and not inspect.ismodule(value)
+    if not name.startswith("_") and callable(value)
 }
 
 project = "ce_jax"

@@ -1,7 +1,6 @@
 """The pages' code runs and prints what it says; every public name is in the reference, once."""
 
 import contextlib
-import inspect
 import io
 import json
 import re
@@ -20,7 +19,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 NAMES = sorted(
     name
     for name, value in vars(ce_jax).items()
-    if not name.startswith("_") and not inspect.ismodule(value)
+    if not name.startswith("_") and callable(value)
 )
 BLOCKS = [block for page in [*PAGES, ROOT / "CONTRIBUTING.md"] for block in pages.blocks(page)]
 REFERENCE = [
