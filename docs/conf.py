@@ -8,14 +8,13 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms import SphinxTransform
 
 import ce_jax
 
 NAMES = {
-    name
-    for name, value in vars(ce_jax).items()
-    if not name.startswith("_") and callable(value)
+    name for name, value in vars(ce_jax).items() if not name.startswith("_") and callable(value)
 }
 
 project = "ce_jax"
@@ -122,6 +121,16 @@ def signature_as_written(
     return arguments, "" if what == "class" else str(_Verbatim(written.return_annotation))
 
 
+def without_overloads(analyze: Any) -> Any:
+    """Autodoc would list every overload, with evaluated types, in place of the one signature."""
+
+    def analyze_and_forget(self: ModuleAnalyzer) -> None:
+        analyze(self)
+        self.overloads.clear()
+
+    return analyze_and_forget
+
+
 class _Verbatim:
     """An annotation that prints as its text, which `str` of a signature would put into quotes."""
 
@@ -135,5 +144,6 @@ class _Verbatim:
 def setup(app: Any) -> None:
     """Titles before napoleon, which turns the headings of a docstring into others."""
     app.add_transform(LinkNames)
+    ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)
     app.connect("autodoc-process-docstring", titles_in_italics, priority=400)
     app.connect("autodoc-process-signature", signature_as_written)
