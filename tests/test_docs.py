@@ -17,9 +17,7 @@ from tests.pages import ROOT
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 NAMES = sorted(
-    name
-    for name, value in vars(ce_jax).items()
-    if not name.startswith("_") and callable(value)
+    name for name, value in vars(ce_jax).items() if not name.startswith("_") and callable(value)
 )
 BLOCKS = [block for page in [*PAGES, ROOT / "CONTRIBUTING.md"] for block in pages.blocks(page)]
 REFERENCE = [
