@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
 from .calibration import ReliabilityBins as ReliabilityBins
 from .calibration import brier_score as brier_score
 from .calibration import expected_calibration_error as expected_calibration_error

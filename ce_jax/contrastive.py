@@ -224,7 +224,7 @@ def siglip_loss(
       \ell_i = \log(1 + e^{-z_{ii}}) + \sum_{j \ne i} \log(1 + e^{z_{ij}}),
       \qquad z_{ij} = s \langle a_i, b_j \rangle + b
 
-    No pair needs to know of the others, so there is no normaliser over the batch. Normalise the
+    Each pair is judged by itself, so there is no normaliser over the batch. Normalise the
     embeddings: :math:`z_{ij}` is then s times a cosine, plus b.
 
     Args:

@@ -125,8 +125,9 @@ def gradient_view(
 
     .. math:: g_{nc} = \mathrm{softmax}(z_n)_c - [c = y_n]
 
-    Row i, column j of `by_label` tells how hard the examples of class i push logit j down; the
-    diagonal holds what is missing to certainty, a large entry off it a class they are taken for.
+    Row i, column j of `by_label` tells how hard the examples of class i push logit j down. On the
+    diagonal is how much probability the right class still lacks, with a minus sign. A large entry
+    beside it shows a class with which class i is confused.
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating; `-inf` masks a class.

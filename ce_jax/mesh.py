@@ -64,8 +64,8 @@ def on_mesh(
     (or sequence) parallelism, classes are tensor (vocabulary) parallelism, and rows with `width`
     are FSDP of the kernel; all of them go together. Each device computes on its part inside one
     `jax.shard_map`; the devices exchange a few numbers per row, and for the linear form besides
-    what the table of costs in the README says. Nothing is exchanged inside a loop over blocks.
-    Parts of a gradient are added up in the dtype of its argument.
+    what the table of costs in the documentation says. Nothing is exchanged inside a loop over
+    blocks. Parts of a gradient are added up in the dtype of its argument.
 
     Args:
       function: `softmax_cross_entropy_with_integer_labels`, `softmax_cross_entropy`,

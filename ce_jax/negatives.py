@@ -78,9 +78,9 @@ def log_uniform_negatives(
 
     .. math:: q_k = \frac{\log (k + 2) - \log (k + 1)}{\log (C + 1)}
 
-    Every class has its chance to a few roundings, for any C below 2^31: the intervals of ids are
-    halved until one id is left, where rounding the power of a uniform number would leave out ids
-    from a million on.
+    Every class is drawn with its probability, but for rounding errors, for any C below 2^31:
+    the interval of ids is halved until one is left. (A power of a uniform number, rounded, would
+    leave out ids from a million on.)
 
     Args:
       key: a key of `jax.random`.
@@ -176,8 +176,8 @@ def in_batch_negatives(
 
     .. math:: \log (\mathrm{expected\ count\ of\ } y_j) = \log \left( (N - 1)\, q_{y_j} \right)
 
-    For any row, the other N - 1 rows are a draw from the classes as frequent as they are, and its
-    own label is no negative to it, as sampled losses remove what equals the label.
+    For each row, the labels of the other N - 1 rows are a sample of the classes, drawn as often as
+    they occur. Its own label is no negative: sampled losses leave out what equals the label.
 
     Args:
       labels: class ids `[N]`, of any integer dtype.

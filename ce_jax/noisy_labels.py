@@ -145,8 +145,8 @@ def backward_corrected_cross_entropy(
       \ell = -\sum_c (T^{-1})_{yc} \log \mathrm{softmax}(z)_c,
       \qquad \sum_y T_{cy}\, \ell_y = -\log \mathrm{softmax}(z)_c
 
-    Unbiased, but of negative terms too, and so unbounded below: a T that is far from the identity
-    makes it unstable, a singular one not finite.
+    It is unbiased, but some of its terms are negative, so that it has no lower bound. With a T far
+    from the identity it is unstable, with a singular T it is not finite.
 
     Args:
       logits: unnormalised log-probabilities of the true class `[..., C]`, floating.

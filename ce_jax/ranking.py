@@ -107,8 +107,8 @@ def gbce_loss(
         + \sum_{s=1}^{S} \log (1 - \sigma(z_{k_s})) \Big), \qquad
       \beta = 1 - t (1 - \alpha), \quad \alpha = \frac{S}{C - 1}
 
-    With t = 0 this is the binary cross-entropy, whose probabilities are too high the fewer
-    negatives there are; with t = 1, that of the best scores is the probability itself.
+    With t = 0 this is the binary cross-entropy, from which a model learns probabilities that are
+    too high, and more so with fewer negatives. With t = 1 it learns the probabilities themselves.
 
     Args:
       label_logits: score of the label `[...]`, floating.

@@ -39,8 +39,8 @@ def sampled_softmax_cross_entropy(
       \hat Z = e^{z_y} + \sum_{s: k_s \ne y} \frac{e^{z_{k_s}}}{m_{k_s}}
 
     The expectation of :math:`\hat Z` is the sum over all classes, if all are drawn with replacement
-    and negatives that equal the label, accidental hits, are left out by `where`. (The loss, its
-    logarithm, is then too small on average, by less the more are drawn.)
+    and negatives that equal the label, accidental hits, are left out by `where`. (The loss is a
+    logarithm of it and so too small on average; the more are drawn, the less.)
 
     Args:
       label_logits: logit of the label `[...]`, floating.

@@ -16,8 +16,8 @@ from tests.mesh import LAYOUTS, Layout
 
 pytestmark = pytest.mark.cpu
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-SECTION = README.split("\n## Many devices\n")[1].split("\n## ")[0]
+PAGE = (Path(__file__).resolve().parent.parent / "docs/many_devices.md").read_text("utf-8")
+SECTION = PAGE.split("\n## What the devices exchange\n")[1].split("\n## ")[0]
 FLOAT = 4
 
 
@@ -157,7 +157,7 @@ def size(mesh_axes, layout):
 @pytest.mark.parametrize("sizes", [(64, 16, 512), (128, 8, 1024)], ids=str)
 @pytest.mark.parametrize("row", COSTS, ids=lambda row: f"{row[0]} {row[1]}")
 def test_costs_are_those_of_the_program(row, sizes):
-    """The formulas of the README's table, to the byte."""
+    """The formulas of the table in `docs/many_devices.md`, to the byte."""
     form, spread, *formulas = row
     layout, (rows, width, classes) = NAMED[spread], sizes
     known = {"N": rows, "D": width, "V": classes, "s": FLOAT}

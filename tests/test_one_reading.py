@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ce_jax._rows.sums import Columns
 
 import ce_jax
 from ce_jax._platform import one_reading, parts
-from ce_jax._rows.sums import Columns
 from tests import reference
 from tests.comparison import check, close, compare, together
 from tests.helpers import LAYOUTS, covering, softmax_arguments

@@ -26,7 +26,7 @@ from experiments.training import Trainer, fit, make_mesh
 
 ROOT = Path(__file__).parents[2]
 
-# Seconds. What the README promises, and what no test may take.
+# Seconds. What the documentation promises, and what no test may take.
 LOCAL_END, CLUSTER_END, LIMIT = 5, 40, 300
 
 # Compiling is most of the work here.
@@ -276,10 +276,10 @@ def test_an_output_that_cannot_be_written_ends_the_job(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme(start, tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"^```py\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
-    assert "\npython train.py localhost:12345 0 & python train.py localhost:12345 1\n" in readme
+def test_the_example_of_the_documentation(start, tmp_path):
+    page = (ROOT / "docs/many_devices.md").read_text("utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert "\npython train.py localhost:12345 0 & python train.py localhost:12345 1\n" in page
     (tmp_path / "train.py").write_text(code)
     address = free_address()
     pair = [start(tmp_path / "train.py", address, number) for number in range(2)]
