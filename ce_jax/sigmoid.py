@@ -134,7 +134,7 @@ def _logistic(z: Array, y: Array, pos_weight: Array | None) -> Float[Array, "*sh
     finite = jnp.sign(z) * jnp.minimum(size, most)
     near, excess = jnp.log1p(jnp.exp(-size)), jnp.minimum(size - jnp.abs(finite), most)
     if pos_weight is None:
-        far = jnp.maximum(finite, 0) - y * finite
+        far = jnp.maximum(finite - y * finite, -y * finite)
     else:
         positive, negative = pos_weight * y, 1 - y
         far = positive * jnp.maximum(-finite, 0) + negative * jnp.maximum(finite, 0)
@@ -152,7 +152,7 @@ def _probabilities(z: Float[Array, "*shape"]) -> tuple[Array, Array]:
     most = float(jnp.finfo(z.dtype).max)
     e = jnp.exp(-jnp.maximum(z, -0.98 * math.log(most)))
     p = 1 / (1 + e)
-    return jnp.clip(z + most, 0, 1) * p, e * p
+    return (z > -jnp.inf).astype(p.dtype) * p, e * p
 
 
 # JAX's own derivative of the quotient divides by (1 + e)**2, which overflows long before e does.

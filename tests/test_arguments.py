@@ -26,7 +26,7 @@ FIRST = {("bits_per_byte", "total"), ("perplexity", "total")}
 PER_ROW_CASES = [
     (function, name)
     for function, arguments in ARGUMENTS.items()
-    for name in PER_ROW & arguments.keys()
+    for name in sorted(PER_ROW & arguments.keys())
     if (function, name) not in FIRST
 ]
 

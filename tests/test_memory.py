@@ -60,15 +60,6 @@ def test_the_gradient_takes_no_more_than_optax(name, dtype):
     assert used <= limit
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_reading_blocks_again_copies_no_more_than_one(dtype):
-    """One of 32: 512 rows of 8192 are enough to be read again in parts."""
-    logits, labels = ((512, 8192), dtype), ((512,), jnp.int32)
-    limit = 512 * 8192 * 4 / 32 * 1.1
-    assert temporaries(integer, logits, labels) < limit
-    assert temporaries(jax.value_and_grad(integer), logits, labels) < limit
-
-
 @pytest.mark.parametrize("row_option", [None, "ignore_index", "where", "sample_weight"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
 def test_the_loss_of_ids_and_its_gradient_build_nothing_of_the_logits_size(row_option, options):

@@ -276,18 +276,3 @@ def test_long_rows_are_not_gathered_under_plain_jit(spec, classes):
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     found = hlo.collectives(run.lower(*arguments).compile())
     assert max(c.largest for c in found) <= 8 * 4
-
-
-def test_a_devices_own_rows_are_read_in_parts():
-    """Under `shard_map`, unless some mesh axes are left to XLA."""
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    arguments = jnp.zeros((8, 65536)), jnp.zeros(8, jnp.int32)
-    for manual, cut in (({"data", "model"}, True), ({"data"}, False)):
-        loss = jax.shard_map(
-            ce_jax.softmax_cross_entropy_with_integer_labels,
-            mesh=mesh,
-            in_specs=P("data"),
-            out_specs=P("data"),
-            axis_names=manual,
-        )
-        assert ("tensor<8x32768xf32>" in jax.jit(loss).lower(*arguments).as_text()) == cut

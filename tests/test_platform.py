@@ -1,0 +1,108 @@
+"""Each platform's way of reading a tile gives what the plain way does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ce_jax
+from ce_jax import _platform
+from ce_jax._platform import cpu, gpu
+from ce_jax._rows import tile
+
+ROWS, CLASSES = 64, 1500
+draw = np.random.default_rng(5)
+LOGITS = 3 * draw.normal(size=(ROWS, CLASSES))
+LOGITS[draw.random((ROWS, CLASSES)) < 0.1] = -np.inf
+LABELS = np.nanargmax(np.where(np.isfinite(LOGITS), draw.random((ROWS, CLASSES)), -1), -1)
+PROBS = np.where(np.isfinite(LOGITS), draw.dirichlet(np.ones(CLASSES), ROWS), 0)
+WEIGHT = draw.uniform(0.5, 2, CLASSES)
+COTANGENT = draw.normal(size=ROWS)
+
+integer = ce_jax.softmax_cross_entropy_with_integer_labels
+soft = ce_jax.softmax_cross_entropy
+LOSSES = {
+    "integer": lambda z: integer(z, LABELS),
+    "smoothed": lambda z: integer(z, LABELS, label_smoothing=0.1, weight=WEIGHT, z_loss=0.01),
+    "excluded": lambda z: integer(z, LABELS, label_smoothing=0.1, where=LABELS % 3 > 0),
+    "soft": lambda z: soft(z, PROBS),
+    "all of soft": lambda z: soft(z, PROBS, label_smoothing=0.2, weight=WEIGHT, z_loss=0.01),
+    "statistics": lambda z: sum(ce_jax.softmax_statistics(z, LABELS)[:4]),
+    "sigmoid": lambda z: ce_jax.sigmoid_binary_cross_entropy(jnp.clip(z, -9, 9), PROBS).sum(-1),
+    "linear": lambda z: ce_jax.linear_softmax_cross_entropy(
+        jnp.where(z > -jnp.inf, z, 0)[:, :40],
+        jnp.asarray(LOGITS[:40]).clip(-1, 1).astype(z.dtype),
+        LABELS,
+        label_smoothing=0.1,
+        memory_budget=1 << 16,
+    ),
+}
+
+
+@pytest.fixture
+def without_platforms(monkeypatch):
+    def forget():
+        monkeypatch.setattr(_platform, "normaliser", tile.normaliser)
+        monkeypatch.setattr(_platform, "row_sums", tile.row_sums)
+        jax.clear_caches()
+
+    yield forget
+    jax.clear_caches()
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("one_device", "x64")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_results_without_platforms(name, dtype, without_platforms):
+    logits = jnp.asarray(LOGITS, dtype)
+
+    def results():
+        loss, pull = jax.jit(lambda z: jax.vjp(LOSSES[name], z))(logits)
+        return loss, pull(jnp.asarray(COTANGENT, loss.dtype))[0]
+
+    loss, slope = results()
+    without_platforms()
+    plain_loss, plain_slope = results()
+    digits = 1e-13 if dtype == "float64" else 2e-6
+    np.testing.assert_allclose(loss, plain_loss, rtol=digits)
+    unit = float(jnp.finfo(dtype).eps) * (2 if dtype in ("bfloat16", "float16") else 16)
+    np.testing.assert_allclose(
+        np.asarray(slope, float), np.asarray(plain_slope, float), rtol=unit, atol=unit
+    )
+
+
+@pytest.mark.parametrize("classes", [1, 7, 8, 1000, 1503])
+def test_the_normaliser_of_a_gpu(classes):
+    """In the same maths on any platform: values, and derivatives of first and second order."""
+    with jax.enable_x64(True):
+        z = draw.normal(size=(5, classes)) * 20
+        z[0] = -np.inf
+        z[1, ::2] = -np.inf
+        z = jnp.asarray(z)
+
+        def derivatives(normaliser):
+            def log_sum(z):
+                row_max, total = normaliser(z)
+                return jnp.sum(jnp.cos(row_max + jnp.log(total)))
+
+            row_max, total = normaliser(z)
+            finite = z[2:]
+            slope = jax.grad(log_sum)
+            tangent = jnp.cos(finite)
+            return row_max, total, slope(finite), jax.jvp(slope, (finite,), (tangent,))[1]
+
+        found, wanted = derivatives(gpu.normaliser), derivatives(tile.normaliser)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 1024, 1031, 4096])
+def test_the_sums_of_a_cpu(classes):
+    arrays = {name: jnp.asarray(draw.normal(size=(4, classes)), jnp.float32) for name in "ab"}
+    for name, total in cpu.row_sums(arrays).items():
+        exact = np.sum(np.float64(arrays[name]), -1)
+        np.testing.assert_allclose(total, exact, rtol=1e-4, atol=1e-4)
+    _, slopes = jax.jvp(cpu.row_sums, (arrays,), (arrays,))
+    for name, slope in slopes.items():
+        np.testing.assert_allclose(slope, np.sum(arrays[name], -1), rtol=1e-5, atol=1e-5)
