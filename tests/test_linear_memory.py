@@ -68,6 +68,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.usefixtures("one_device")  # several read the sums of smoothing one by one
 @pytest.mark.parametrize("option", OPTIONS)
 def test_no_option_takes_a_second_block(option):
     """XLA may hold one more array of the size of the logits' block, which is half the budget."""

@@ -43,7 +43,7 @@ LOSSES = {
 def without_platforms(monkeypatch):
     def forget():
         monkeypatch.setattr(_platform, "normaliser", tile.normaliser)
-        monkeypatch.setattr(_platform, "row_sums", tile.row_sums)
+        monkeypatch.setattr(_platform, "read", tile.read)
         jax.clear_caches()
 
     yield forget

@@ -4,7 +4,7 @@ Two ways are left, each in the file of its platform, with what it gains:
 
     where                                        what                      way
     GPU (CUDA), a tile of more than 8 MB         maximum and normaliser    gpu.normaliser
-    CPU, two sums or more over the same classes  sums over the classes     cpu.row_sums
+    CPU, soft labels or smoothing                sums over the classes     cpu.read
 
 Everything else is read the plain way. No way changes a result but in its last digits, and the time
 of none depends on the numbers. Formulas of losses live in `_rows`. `block_sizes` chooses how large
@@ -12,6 +12,9 @@ the blocks of the linear form are.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
@@ -30,14 +33,21 @@ def normaliser(
     return jax.lax.stop_gradient(row_max), sum_exp
 
 
-def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
-    """`tile.row_sums`, in the way of the platform."""
-    if len(summands) == 1 or not all(map(is_own, summands.values())):
-        return tile.row_sums(summands)
-    found: dict[str, Array] = jax.lax.platform_dependent(
-        summands, cpu=cpu.row_sums, default=tile.row_sums
+def read(
+    z: Float[Array, "*rows classes"],
+    target: tile.Target,
+    normaliser: tuple[Float[Array, "*rows"], Float[Array, "*rows"]],
+    **options: Any,
+) -> tile.Partial:
+    """`tile.read`, in the way of the platform."""
+    plain: Any = functools.partial(tile.read, **options)
+    if (target.probs is None and target.classes is None) or not is_own(z):
+        return plain(z, target, normaliser)
+    on_a_cpu = functools.partial(cpu.read, **options)
+    part: tile.Partial = jax.lax.platform_dependent(
+        z, target, normaliser, cpu=on_a_cpu, default=plain
     )
-    return found
+    return part
 
 
 def is_own(z: Array) -> bool:

@@ -12,18 +12,40 @@ float32, 134 for 403 MB in bfloat16.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
+
+from .._rows import tile
 
 # The loop adds up one by one: of more numbers too many digits would be lost.
-_LONGEST = 1 << 10
+_LONGEST = 1 << 9
+
+
+def read(
+    z: Float[Array, "*rows classes"],
+    target: tile.Target,
+    normaliser: tuple[Float[Array, "*rows"], Float[Array, "*rows"]],
+    **options: Any,
+) -> tile.Partial:
+    """As `tile.read`.
+
+    Apart from the maximum that the normaliser is made with: of what is relative to the same one XLA
+    would store the difference.
+    """
+    row_max, sum_exp = normaliser
+    apart = jax.lax.optimization_barrier(row_max), sum_exp
+    return tile.read(z, target, apart, row_sums, **options)._replace(base=row_max)
 
 
 @jax.custom_jvp
 def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
     """The sums over the last axis of arrays of one shape."""
     first, *_ = summands.values()
+    if len(summands) == 1:
+        return tile.row_sums(summands)
     *rows, classes = first.shape
     count = next((k for k in range(-(-classes // _LONGEST), classes) if classes % k == 0), 1)
     parts = {name: x.reshape(*rows, count, classes // count) for name, x in summands.items()}
@@ -37,6 +59,6 @@ def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
 # JAX has no derivative of a reduction with several operands.
 @row_sums.defjvp
 def _row_sums_jvp(
-    primals: tuple[dict[str, Array]], tangents: tuple[dict[str, Array]]
+    in_parts: bool, primals: tuple[dict[str, Array]], tangents: tuple[dict[str, Array]]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     return row_sums(*primals), jax.tree.map(lambda x: jnp.sum(x, -1), *tangents)

@@ -105,11 +105,10 @@ def _partial(options: Options, hidden: Array, head: Head, target: Target) -> Par
 
     def of_block(first: First, size: int) -> Partial:
         z, _ = block_logits(options, hidden_of_block(), head, first, size)
-        return tile.read(
+        return _platform.read(
             z,
             _target_of(target, first, size),
             _platform.normaliser(z),
-            _platform.row_sums,
             entropy=options.entropy,
             argmax=options.argmax,
             first_class=_first_class(options, head, first),

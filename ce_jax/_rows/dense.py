@@ -96,11 +96,10 @@ def _whole_rows(options: Options, logits: Array, target: Target, counts: Array |
     else:  # relative to the maximum of all devices, as the gradient's exponentials are
         row_max = sharded.max_over(tile.row_maxima(logits), options.axis_name)
         normaliser = row_max, tile.sum_exp(logits, row_max)
-    part = tile.read(
+    part = _platform.read(
         logits,
         target,
         normaliser,
-        _platform.row_sums,
         entropy=options.entropy,
         argmax=options.argmax,
         first_class=sharded.first_class(logits.shape[-1], options.axis_name),
@@ -118,14 +117,14 @@ def _fused(options: Options, logits: Array, target: Target, counts: Array | None
     return tile.finish(_whole_rows(options, logits, target, counts))
 
 
-_Residuals = tuple[Array, Target, Partial]
+_Residuals = tuple[Array, Target, Array | None, Partial]
 
 
 def _fused_fwd(
     options: Options, logits: Array, target: Target, counts: Array | None
 ) -> tuple[RowStatistics, _Residuals]:
     part = _whole_rows(options, logits, target, counts)
-    return tile.finish(part), (logits, target, part)
+    return tile.finish(part), (logits, target, counts, part)
 
 
 # As a whole for those who differentiate outside `jit`, where it would be run step by step.
@@ -133,10 +132,13 @@ def _fused_fwd(
 def _fused_bwd(
     options: Options, residuals: _Residuals, g: RowStatistics
 ) -> tuple[Array, Target, None]:
-    logits, target, part = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
+    logits, target, counts, part = jax.tree.map(
+        jnp.asarray, residuals
+    )  # a scalar may come as a literal
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
     dz, d_target = tile.pullback(logits, target, part, g, first_class=first_class)
     d_target = jax.tree.map(sharded.with_sharding_of, d_target, target._replace(labels=ABSENT))
+    dz = dz if counts is None else _silenced(counts, dz)
     return dz.astype(logits.dtype), d_target, None
 
 

@@ -378,7 +378,7 @@ def _group_block(
 def _fold_group(inputs: _Inputs, fixed: _Fixed, sums: Partial, first: First, size: int) -> Partial:
     z, _ = _logits(inputs, first, size)
     z, target = _group_block(z, fixed, first)
-    return merge(sums, tile.read(z, target, _platform.normaliser(z), _platform.row_sums))
+    return merge(sums, _platform.read(z, target, _platform.normaliser(z)))
 
 
 def _pull_group(

@@ -150,9 +150,15 @@ def read(
         out = out._replace(**row_sums({"cross": cross, "target_sum": probs}))
     if target.classes is not None:
         classes, allowed = _spread(target.classes, z)
-        uniform = jnp.where(allowed, classes * _finite(surprise), 0)
-        counts = {"classes_sum": classes, "classes_count": allowed.astype(surprise.dtype)}
-        out = out._replace(**row_sums({"uniform": uniform, **counts}))
+        sums = {
+            "uniform": classes * _finite(surprise),
+            "classes_count": allowed.astype(surprise.dtype),
+        }
+        if target.classes.ndim:
+            sums["classes_sum"] = classes
+        out = out._replace(**row_sums(sums))
+        if not target.classes.ndim:
+            out = out._replace(classes_sum=target.classes * out.classes_count)
     if entropy:
         found = row_sums({"entropy": jnp.exp(shifted) * _finite_exponent(surprise)})
         out = out._replace(entropy=found["entropy"] / _nonzero(out.sum_exp))
@@ -296,8 +302,11 @@ def _log(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 
 
 def _nonzero(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """The sum, or a small number where no class was seen that is allowed."""
-    return jnp.maximum(sum_exp, jnp.finfo(sum_exp.dtype).tiny)
+    """The sum, or a small number where no class was seen that is allowed.
+
+    One of which the inverse has a finite square, as the derivative of a quotient needs it.
+    """
+    return jnp.maximum(sum_exp, float(jnp.finfo(sum_exp.dtype).tiny) ** 0.5)
 
 
 def _finite_exponent(surprise: Float[Array, "..."]) -> Float[Array, "..."]:

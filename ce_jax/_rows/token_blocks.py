@@ -102,7 +102,7 @@ def _fused_fwd(
         z, pull = class_blocks.block_logits(
             options.head, part(hidden), head, 0, head.kernel.shape[options.head.class_axis]
         )
-        partial = tile.read(z, of_block, _platform.normaliser(z), _platform.row_sums)
+        partial = _platform.read(z, of_block, _platform.normaliser(z))
 
         def block_loss(statistics: tile.RowStatistics, scales: Any, shared: Any) -> Array:
             inputs = block._replace(scales=scales, shared=shared)
