@@ -59,6 +59,6 @@ def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
 # JAX has no derivative of a reduction with several operands.
 @row_sums.defjvp
 def _row_sums_jvp(
-    in_parts: bool, primals: tuple[dict[str, Array]], tangents: tuple[dict[str, Array]]
+    primals: tuple[dict[str, Array]], tangents: tuple[dict[str, Array]]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     return row_sums(*primals), jax.tree.map(lambda x: jnp.sum(x, -1), *tangents)

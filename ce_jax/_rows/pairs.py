@@ -78,7 +78,9 @@ def _logits(inputs: _Inputs, first: First, size: int) -> tuple[Float[Array, "n b
     """The logits of a block of columns, and what takes their cotangents back to the inputs.
 
     The scale multiplies the products in their wide dtype: rounded into narrow rows it would move
-    every logit by as much as that rounding.
+    every logit by as much as that rounding. A CPU may contract the product with the difference
+    from the maximum, and in one of two programs only: where loss and gradient are compiled apart,
+    outside `jit`, logits of 1e6 and more are then off by their last digit.
     """
     rows, columns, scale = inputs
     products, pull_products = products_of(rows, Head(take(columns, first, size)), 0)
