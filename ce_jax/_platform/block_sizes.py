@@ -81,6 +81,15 @@ def _block(entries: int, across: int, total: int) -> int:
     return -(-even // rounding) * rounding
 
 
+def ragged_first() -> bool:
+    """Whether a ragged block is to be run before the loop over the others.
+
+    Behind the loop, XLA might compute it ahead and hold it all the while. For a TPU it does not,
+    and would copy what blocks are written to between a block before the loop and the loop.
+    """
+    return jax.default_backend() != "tpu"
+
+
 class Cut(NamedTuple):
     """Blocks of some entries: their size, how many are full, and how many entries are left over.
 

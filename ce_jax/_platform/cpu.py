@@ -4,10 +4,10 @@ XLA has a fast kernel for one sum of simple arithmetic. Where a select is among 
 two sums share an operand, it first stores an array of the size of the tile. As one reduction with
 several operands they are one loop, which computes what it adds up and stores nothing.
 
-Value and gradient on two cores of a Xeon, in times of the plain way (jax 0.10.2): soft labels at
-8192x1000 in bfloat16 0.62, at 1024x32768 in bfloat16 0.60; smoothing at 8192x1000 0.33 and 0.26, at
-1024x32768 0.83 and 0.63 (float32 and bfloat16). Temporaries at 1024x32768: nothing for 134 MB in
-float32, 134 for 403 MB in bfloat16.
+Value and gradient on two cores, in times of the plain way (jax 0.10.2, before rows were cut): soft
+labels at 8192x1000 in bfloat16 0.62, at 1024x32768 in bfloat16 0.60; smoothing at 8192x1000 0.33
+and 0.26, at 1024x32768 0.83 and 0.63 (float32 and bfloat16). Temporaries of smoothing at
+1024x32768: nothing for 134 MB in float32, 134 for 403 MB in bfloat16.
 """
 
 from __future__ import annotations

@@ -132,9 +132,8 @@ def _fused_fwd(
 def _fused_bwd(
     options: Options, residuals: _Residuals, g: RowStatistics
 ) -> tuple[Array, Target, None]:
-    logits, target, counts, part = jax.tree.map(
-        jnp.asarray, residuals
-    )  # a scalar may come as a literal
+    # A scalar may come as a literal.
+    logits, target, counts, part = jax.tree.map(jnp.asarray, residuals)
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
     dz, d_target = tile.pullback(logits, target, part, g, first_class=first_class)
     d_target = jax.tree.map(sharded.with_sharding_of, d_target, target._replace(labels=ABSENT))

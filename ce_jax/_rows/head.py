@@ -127,9 +127,7 @@ def over_blocks(
 
     The last is as ragged as it is.
 
-    The ragged block is run before the others: behind their loop, XLA might compute it ahead and
-    hold it all the while. For a TPU it does not, and would copy what blocks are written to between
-    a block before the loop and the loop.
+    Whether the ragged block is run before the others is a matter of the platform.
 
     Each step is checkpointed: whoever differentiates the loop (forward mode, second derivatives)
     recomputes a block instead of storing all of them.
@@ -148,7 +146,7 @@ def over_blocks(
     if not isinstance(total, int):
         carry = one(carry, total - rest, rest)
         return jax.lax.cond(jnp.asarray(total) > rest, all_full, lambda carry: carry, carry)
-    ragged_first = jax.default_backend() != "tpu"
+    ragged_first = block_sizes.ragged_first()
     if rest and ragged_first:
         carry = one(carry, full * size, rest)
     if full == 1:
