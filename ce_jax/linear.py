@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.layer import layer
 from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import class_blocks, sharded, token_blocks
 from ._rows.loss import counted, silenced, smoothing_coefficients, softmax_loss
+from ._rows.order import as_given, in_order
 from ._rows.tile import RowStatistics, Target, wide
 from .linear_statistics import of_layer
 from .statistics import SoftmaxStatistics
@@ -38,6 +39,7 @@ def linear_softmax_cross_entropy(
     class_axis: int = -1,
     num_classes: int | None = None,
     logit_soft_cap: Scalar | None = None,
+    temperature: ArrayLike = 1.0,
     weight: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -63,6 +65,7 @@ def linear_softmax_cross_entropy(
     class_axis: int = -1,
     num_classes: int | None = None,
     logit_soft_cap: Scalar | None = None,
+    temperature: ArrayLike = 1.0,
     weight: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -88,6 +91,7 @@ def linear_softmax_cross_entropy(
     class_axis: int = -1,
     num_classes: int | None = None,
     logit_soft_cap: Scalar | None = None,
+    temperature: ArrayLike = 1.0,
     weight: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -112,6 +116,7 @@ def linear_softmax_cross_entropy(
     class_axis: int = -1,
     num_classes: int | None = None,
     logit_soft_cap: Scalar | None = None,
+    temperature: ArrayLike = 1.0,
     weight: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -145,15 +150,18 @@ def linear_softmax_cross_entropy(
     tokens, or of all. Where the value alone is wanted, both take one matmul.
 
     Args:
-      hidden: `[..., D]`, floating. Divide it by a temperature, if there is one.
-      kernel: `[D, V]`, of the dtype of `hidden`; or `[V, D]` with `class_axis=0`, as a tied
-        embedding has it: no transposed copy is made.
+      hidden: `[..., D]`, floating.
+      kernel: `[D, V]`; or `[V, D]` with `class_axis=0`, as a tied embedding has it: no transposed
+        copy is made. Of the dtype of `hidden` or a wider one: the matmuls are in that of `hidden`,
+        and the gradient of a wider kernel is not rounded to it.
       labels: class ids `[...]`, of any integer dtype.
       bias: `[V]`. A bias of -inf bans a class.
       class_axis: the axis of `kernel` that holds the classes.
       num_classes: how many classes there are; what `kernel` holds beyond is padding that has no
         part in anything. By default there is no padding.
       logit_soft_cap: positive bound of the logits. May be traced.
+      temperature: what the logits are divided by, in float32, after bias and soft cap: a number, or
+        one per row, with the axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
       weight: weight of each class `[V]`.
       sample_weight: weight of each example, with the axes of `labels` (size 1 broadcasts) or none.
       where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include. (Classes
@@ -186,7 +194,7 @@ def linear_softmax_cross_entropy(
       loss and its gradient NaN.
 
     Raises:
-      TypeError: for a dtype or type that does not fit; `hidden` and `kernel` must agree.
+      TypeError: for a dtype or type that does not fit, as a `hidden` wider than `kernel` does not.
       ValueError: for a shape, an axis or a value that does not fit.
 
     Example:
@@ -206,6 +214,7 @@ def linear_softmax_cross_entropy(
         labels,
         bias,
         checks.soft_cap("logit_soft_cap", logit_soft_cap),
+        options.temperature(temperature),
         weight,
         sample_weight,
         where,
@@ -230,6 +239,7 @@ def _linear_loss(
     labels: Array,
     bias: Array | None,
     logit_soft_cap: Array | None,
+    temperature: Array | None,
     weight: Array | None,
     sample_weight: Array | None,
     where: Array | None,
@@ -246,7 +256,7 @@ def _linear_loss(
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Array | tuple[Array, SoftmaxStatistics]:
-    summed = reduction != "none" and not (return_statistics or axis_name or forward_mode)
+    summed = reduction != "none" and not (axis_name or forward_mode)
     constants: Sequence[Any] = ()
     if log_prob_loss is not None:
         one = jnp.zeros((), wide(jnp.asarray(hidden).dtype))
@@ -263,6 +273,7 @@ def _linear_loss(
         labels,
         bias,
         logit_soft_cap,
+        temperature,
         where,
         class_axis=class_axis,
         num_classes=num_classes,
@@ -272,7 +283,7 @@ def _linear_loss(
         summed=summed,
         statistics=return_statistics,
     )
-    local, dtype = x.head.kernel.shape[x.options.class_axis], wide(x.hidden.dtype)
+    local, dtype = x.head.kernel.shape[x.options.class_axis], wide(x.tokens.hidden.dtype)
     weight = targets.class_weight(weight, local, dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, x.rows, dtype)
     label_weight = None
@@ -283,9 +294,10 @@ def _linear_loss(
         spread = smoothing_coefficients(weight, x.options.classes, dtype)
         target = target._replace(classes=spread)
     if sample_weight is not None:
-        sample_weight = sample_weight.ravel()
-        silent = (sample_weight == 0) & ~jnp.all(jnp.isfinite(x.hidden), -1)
-        x = x._replace(hidden=jnp.where(silent[:, None], 0, x.hidden))
+        sample_weight = in_order(x.order, sample_weight.ravel())
+        silent = (sample_weight == 0) & ~jnp.all(jnp.isfinite(x.tokens.hidden), -1)
+        silenced_tokens = x.tokens._replace(hidden=jnp.where(silent[:, None], 0, x.tokens.hidden))
+        x = x._replace(tokens=silenced_tokens)
 
     scalars = [None if s is None else jnp.asarray(s, dtype) for s in (label_smoothing, z_loss)]
     row_loss = functools.partial(_row_loss, log_prob_loss, x.options.classes)
@@ -294,23 +306,24 @@ def _linear_loss(
         shared=(*scalars, *constants),
         flags=(x.label.counts, x.label.unknown),
     )
-    statistics = None
     if x.token_block is not None:
-        by_token = token_blocks.Options(x.token_block, row_loss, x.options)
-        total = token_blocks.loss_sum(by_token, x.hidden, x.head, target, inputs)
+        by_token = token_blocks.Options(x.token_block, row_loss, x.options, return_statistics)
+        total, found = token_blocks.loss_sum(by_token, x.tokens, x.head, target, inputs, x.counting)
     else:
         found = class_blocks.row_statistics(
-            x.options, x.hidden, x.head, target, forward_mode=forward_mode
+            x.options, x.tokens, x.head, target, x.counting, forward_mode=forward_mode
         )
         loss = row_loss(found, inputs)
-        total = loss.reshape(x.rows) if reduction == "none" else jnp.sum(loss)
-        if return_statistics:
-            statistics = of_layer(found, x)
+        found = found if return_statistics else None
+        in_full = reduction == "none"
+        total = as_given(x.order, loss).reshape(x.rows) if in_full else jnp.sum(loss)
     if reduction == "mean":
         total = reductions.mean(
             total, x.label.ids.shape, x.label.counts, sample_weight, label_weight
         )
-    return total if statistics is None else (total, statistics)
+    if found is None:
+        return total
+    return total, of_layer(found, x)
 
 
 def _row_loss(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array
 
-from ._arguments import checks
+from ._arguments import checks, options
 from ._arguments.compiled import compiled
 from ._arguments.layer import Layer, layer
 from ._arguments.types import ArrayLike, Scalar
 from ._rows import class_blocks
+from ._rows.order import as_given
 from ._rows.tile import RowStatistics, Target
 from .statistics import SoftmaxStatistics, by_label
 
 
 def of_layer(found: RowStatistics, x: Layer) -> SoftmaxStatistics:
     """The rows' statistics in the shape of the loss."""
-    return jax.tree.map(lambda row: row.reshape(x.rows), by_label(found, x.label))
+    given = as_given(x.order, by_label(found, x.label))
+    return jax.tree.map(lambda row: row.reshape(x.rows), given)
 
 
 def linear_softmax_statistics(
@@ -28,6 +30,7 @@ def linear_softmax_statistics(
     class_axis: int = -1,
     num_classes: int | None = None,
     logit_soft_cap: Scalar | None = None,
+    temperature: ArrayLike = 1.0,
     where: ArrayLike | None = None,
     ignore_index: int | None = None,
     axis_name: str | None = None,
@@ -48,12 +51,14 @@ def linear_softmax_statistics(
 
     Args:
       hidden: `[..., D]`, floating.
-      kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden`.
+      kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden` or a wider one.
       labels: class ids `[...]`, of any integer dtype.
       bias: `[V]`.
       class_axis: the axis of `kernel` that holds the classes.
       num_classes: how many classes there are; what `kernel` holds beyond is padding.
       logit_soft_cap: positive bound of the logits. May be traced.
+      temperature: what the logits are divided by, in float32, after bias and soft cap: a number, or
+        one per row, with the axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
       where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include.
       ignore_index: label of rows that do not count.
       axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes.
@@ -67,7 +72,7 @@ def linear_softmax_statistics(
       NaN for a label that is no class.
 
     Raises:
-      TypeError: for a dtype or type that does not fit; `hidden` and `kernel` must agree.
+      TypeError: for a dtype or type that does not fit, as a `hidden` wider than `kernel` does not.
       ValueError: for a shape, an axis or a value that does not fit.
 
     Example:
@@ -86,6 +91,7 @@ def linear_softmax_statistics(
         labels,
         bias,
         checks.soft_cap("logit_soft_cap", logit_soft_cap),
+        options.temperature(temperature),
         where,
         class_axis=checks.integer_option("class_axis", class_axis),
         num_classes=checks.integer_option("num_classes", num_classes),
@@ -103,6 +109,7 @@ def _linear_statistics(
     labels: Array,
     bias: Array | None,
     logit_soft_cap: Array | None,
+    temperature: Array | None,
     where: Array | None,
     *,
     class_axis: int,
@@ -118,6 +125,7 @@ def _linear_statistics(
         labels,
         bias,
         logit_soft_cap,
+        temperature,
         where,
         class_axis=class_axis,
         num_classes=num_classes,
@@ -129,6 +137,6 @@ def _linear_statistics(
     )
     target = Target(labels=x.label.ids)
     found = class_blocks.row_statistics(
-        x.options, x.hidden, x.head, target, forward_mode=forward_mode
+        x.options, x.tokens, x.head, target, x.counting, forward_mode=forward_mode
     )
     return of_layer(found, x)

@@ -216,10 +216,11 @@ def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> in
             f"{prefix}hidden must have shape [..., D] and {prefix}kernel two axes, of D and of the "
             f"classes; got {hidden.shape} and {kernel.shape}"
         )
-    if kernel.dtype != hidden.dtype:
+    if jnp.promote_types(kernel.dtype, hidden.dtype) != kernel.dtype:
         raise TypeError(
-            f"{prefix}kernel must have the dtype of {prefix}hidden, {hidden.dtype}, "
-            f"got {kernel.dtype}; cast the one that is to be rounded or widened"
+            f"{prefix}kernel must have the dtype of {prefix}hidden, {hidden.dtype}, or a wider one "
+            f"(it is then rounded to that of {prefix}hidden, and its gradient is not), got "
+            f"{kernel.dtype}; cast the one that is to be rounded or widened"
         )
     if axis not in (-2, -1, 0, 1):
         raise ValueError(

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from .. import _platform
 from .._platform import block_sizes
 from .._rows import class_blocks, sharded
-from .._rows.head import Head
+from .._rows.head import Head, Tokens
+from .._rows.order import Order, in_order, order_of
 from .._rows.tile import wide
 from . import checks, targets
 from .types import ArrayLike
@@ -19,21 +21,30 @@ from .types import ArrayLike
 class Layer(NamedTuple):
     """The arguments of the linear form, checked, with their rows in one axis.
 
+    Where not all rows count, those that do come first.
+
     Attributes:
-      hidden: 0 in rows that do not count.
+      tokens: hidden states and temperature; 0 and 1 in rows that do not count.
       head: the kernel and what belongs to it.
       label: the class ids.
+      order: the order of the rows; None for that of the arguments.
       rows: the shape of the loss.
       options: how to find row statistics by blocks of classes.
       token_block: tokens per block, if a sum is to be computed by blocks of tokens.
     """
 
-    hidden: Float[Array, "tokens width"]
+    tokens: Tokens
     head: Head
     label: targets.ClassIds
+    order: Order | None
     rows: tuple[int, ...]
     options: class_blocks.Options
     token_block: int | None
+
+    @property
+    def counting(self) -> class_blocks.Counting:
+        """How many rows count; None for all."""
+        return None if self.order is None else self.order.counting
 
 
 def layer(
@@ -42,6 +53,7 @@ def layer(
     labels: ArrayLike,
     bias: ArrayLike | None,
     logit_soft_cap: ArrayLike | None,
+    temperature: Array | None,
     where: ArrayLike | None,
     *,
     class_axis: int,
@@ -71,17 +83,40 @@ def layer(
         counts = checks.boolean("where", where)
         counts = checks.of_rows("where", counts, rows, "the rows of hidden")
     label = targets.class_ids(labels, rows, classes, counts, ignore_index)
+    tokens = Tokens(targets.without_excluded(hidden, label.counts))
+    if temperature is not None:
+        of_row = checks.of_rows("temperature", temperature.astype(dtype), rows, "the loss")
+        if label.counts is not None:
+            of_row = jnp.where(label.counts, of_row, 1)
+        tokens = tokens._replace(temperature=of_row)
+    tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), tokens)
     label = jax.tree.map(jnp.ravel, label)
-    hidden = targets.without_excluded(jnp.reshape(hidden, (-1, hidden.shape[-1])), label.counts)
+    order = None
+    if label.counts is not None and _platform.is_local(hidden):
+        order = order_of(label.counts)
+        tokens, label = in_order(order, (tokens, label))
 
     if memory_budget is None:
         memory_budget = block_sizes.default_budget(kernel.size * kernel.dtype.itemsize)
     # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
     steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
+    steps += temperature is not None
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
     visited = local if axis_name is not None else classes
-    blocks = block_sizes.blocks(hidden.shape[0], visited, logit_bytes, memory_budget, summed=summed)
+    count = tokens.hidden.shape[0]
+    # Tiles of rows are smaller than a block of all rows, whose classes may then be more.
+    at_once = count if order is None else -(-count // 2)
+    blocks = block_sizes.blocks(at_once, visited, logit_bytes, memory_budget, summed=summed)
+    token_block, tile = blocks.tokens, block_sizes.rows(count)
+    if token_block is not None:
+        token_block = tile = token_block if order is None else min(token_block, tile)
     options = class_blocks.Options(
-        blocks.classes, class_axis, classes, axis_name, entropy=statistics, argmax=statistics
+        blocks.classes,
+        class_axis,
+        classes,
+        axis_name,
+        entropy=statistics,
+        argmax=statistics,
+        rows=tile,
     )
-    return Layer(hidden, head, label, rows, options, blocks.tokens)
+    return Layer(tokens, head, label, order, rows, options, token_block)

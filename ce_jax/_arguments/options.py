@@ -13,6 +13,8 @@ from .._rows.tile import wide
 from . import checks
 from .types import ArrayLike
 
+# The smallest temperature: below, logits of ordinary size overflow.
+_COLDEST = 1e-6
 # A log-probability this little above 0 is one that was rounded.
 _ROUNDING = 1e-3
 
@@ -39,6 +41,13 @@ def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
     if array.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got shape {array.shape}")
     return array
+
+
+def temperature(value: ArrayLike) -> Array | None:
+    """A temperature, or one per row; None where it is known to be 1 and so has no effect."""
+    if isinstance(value, float | int) and value == 1:
+        return None
+    return option("temperature", value, low=_COLDEST)
 
 
 def positive_int(name: str, value: int) -> int:

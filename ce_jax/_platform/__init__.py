@@ -55,9 +55,13 @@ def is_own(z: Array) -> bool:
 
     To read a sharded axis in another way would move data, and a symbolic one has no length.
     """
+    return all(isinstance(size, int) for size in z.shape) and is_local(z)
+
+
+def is_local(z: Array) -> bool:
+    """Whether all of an array is known to be on one device."""
     spread = any(axis is not None for axis in jax.typeof(z).sharding.spec)
-    known = all(isinstance(size, int) for size in z.shape)
-    return known and not spread and not _may_be_sharded()
+    return not spread and not _may_be_sharded()
 
 
 def _may_be_sharded() -> bool:

@@ -2,22 +2,28 @@
 
 Never more than one block of logits and of its gradient exist. Four matmuls of the size of the whole
 product in all (`8 N D V` operations for value and gradient); any cotangent is served.
+
+Where only the first so many rows count, the rows of a block are visited in tiles, up to the last of
+those: the time goes with the rows that count.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Integer
 
 from .. import _platform
 from .._platform import block_sizes
 from . import sharded, tile
-from .head import Head, Pull, logits, over_blocks, put, read_by_all, take, take_classes
+from .head import Head, Pull, Tokens, logits, over_blocks, put, read_by_all, take, take_classes
 from .tile import ABSENT, First, Partial, Target, merge
+
+_Carry = TypeVar("_Carry")
 
 
 class Options(NamedTuple):
@@ -30,6 +36,7 @@ class Options(NamedTuple):
       axis_name: mapped mesh axis over which the classes are sharded.
       entropy: whether the entropy is wanted.
       argmax: whether the argmax is wanted.
+      rows: rows per tile, where not all rows count.
     """
 
     block: int
@@ -38,43 +45,66 @@ class Options(NamedTuple):
     axis_name: str | None = None
     entropy: bool = False
     argmax: bool = False
+    rows: int = 0
+
+
+# How many rows count, which are the first; None for all.
+Counting = Integer[Array, ""] | None
 
 
 def row_statistics(
     options: Options,
-    hidden: Float[Array, "tokens width"],
+    tokens: Tokens,
     head: Head,
     target: Target,
+    counting: Counting = None,
     *,
     forward_mode: bool = False,
 ) -> tile.RowStatistics:
-    """Statistics of each row of the logits, differentiable but for `argmax`."""
+    """Statistics of each row of the logits, differentiable but for `argmax`.
+
+    Those of rows that do not count are of no class, or of whatever the row holds.
+    """
     sharded.check_sharded("kernel", head.kernel, options.axis_name)
-    hidden, head, target = sharded.align((hidden, head, target))
+    tokens, head, target, counting = sharded.align((tokens, head, target, counting))
     if forward_mode:
-        return tile.finish(_partial(options, hidden, head, target))
-    return _fused(options, hidden, head, target)
+        return tile.finish(_partial(options, tokens, head, target, counting))
+    return _fused(options, tokens, head, target, counting)
 
 
 def block_logits(
-    options: Options, hidden: Float[Array, "tokens width"], head: Head, first: First, size: int
+    options: Options, tokens: Tokens, head: Head, first: First, size: int
 ) -> tuple[Float[Array, "tokens classes"], Pull]:
-    """Logits of `size` classes from `first` on, and their pull-back.
+    """Logits of `size` classes from `first` on, and their pull-back."""
+    return _of_block(tokens, _block(options, head, first, size), options.class_axis)
 
-    Classes that are padding get -inf: a logit of 0 would count in the sum. What the head holds
-    there is set to 0, as 0 times padding that is not finite would be NaN.
-    """
+
+class _Block(NamedTuple):
+    """The part of a head that gives the logits of some classes; which are real, if not all are."""
+
+    head: Head
+    real: Bool[Array, " classes"] | None
+
+
+def _block(options: Options, head: Head, first: First, size: int) -> _Block:
+    """Of classes that are padded it holds 0, as 0 times padding that is not finite would be NaN."""
     block = take_classes(head, first, size, options.class_axis)
     if not _padded(options, head):
-        return logits(hidden, block, options.class_axis)
-    ids = jnp.arange(size, dtype=jnp.int32) + _first_class(options, head, first)
-    real = ids < options.classes
+        return _Block(block, None)
+    real = jnp.arange(size, dtype=jnp.int32) + _first_class(options, head, first) < options.classes
     block = block._replace(
         kernel=jnp.where(jnp.expand_dims(real, 1 - options.class_axis), block.kernel, 0),
         bias=ABSENT if block.bias is None else jnp.where(real, block.bias, 0),
     )
-    z, pull = logits(hidden, block, options.class_axis)
-    return jnp.where(real[None], z, -jnp.inf), pull
+    return _Block(block, real)
+
+
+def _of_block(
+    tokens: Tokens, block: _Block, class_axis: int
+) -> tuple[Float[Array, "tokens classes"], Pull]:
+    """Those of classes that are padded are -inf: a logit of 0 would count in the sum."""
+    z, pull = logits(tokens, block.head, class_axis)
+    return z if block.real is None else jnp.where(block.real[None], z, -jnp.inf), pull
 
 
 def _padded(options: Options, head: Head) -> bool:
@@ -90,9 +120,40 @@ def _first_class(options: Options, head: Head, first: First) -> First:
 
 
 def _target_of(target: Target, first: First, size: int) -> Target:
+    """The part that belongs to some classes."""
     if target.classes is None or target.classes.ndim == 0:
         return target
     return target._replace(classes=take(target.classes, first, size))
+
+
+def _rows_of(tree: Any, first: First, size: int) -> Any:
+    return jax.tree.map(lambda x: take(x, first, size), tree)
+
+
+def while_counting(
+    step: Callable[[_Carry, First, int], _Carry], counting: Counting
+) -> Callable[[_Carry, First, int], _Carry]:
+    """A step over some rows that is left out where none of them counts."""
+    if counting is None:
+        return step
+
+    def if_any(carry: _Carry, first: First, size: int) -> _Carry:
+        return jax.lax.cond(first < counting, lambda c: step(c, first, size), lambda c: c, carry)
+
+    return if_any
+
+
+def _over_rows(
+    options: Options,
+    step: Callable[[_Carry, First, int], _Carry],
+    carry: _Carry,
+    total: int,
+    counting: Counting,
+) -> _Carry:
+    """Runs `step(carry, first, size)` over all rows at once, or over tiles of which some count."""
+    if counting is None:
+        return step(carry, 0, total)
+    return over_blocks(while_counting(step, counting), carry, total, options.rows)
 
 
 def _visited(options: Options, head: Head) -> int:
@@ -100,14 +161,16 @@ def _visited(options: Options, head: Head) -> int:
     return options.classes if options.axis_name is None else head.kernel.shape[options.class_axis]
 
 
-def _partial(options: Options, hidden: Array, head: Head, target: Target) -> Partial:
-    hidden_of_block = read_by_all(hidden)
+def _partial(
+    options: Options, tokens: Tokens, head: Head, target: Target, counting: Counting
+) -> Partial:
+    tokens_of_tile = read_by_all(tokens)
 
-    def of_block(first: First, size: int) -> Partial:
-        z, _ = block_logits(options, hidden_of_block(), head, first, size)
+    def read(tokens: Tokens, labels: Any, block: _Block, first: First, size: int) -> Partial:
+        z, _ = _of_block(tokens, block, options.class_axis)
         return _platform.read(
             z,
-            _target_of(target, first, size),
+            _target_of(target, first, size)._replace(labels=labels),
             _platform.normaliser(z),
             entropy=options.entropy,
             argmax=options.argmax,
@@ -115,70 +178,118 @@ def _partial(options: Options, hidden: Array, head: Head, target: Target) -> Par
         )
 
     def step(part: Partial, first: First, size: int) -> Partial:
-        return merge(part, of_block(first, size))
+        block = _block(options, head, first, size)
+        block_of_tile = _read_by_tiles(block.head, tokens)
+
+        def tile_of_block(part: Partial, row: First, rows: int) -> Partial:
+            of_rows, labels, seen = _rows_of((tokens_of_tile(), target.labels, part), row, rows)
+            now = block._replace(head=block_of_tile())
+            found = merge(seen, read(of_rows, labels, now, first, size))
+            return jax.tree.map(lambda x, new: put(x, new, row), part, found)
+
+        return _over_rows(options, tile_of_block, part, tokens.hidden.shape[0], counting)
 
     total = _visited(options, head)
-    like = jax.eval_shape(lambda: of_block(0, block_sizes.cut(total, options.block).size))
+    size = block_sizes.cut(total, options.block).size
+    like = jax.eval_shape(
+        lambda: read(tokens, target.labels, _block(options, head, 0, size), 0, size)
+    )
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     nothing = nothing._replace(base=jnp.full_like(nothing.base, -jnp.inf))
-    part = over_blocks(step, sharded.like(nothing, hidden), total, options.block)
+    part = over_blocks(step, sharded.like(nothing, tokens.hidden), total, options.block)
     return sharded.merge_across(part, options.axis_name)
 
 
+def _read_by_tiles(head: Head, tokens: Tokens) -> Callable[[], Head]:
+    """How tiles find the kernel: cast once, to the dtype in which they multiply."""
+    narrow = head._replace(kernel=head.kernel.astype(tokens.hidden.dtype))
+    return read_by_all(head, narrow)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(options: Options, hidden: Array, head: Head, target: Target) -> tile.RowStatistics:
-    return tile.finish(_partial(options, hidden, head, target))
+def _fused(
+    options: Options, tokens: Tokens, head: Head, target: Target, counting: Counting
+) -> tile.RowStatistics:
+    return tile.finish(_partial(options, tokens, head, target, counting))
 
 
-_Residuals = tuple[Array, Head, Target, Partial]
+Residuals = tuple[Tokens, Head, Target, Counting, Partial]
 
 
 def _fused_fwd(
-    options: Options, hidden: Array, head: Head, target: Target
-) -> tuple[tile.RowStatistics, _Residuals]:
-    part = _partial(options, hidden, head, target)
-    return tile.finish(part), (hidden, head, target, part)
+    options: Options, tokens: Tokens, head: Head, target: Target, counting: Counting
+) -> tuple[tile.RowStatistics, Residuals]:
+    part = _partial(options, tokens, head, target, counting)
+    return tile.finish(part), (tokens, head, target, counting, part)
 
 
 def _fused_bwd(
-    options: Options, residuals: _Residuals, g: tile.RowStatistics
-) -> tuple[Array, Head, Target]:
-    return _pulled_back(options, residuals, g._replace(argmax=ABSENT))
+    options: Options, residuals: Residuals, g: tile.RowStatistics
+) -> tuple[Tokens, Head, Target, None]:
+    return *pulled_back(options, residuals, g._replace(argmax=ABSENT)), None
 
 
 # As a whole for those who differentiate outside `jit`, where loops would be compiled in each call.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _pulled_back(
-    options: Options, residuals: _Residuals, g: tile.RowStatistics
-) -> tuple[Array, Head, Target]:
-    hidden, head, target, part = residuals
-    hidden_of_block = read_by_all(hidden)
+def pulled_back(
+    options: Options, residuals: Residuals, g: tile.RowStatistics
+) -> tuple[Tokens, Head, Target]:
+    """Cotangents of what the statistics were computed from, given theirs."""
+    tokens, head, target, counting, part = residuals
+    tokens_of_tile = read_by_all(tokens)
 
-    def step(carry: tuple[Array, Head, Any], first: First, size: int) -> tuple[Array, Head, Any]:
-        d_hidden, d_head, d_classes = carry
-        z, pull = block_logits(options, hidden_of_block(), head, first, size)
-        first_class = _first_class(options, head, first)
+    def step(carry: tuple[Tokens, Head, Any], first: First, size: int) -> tuple[Tokens, Head, Any]:
+        d_tokens, d_head, d_classes = carry
+        block = _block(options, head, first, size)
+        block_of_tile = _read_by_tiles(block.head, tokens)
         of_block = _target_of(target, first, size)
-        dz, d_target = tile.pullback(z, of_block, part, g, first_class=first_class)
-        more_hidden, block = pull(dz)
+
+        def tile_of_block(sums: tuple[Tokens, Head, Any], row: First, rows: int) -> Any:
+            d_tokens, *others = sums
+            of_rows, labels, seen, g_rows = _rows_of(
+                (tokens_of_tile(), target.labels, part, g), row, rows
+            )
+            z, pull = _of_block(of_rows, block._replace(head=block_of_tile()), options.class_axis)
+            dz, d_target = tile.pullback(
+                z,
+                of_block._replace(labels=labels),
+                seen,
+                g_rows,
+                first_class=_first_class(options, head, first),
+            )
+            more, d_block = pull(dz)
+            sums = jax.tree.map(jnp.add, _rows_of(d_tokens, row, rows), more)
+            return (
+                jax.tree.map(lambda d, new: put(d, new, row), d_tokens, sums),
+                *jax.tree.map(jnp.add, tuple(others), (d_block, d_target.classes)),
+            )
+
+        sums = (d_tokens, *_zeros((block.head, of_block.classes), tokens))
+        d_tokens, d_block, more = _over_rows(
+            options, tile_of_block, sums, tokens.hidden.shape[0], counting
+        )
         d_head = Head(
-            kernel=put(d_head.kernel, block.kernel, first, options.class_axis),
-            bias=ABSENT if head.bias is None else put(d_head.bias, block.bias, first),
-            soft_cap=ABSENT if head.soft_cap is None else d_head.soft_cap + block.soft_cap,
+            kernel=put(d_head.kernel, d_block.kernel, first, options.class_axis),
+            bias=ABSENT if head.bias is None else put(d_head.bias, d_block.bias, first),
+            soft_cap=ABSENT if head.soft_cap is None else d_head.soft_cap + d_block.soft_cap,
         )
         if d_classes is not None:
-            of_all = d_classes.ndim == 0
-            d_classes = (
-                d_classes + d_target.classes if of_all else put(d_classes, d_target.classes, first)
-            )
-        return d_hidden + more_hidden, d_head, d_classes
+            d_classes = d_classes + more if d_classes.ndim == 0 else put(d_classes, more, first)
+        return d_tokens, d_head, d_classes
 
-    zeros = jnp.zeros(hidden.shape[::-1], tile.wide(hidden.dtype))
-    carry = (zeros, *jax.tree.map(jnp.zeros_like, (head, target.classes)))
-    d_hidden, d_head, d_classes = over_blocks(
-        step, sharded.like(carry, hidden), _visited(options, head), options.block
+    d_tokens = _zeros(tokens, tokens)
+    others = sharded.like(jax.tree.map(jnp.zeros_like, (head, target.classes)), tokens.hidden)
+    d_tokens, d_head, d_classes = over_blocks(
+        step, (d_tokens, *others), _visited(options, head), options.block
     )
-    return d_hidden.T.astype(hidden.dtype), d_head, Target(classes=d_classes)
+    d_tokens = jax.tree.map(lambda x, d: d.astype(x.dtype), tokens, d_tokens)
+    return d_tokens, d_head, Target(classes=d_classes)
+
+
+def _zeros(tree: _Carry, tokens: Tokens) -> _Carry:
+    """Zeros to add up cotangents of these arrays in."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, tile.wide(x.dtype)), tree)
+    return sharded.like(zeros, tokens.hidden)
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 from .. import _platform
 from . import class_blocks, sharded, tile
 from .columns import WHOLE, Form, over_columns
-from .head import Head, take
+from .head import Head, Tokens, take
 from .tile import ABSENT, First, Partial, Target, merge, origin
 
 
@@ -128,11 +128,12 @@ def _tile_of(
     options: class_blocks.Options, side: Side, first: First, size: int
 ) -> tuple[Array, Callable[[Array], Side]]:
     if side.logits is None:
-        z, pull = class_blocks.block_logits(options, side.hidden, side.head, first, size)
+        tokens = Tokens(side.hidden)
+        z, pull = class_blocks.block_logits(options, tokens, side.head, first, size)
 
         def pull_layer(dz: Array) -> Side:
-            d_hidden, d_head = pull(dz)
-            return Side(hidden=d_hidden.T, head=d_head)
+            d_tokens, d_head = pull(dz)
+            return Side(hidden=d_tokens.hidden, head=d_head)
 
         return z, pull_layer
     local = side.logits.shape[-1]

@@ -10,10 +10,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._platform import block_sizes
+from .numerics import tempered
 from .tile import ABSENT, First, wide
 
 _Carry = TypeVar("_Carry")
 _Tree = TypeVar("_Tree")
+
+
+class Tokens(NamedTuple):
+    """What the last layer reads of each token, or its cotangent; a temperature may be absent.
+
+    Attributes:
+      hidden: `[tokens, D]`. The matmuls are in its dtype.
+      temperature: what the logits of a token are divided by, `[tokens]`.
+    """
+
+    hidden: Float[Array, "tokens width"]
+    temperature: Float[Array, " tokens"] = ABSENT
 
 
 class Head(NamedTuple):
@@ -30,43 +43,48 @@ class Head(NamedTuple):
     soft_cap: Float[Array, ""] = ABSENT
 
 
-Pull = Callable[[Float[Array, "tokens classes"]], tuple[Float[Array, "width tokens"], Head]]
+Pull = Callable[[Float[Array, "tokens classes"]], tuple[Tokens, Head]]
 
 
 def logits(
-    hidden: Float[Array, "tokens width"], head: Head, class_axis: int
+    tokens: Tokens, head: Head, class_axis: int
 ) -> tuple[Float[Array, "tokens classes"], Pull]:
     """Logits in the accumulation dtype, and the function that takes their cotangents back.
 
     That function rounds the logits' cotangents to the dtype of `hidden` before its two matmuls, as
     a matmul in float32 is many times slower on an accelerator, and returns sums in the accumulation
-    dtype; that for `hidden` is transposed, `[width, tokens]`, since a CPU finds it faster so.
+    dtype.
     """
-    dtype = wide(hidden.dtype)
-    width_axis = 1 - class_axis
-    capped = _dot(hidden, 1, head.kernel, width_axis)
+    hidden, kernel = tokens.hidden, head.kernel.astype(tokens.hidden.dtype)
+    products = _dot(hidden, 1, kernel, 1 - class_axis)
     if head.bias is not None:
-        capped = capped + head.bias.astype(dtype)[None]
-    uncap = None
-    if head.soft_cap is not None:
-        capped, uncap = jax.vjp(_soft_cap, capped, head.soft_cap)
+        products = products + head.bias.astype(products.dtype)[None]
+    z, undo = jax.vjp(_capped_and_tempered, products, head.soft_cap, tokens.temperature)
 
-    def pull(dz: Float[Array, "tokens classes"]) -> tuple[Float[Array, "width tokens"], Head]:
-        d_cap = ABSENT
-        if uncap is not None:
-            dz, d_cap = uncap(dz)
+    def pull(dz: Float[Array, "tokens classes"]) -> tuple[Tokens, Head]:
+        dz, d_cap, d_temperature = undo(dz)
         d_bias = ABSENT if head.bias is None else jnp.sum(dz, 0)
         dz = dz.astype(hidden.dtype)
         pair = (hidden, dz) if class_axis == 1 else (dz, hidden)
         d_kernel = _dot(pair[0], 0, pair[1], 0)
-        return _dot(head.kernel, class_axis, dz, 1), Head(d_kernel, d_bias, d_cap)
+        d_hidden = _dot(dz, 1, kernel, class_axis)
+        return Tokens(d_hidden, d_temperature), Head(d_kernel, d_bias, d_cap)
 
-    return capped, pull
+    return z, pull
 
 
 def _dot(a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
     dimensions = (((a_axis,), (b_axis,)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide(a.dtype))
+
+
+def _capped_and_tempered(
+    u: Float[Array, "tokens classes"],
+    cap: Float[Array, ""] | None,
+    temperature: Float[Array, " tokens"] | None,
+) -> Float[Array, "tokens classes"]:
+    z = u if cap is None else _soft_cap(u, cap)
+    return z if temperature is None else tempered(z, temperature)
 
 
 def _soft_cap(u: Float[Array, "..."], cap: Float[Array, ""]) -> Float[Array, "..."]:
@@ -81,6 +99,8 @@ def take(x: Array, first: First, size: int, axis: int = 0) -> Array:
 
 def put(x: Array, block: Array, first: First, axis: int = 0) -> Array:
     """`x` with `block` from entry `first` of an axis on, in the dtype of `x`."""
+    if block.shape == x.shape:
+        return block.astype(x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), first, axis)
 
 
@@ -90,15 +110,15 @@ def take_classes(head: Head, first: First, size: int, class_axis: int) -> Head:
     return head._replace(kernel=take(head.kernel, first, size, class_axis), bias=bias)
 
 
-def read_by_all(inputs: _Tree) -> Callable[[], _Tree]:
-    """How each block finds arrays that all blocks read: as they are.
+def read_by_all(inputs: _Tree, read: _Tree | None = None) -> Callable[[], _Tree]:
+    """How each block finds arrays that all blocks read: as they are, or as `read`, of other dtypes.
 
     Where JAX derives a derivative of the loop (forward mode, second derivatives), it adds up their
     cotangents over the blocks in the dtype in which the blocks find them. Those of narrow arrays
     therefore go to a wide copy. Nothing reads its numbers, so XLA leaves it out of other programs.
     """
     copies = jax.tree.map(lambda x: x.astype(wide(x.dtype)), inputs)
-    constants = jax.lax.stop_gradient(inputs)
+    constants = jax.lax.stop_gradient(inputs if read is None else read)
 
     def of_block(copy: Array, x: Array) -> Array:
         return copy if copy.dtype == x.dtype else _with_slope_of(copy, x)

@@ -53,6 +53,15 @@ def _product_jvp(
     return product(weight, x), by_weight * t_weight + weight * t_x
 
 
+def tempered(
+    z: Float[Array, "*rows classes"], temperature: Float[Array, "*rows"]
+) -> Float[Array, "*rows classes"]:
+    """`z / temperature`; a logit of -inf stays -inf, with no part in the temperature's slope."""
+    banned = z == -jnp.inf
+    quotient = jnp.where(banned, 0, z) / temperature[..., None].astype(z.dtype)
+    return jnp.where(banned, -jnp.inf, quotient)
+
+
 def _polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The polynomial with these coefficients, highest power first.
 

@@ -21,7 +21,7 @@ from .._platform import block_sizes
 from ..sigmoid import sigmoid_binary_cross_entropy
 from . import sharded, tile
 from .columns import WHOLE, Form, over_columns
-from .head import Head, over_blocks, put, take
+from .head import Head, Tokens, over_blocks, put, take
 from .head import logits as products_of
 from .tile import ABSENT, First, Partial, RowStatistics, Target, is_label, merge, wide
 
@@ -83,11 +83,11 @@ def _logits(inputs: _Inputs, first: First, size: int) -> tuple[Float[Array, "n b
     outside `jit`, logits of 1e6 and more are then off by their last digit.
     """
     rows, columns, scale = inputs
-    products, pull_products = products_of(rows, Head(take(columns, first, size)), 0)
+    products, pull_products = products_of(Tokens(rows), Head(take(columns, first, size)), 0)
 
     def pull(dz: Float[Array, "n block"]) -> _Inputs:
-        d_rows, head = pull_products(dz * scale)
-        return d_rows.T, head.kernel, jnp.sum(dz * products)
+        tokens, head = pull_products(dz * scale)
+        return tokens.hidden, head.kernel, jnp.sum(dz * products)
 
     return products * scale, pull
 

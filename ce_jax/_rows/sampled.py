@@ -15,7 +15,7 @@ from .._arguments import checks, reductions
 from .._arguments.types import ArrayLike
 from . import sharded
 from .bins import number_of_run
-from .head import Head, logits
+from .head import Head, Tokens, logits
 from .tile import ABSENT, wide
 
 
@@ -107,7 +107,7 @@ def layer_logits(
 
 
 def _plain_logits(hidden: Float[Array, "n width"], head: Head) -> Float[Array, "n samples"]:
-    return logits(hidden, head, 0)[0]
+    return logits(Tokens(hidden), head, 0)[0]
 
 
 _fused_logits = jax.custom_vjp(_plain_logits)
@@ -120,9 +120,9 @@ def _logits_fwd(hidden: Array, head: Head) -> tuple[Array, tuple[Array, Head]]:
 
 def _logits_bwd(residuals: tuple[ArrayLike, Head], g: Array) -> tuple[Array, Head]:
     hidden, head = jax.tree.map(jnp.asarray, residuals)  # what is constant may come as a literal
-    _, pull = logits(hidden, head, 0)
-    d_hidden, d_head = pull(g)
-    return jax.tree.map(lambda x, d: d.astype(x.dtype), (hidden, head), (d_hidden.T, d_head))
+    _, pull = logits(Tokens(hidden), head, 0)
+    d_tokens, d_head = pull(g)
+    return jax.tree.map(lambda x, d: d.astype(x.dtype), (hidden, head), (d_tokens.hidden, d_head))
 
 
 _fused_logits.defvjp(_logits_fwd, _logits_bwd)

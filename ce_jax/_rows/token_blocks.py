@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
-from .head import Head, over_blocks, put, read_by_all, take, take_classes
+from .head import Head, Pull, Tokens, over_blocks, put, read_by_all, take, take_classes
 from .tile import First
 
 
@@ -48,93 +49,163 @@ class Options(NamedTuple):
       block: tokens per block.
       row_loss: the loss of each row, weighted and masked.
       head: what the head is, and how it is read where no gradient is wanted.
+      statistics: whether those of the rows are wanted, too.
     """
 
     block: int
     row_loss: RowLoss
     head: class_blocks.Options
+    statistics: bool = False
+
+
+# The sum of the losses and, if they are wanted, the rows' statistics.
+_Result = tuple[Float[Array, ""], tile.RowStatistics | None]
 
 
 def loss_sum(
     options: Options,
-    hidden: Float[Array, "tokens width"],
+    tokens: Tokens,
     head: Head,
     target: tile.Target,
     rows: RowInputs,
-) -> Float[Array, ""]:
+    counting: class_blocks.Counting,
+) -> _Result:
     """The sum of `row_loss` over all rows."""
     # Every block reads all classes it is given: 0 times padding that is not finite would be NaN.
     head = take_classes(head, 0, options.head.classes, options.head.class_axis)
     if target.classes is not None and target.classes.ndim:
         target = target._replace(classes=take(target.classes, 0, options.head.classes))
-    return _fused(options, *sharded.align((hidden, head, target, rows)))
+    return _fused(options, *sharded.align((tokens, head, target, rows, counting)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
-    options: Options, hidden: Array, head: Head, target: tile.Target, rows: RowInputs
-) -> Float[Array, ""]:
-    statistics = class_blocks.row_statistics(options.head, hidden, head, target)
-    return jnp.sum(options.row_loss(statistics, rows))
+    options: Options,
+    tokens: Tokens,
+    head: Head,
+    target: tile.Target,
+    rows: RowInputs,
+    counting: class_blocks.Counting,
+) -> _Result:
+    found = class_blocks.row_statistics(options.head, tokens, head, target, counting)
+    total = jnp.sum(options.row_loss(found, rows))
+    return total, found if options.statistics else None
 
 
 class _Inputs(NamedTuple):
     """The differentiable inputs, or their cotangents."""
 
-    hidden: Float[Array, "tokens width"]
+    tokens: Tokens
     head: Head
     classes: Any
     scales: Any
     shared: Any
 
 
-def _fused_fwd(
-    options: Options, hidden: Array, head: Head, target: tile.Target, rows: RowInputs
-) -> tuple[Array, tuple[_Inputs, _Inputs]]:
-    head_of_block = read_by_all(head)
+class _Residuals(NamedTuple):
+    """Inputs, the cotangents of the sum, and what the statistics' cotangents need."""
 
-    def step(carry: tuple[Array, _Inputs], first: First, size: int) -> tuple[Array, _Inputs]:
-        total, grads = carry
-        head = head_of_block()
+    inputs: _Inputs
+    grads: _Inputs
+    target: tile.Target
+    counting: class_blocks.Counting
+    part: tile.Partial | None
+
+
+def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
+    given: Any = jax.tree.map(lambda x: x.value, primals)
+    tokens, head, target, rows, counting = given
+    narrow = head._replace(kernel=head.kernel.astype(tokens.hidden.dtype))
+    head_of_block = read_by_all(head, narrow)
+
+    def read(tokens: Tokens, target: tile.Target) -> tuple[Array, Pull, tile.Partial]:
+        z, pull = class_blocks.block_logits(
+            options.head, tokens, head_of_block(), 0, options.head.classes
+        )
+        part = _platform.read(
+            z,
+            target,
+            _platform.normaliser(z),
+            entropy=options.head.entropy,
+            argmax=options.head.argmax,
+        )
+        return z, pull, part
+
+    def step(
+        carry: tuple[Array, _Inputs, Any], first: First, size: int
+    ) -> tuple[Array, _Inputs, Any]:
+        total, grads, seen = carry
         part = functools.partial(take, first=first, size=size)
         of_block = target._replace(labels=part(target.labels))
         block = jax.tree.map(part, rows._replace(shared=()))
-        z, pull = class_blocks.block_logits(
-            options.head, part(hidden), head, 0, head.kernel.shape[options.head.class_axis]
-        )
-        partial = _platform.read(z, of_block, _platform.normaliser(z))
+        z, pull, found = read(jax.tree.map(part, tokens), of_block)
 
         def block_loss(statistics: tile.RowStatistics, scales: Any, shared: Any) -> Array:
             inputs = block._replace(scales=scales, shared=shared)
             return jnp.sum(options.row_loss(statistics, inputs))
 
-        statistics = tile.finish(partial)
-        loss, pull_loss = jax.vjp(block_loss, statistics, block.scales, rows.shared)
+        loss, pull_loss = jax.vjp(block_loss, tile.finish(found), block.scales, rows.shared)
         g, d_scales, d_shared = pull_loss(jnp.ones_like(loss))
-        dz, d_target = tile.pullback(z, of_block, partial, g)
-        d_hidden, d_head = pull(dz)
-        return total + loss, _Inputs(
-            hidden=put(grads.hidden, d_hidden.T, first),
+        dz, d_target = tile.pullback(z, of_block, found, g._replace(argmax=None))
+        d_tokens, d_head = pull(dz)
+
+        def of_rows(d: Array, new: Array) -> Array:
+            return put(d, new, first)
+
+        more = _Inputs(
+            tokens=jax.tree.map(of_rows, grads.tokens, d_tokens),
             head=jax.tree.map(jnp.add, grads.head, d_head),
             classes=jax.tree.map(jnp.add, grads.classes, d_target.classes),
-            scales=jax.tree.map(lambda d, new: put(d, new, first), grads.scales, d_scales),
+            scales=jax.tree.map(of_rows, grads.scales, d_scales),
             shared=jax.tree.map(lambda d, new: d + new.astype(d.dtype), grads.shared, d_shared),
         )
+        seen = jax.tree.map(of_rows, seen, found) if options.statistics else None
+        return total + loss, more, seen
 
-    inputs = _Inputs(hidden, head, target.classes, rows.scales, rows.shared)
-    dtype = tile.wide(hidden.dtype)
+    inputs = _Inputs(tokens, head, target.classes, rows.scales, rows.shared)
+    dtype = tile.wide(tokens.hidden.dtype)
+    nothing = None
+    if options.statistics:
+        nothing = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(lambda: read(tokens, target)[2]),
+        )
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), (0, inputs))
-    total, grads = over_blocks(step, sharded.like(zeros, hidden), hidden.shape[0], options.block)
-    return total, (inputs, grads)
+    total, grads, part = over_blocks(
+        class_blocks.while_counting(step, counting),
+        sharded.like((*zeros, nothing), tokens.hidden),
+        tokens.hidden.shape[0],
+        options.block,
+    )
+    found = tile.finish(part) if options.statistics else None
+    return (total, found), _Residuals(inputs, grads, target, counting, part)
 
 
 def _fused_bwd(
-    options: Options, residuals: tuple[_Inputs, _Inputs], g: Float[Array, ""]
-) -> tuple[Array, Head, tile.Target, RowInputs]:
-    inputs, grads = residuals
-    d = jax.tree.map(lambda x, dx: (g * dx).astype(jnp.result_type(x)), inputs, grads)
+    options: Options, residuals: _Residuals, g: tuple[Any, Any]
+) -> tuple[Tokens, Head, tile.Target, RowInputs, None]:
+    (g_total, g_found), inputs = g, residuals.inputs
+    factor = _instantiated(g_total)
+    d = jax.tree.map(
+        lambda x, dx: (factor * dx).astype(jnp.result_type(x)), inputs, residuals.grads
+    )
+    if not all(isinstance(x, SymbolicZero) for x in jax.tree.leaves(g_found)):
+        # Who differentiates the statistics, too, has all logits computed once more.
+        of_rows = jax.tree.map(_instantiated, g_found._replace(argmax=None))
+        *_, target, counting, part = residuals
+        more = class_blocks.pulled_back(
+            options.head, (inputs.tokens, inputs.head, target, counting, part), of_rows
+        )
+        tokens, head, classes = jax.tree.map(
+            jnp.add, (d.tokens, d.head, d.classes), (*more[:2], more[2].classes)
+        )
+        d = d._replace(tokens=tokens, head=head, classes=classes)
     rows = RowInputs(d.scales, d.shared, flags=None)
-    return d.hidden, d.head, tile.Target(classes=d.classes), rows
+    return d.tokens, d.head, tile.Target(classes=d.classes), rows, None
 
 
-_fused.defvjp(_fused_fwd, _fused_bwd)
+def _instantiated(x: Any) -> Array:
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
