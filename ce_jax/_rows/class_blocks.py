@@ -216,17 +216,16 @@ def _fused(
 Residuals = tuple[Tokens, Head, Target, Counting, Partial]
 
 
-def _fused_fwd(
-    options: Options, tokens: Tokens, head: Head, target: Target, counting: Counting
-) -> tuple[tile.RowStatistics, Residuals]:
-    part = _partial(options, tokens, head, target, counting)
-    return tile.finish(part), (tokens, head, target, counting, part)
+def _fused_fwd(options: Options, *primals: Any) -> tuple[tile.RowStatistics, Residuals]:
+    given: Any = jax.tree.map(lambda x: x.value, primals)
+    part = _partial(options, *given)
+    return tile.finish(part), (*given, part)
 
 
 def _fused_bwd(
     options: Options, residuals: Residuals, g: tile.RowStatistics
 ) -> tuple[Tokens, Head, Target, None]:
-    return *pulled_back(options, residuals, g._replace(argmax=ABSENT)), None
+    return *pulled_back(options, residuals, tile.cotangents(g)), None
 
 
 # As a whole for those who differentiate outside `jit`, where loops would be compiled in each call.
@@ -292,4 +291,4 @@ def _zeros(tree: _Carry, tokens: Tokens) -> _Carry:
     return sharded.like(zeros, tokens.hidden)
 
 
-_fused.defvjp(_fused_fwd, _fused_bwd)
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)

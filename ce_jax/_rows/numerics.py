@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
+
+_Tree = TypeVar("_Tree")
 
 # Coefficients of (e^x - 1) / x and of (e^x - 1 - x) / x^2, highest power first. With |x| <= 1/2 the
 # first term left out is below float64's rounding.
@@ -29,6 +31,14 @@ def linear(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
         if not isinstance(tangent, SymbolicZero)
     ]
     return functools.reduce(operator.add, terms)
+
+
+def instantiated(tree: _Tree) -> _Tree:
+    """Cotangents, with arrays of zeros for those that JAX knows to be 0."""
+    arrays: _Tree = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x, tree
+    )
+    return arrays
 
 
 @jax.custom_jvp

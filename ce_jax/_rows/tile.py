@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
-from .numerics import product
+from .numerics import instantiated, product
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -279,10 +280,20 @@ def pullback(
         d_classes = g.uniform[..., None] * jnp.where(absent, 0, surprise)
         rows = range(z.ndim - target.classes.ndim)
         d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(rows)))
-    if part.entropy is not None:
+    if g.entropy is not None:
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
         dz = dz + exp * onto_log_p * (_finite_exponent(surprise) - part.entropy[..., None])
     return dz, d_target
+
+
+def cotangents(g: RowStatistics) -> RowStatistics:
+    """Those that `pullback` takes, of a rule that is told which are known to be 0.
+
+    Without that of the entropy, if nobody differentiates it, nothing has to be computed for it.
+    """
+    if isinstance(g.entropy, SymbolicZero):
+        g = g._replace(entropy=ABSENT)
+    return instantiated(g._replace(argmax=ABSENT))
 
 
 def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
