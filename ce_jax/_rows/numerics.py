@@ -63,13 +63,27 @@ def _product_jvp(
     return product(weight, x), by_weight * t_weight + weight * t_x
 
 
+@jax.custom_jvp
 def tempered(
     z: Float[Array, "*rows classes"], temperature: Float[Array, "*rows"]
 ) -> Float[Array, "*rows classes"]:
-    """`z / temperature`; a logit of -inf stays -inf, with no part in the temperature's slope."""
-    banned = z == -jnp.inf
-    quotient = jnp.where(banned, 0, z) / temperature[..., None].astype(z.dtype)
-    return jnp.where(banned, -jnp.inf, quotient)
+    """`z / temperature`; a logit of -inf stays -inf, with no part in the temperature's slope.
+
+    One division for each row: a quotient for each logit would not be computed a second time for the
+    gradient, but stored.
+    """
+    return z * (1 / temperature)[..., None]
+
+
+@tempered.defjvp
+def _tempered_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (z, temperature), (dz, d_temperature) = primals, tangents
+    quotient = tempered(z, temperature)
+    finite = jnp.where(z == -jnp.inf, 0, quotient)
+    slope = (d_temperature / temperature)[..., None]
+    return quotient, tempered(dz, temperature) - finite * slope
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:
