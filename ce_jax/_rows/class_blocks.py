@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from .. import _platform
-from .._platform import block_sizes
 from . import sharded, tile
 from .head import Head, Pull, Tokens, logits, over_blocks, put, read_by_all, take, take_classes
 from .tile import ABSENT, First, Partial, Target, merge
@@ -166,37 +165,31 @@ def _partial(
 ) -> Partial:
     tokens_of_tile = read_by_all(tokens)
 
-    def read(tokens: Tokens, labels: Any, block: _Block, first: First, size: int) -> Partial:
-        z, _ = _of_block(tokens, block, options.class_axis)
-        return _platform.read(
-            z,
-            _target_of(target, first, size)._replace(labels=labels),
-            _platform.normaliser(z),
-            entropy=options.entropy,
-            argmax=options.argmax,
-            first_class=_first_class(options, head, first),
-        )
-
     def step(part: Partial, first: First, size: int) -> Partial:
         block = _block(options, head, first, size)
         block_of_tile = _read_by_tiles(block.head, tokens)
 
         def tile_of_block(part: Partial, row: First, rows: int) -> Partial:
             of_rows, labels, seen = _rows_of((tokens_of_tile(), target.labels, part), row, rows)
-            now = block._replace(head=block_of_tile())
-            found = merge(seen, read(of_rows, labels, now, first, size))
+            z, _ = _of_block(of_rows, block._replace(head=block_of_tile()), options.class_axis)
+            new = _platform.read(
+                z,
+                _target_of(target, first, size)._replace(labels=labels),
+                _platform.normaliser(z),
+                entropy=options.entropy,
+                argmax=options.argmax,
+                first_class=_first_class(options, head, first),
+            )
+            found = merge(seen, new)
             return jax.tree.map(lambda x, new: put(x, new, row), part, found)
 
         return _over_rows(options, tile_of_block, part, tokens.hidden.shape[0], counting)
 
-    total = _visited(options, head)
-    size = block_sizes.cut(total, options.block).size
-    like = jax.eval_shape(
-        lambda: read(tokens, target.labels, _block(options, head, 0, size), 0, size)
+    rows, dtype = tokens.hidden.shape[:1], tile.wide(tokens.hidden.dtype)
+    nothing = tile.nothing_seen(rows, dtype, target, entropy=options.entropy, argmax=options.argmax)
+    part = over_blocks(
+        step, sharded.like(nothing, tokens.hidden), _visited(options, head), options.block
     )
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    nothing = nothing._replace(base=jnp.full_like(nothing.base, -jnp.inf))
-    part = over_blocks(step, sharded.like(nothing, tokens.hidden), total, options.block)
     return sharded.merge_across(part, options.axis_name)
 
 

@@ -92,6 +92,24 @@ class Partial(NamedTuple):
     argmax: Integer[Array, "*rows"] = ABSENT
 
 
+def nothing_seen(
+    rows: tuple[int, ...], dtype: jnp.dtype, target: Target, *, entropy: bool, argmax: bool
+) -> Partial:
+    """The statistics over no classes, with the fields that `read` fills for this target."""
+    zero = jnp.zeros(rows, dtype)
+    of_classes = ABSENT if target.classes is None else zero
+    return Partial(
+        base=jnp.full_like(zero, -jnp.inf),
+        sum_exp=zero,
+        label_logit=ABSENT if target.labels is None else zero,
+        uniform=of_classes,
+        classes_sum=of_classes,
+        classes_count=of_classes,
+        entropy=zero if entropy else ABSENT,
+        argmax=jnp.zeros(rows, jnp.int32) if argmax else ABSENT,
+    )
+
+
 # Adds up arrays over the classes, each by itself.
 RowSums = Callable[[dict[str, Array]], dict[str, Array]]
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
-from .head import Head, Pull, Tokens, over_blocks, put, read_by_all, take, take_classes
+from .head import Head, Tokens, over_blocks, put, read_by_all, take, take_classes
 from .numerics import instantiated
 from .tile import First
 
@@ -118,19 +118,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
     tokens, head, target, rows, counting = given
     narrow = head._replace(kernel=head.kernel.astype(tokens.hidden.dtype))
     head_of_block = read_by_all(head, narrow)
-
-    def read(tokens: Tokens, target: tile.Target) -> tuple[Array, Pull, tile.Partial]:
-        z, pull = class_blocks.block_logits(
-            options.head, tokens, head_of_block(), 0, options.head.classes
-        )
-        part = _platform.read(
-            z,
-            target,
-            _platform.normaliser(z),
-            entropy=options.head.entropy,
-            argmax=options.head.argmax,
-        )
-        return z, pull, part
+    wanted = {"entropy": options.head.entropy, "argmax": options.head.argmax}
 
     def step(
         carry: tuple[Array, _Inputs, Any], first: First, size: int
@@ -139,7 +127,10 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         part = functools.partial(take, first=first, size=size)
         of_block = target._replace(labels=part(target.labels))
         block = jax.tree.map(part, rows._replace(shared=()))
-        z, pull, found = read(jax.tree.map(part, tokens), of_block)
+        z, pull = class_blocks.block_logits(
+            options.head, jax.tree.map(part, tokens), head_of_block(), 0, options.head.classes
+        )
+        found = _platform.read(z, of_block, _platform.normaliser(z), **wanted)
 
         def block_loss(statistics: tile.RowStatistics, scales: Any, shared: Any) -> Array:
             inputs = block._replace(scales=scales, shared=shared)
@@ -167,10 +158,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
     dtype = tile.wide(tokens.hidden.dtype)
     nothing = None
     if options.statistics:
-        nothing = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(lambda: read(tokens, target)[2]),
-        )
+        nothing = tile.nothing_seen(tokens.hidden.shape[:1], dtype, target, **wanted)
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), (0, inputs))
     total, grads, part = over_blocks(
         class_blocks.while_counting(step, counting),
