@@ -100,6 +100,8 @@ def smoothed_label_entropy(label_smoothing: Scalar, num_classes: int) -> Float[A
 @compiled
 def _entropy_of(label_smoothing: Array, *, classes: int) -> Array:
     smoothing = label_smoothing.astype(wide(label_smoothing.dtype))
+    if classes == 1:
+        return 0 * smoothing
     return _entropy(smoothing, jnp.asarray(classes, smoothing.dtype))
 
 
@@ -115,10 +117,9 @@ def _entropy(smoothing: Array, classes: Array) -> Array:
 
 @_entropy.defjvp
 def _entropy_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """By the smoothing alone; where there are no other classes, 0 times infinity is 0."""
+    """By the smoothing alone, of which it is -log p + log q times how fast the share grows."""
     smoothing, classes = primals
-    others = (classes - 1) / classes
-    slope = jnp.where(others == 0, 0, others * _log_odds(smoothing, classes))
+    slope = (classes - 1) / classes * _log_odds(smoothing, classes)
     return _entropy(smoothing, classes), slope * tangents[0]
 
 
