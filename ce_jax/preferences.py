@@ -343,7 +343,8 @@ def _log1mexp(x: Array) -> Array:
     """`log(1 - e^x)` for x <= 0."""
     near = x > -0.5
     small, large = jnp.where(near, x, -1), jnp.where(near, -1, x)
-    return jnp.where(near, jnp.log(-jnp.expm1(small)), jnp.log1p(-jnp.exp(large)))
+    # Not negated: the slope at 0 is that from below.
+    return jnp.where(near, jnp.log(0 - jnp.expm1(small)), jnp.log1p(-jnp.exp(large)))
 
 
 def kto_loss(
