@@ -41,8 +41,6 @@ from .policies import ppo_clip_loss as ppo_clip_loss
 from .preferences import dpo_loss as dpo_loss
 from .preferences import ipo_loss as ipo_loss
 from .preferences import kto_loss as kto_loss
-from .preferences import orpo_loss as orpo_loss
-from .preferences import simpo_loss as simpo_loss
 from .prior_shift import PriorEstimate as PriorEstimate
 from .prior_shift import estimate_prior as estimate_prior
 from .probabilities import binary_cross_entropy as binary_cross_entropy
@@ -50,6 +48,8 @@ from .probabilities import nll_loss as nll_loss
 from .probabilities import smooth_labels as smooth_labels
 from .ranking import bpr_loss as bpr_loss
 from .ranking import gbce_loss as gbce_loss
+from .reference_free import orpo_loss as orpo_loss
+from .reference_free import simpo_loss as simpo_loss
 from .robust import focal_loss as focal_loss
 from .robust import generalized_cross_entropy as generalized_cross_entropy
 from .robust import hard_bootstrapped_cross_entropy as hard_bootstrapped_cross_entropy

@@ -30,6 +30,7 @@ _Inputs = tuple[Array, Array, Array]
 _Axes = (WHOLE, 0, WHOLE)
 _Partials = tuple[Partial, Partial]
 _Pull = Callable[[Float[Array, "n block"]], _Inputs]
+_Directions = tuple[RowStatistics, RowStatistics]
 
 
 class _Fixed(NamedTuple):
@@ -145,9 +146,9 @@ def _read(view: _View, argmax: bool = False) -> Partial:
     return tile.read(z, target, _platform.normaliser(z), argmax=argmax, first_class=first_class)
 
 
-def _pulled_back(view: _View, part: Partial, g: Float[Array, " n"]) -> Float[Array, "_ _"]:
+def _pulled_back(view: _View, part: Partial, g: RowStatistics) -> Float[Array, "_ _"]:
     z, target, first_class = view
-    return tile.pullback(z, target, part, _of_cross(g), first_class=first_class)[0]
+    return tile.pullback(z, target, part, g, first_class=first_class)[0]
 
 
 # A softmax over the columns.
@@ -178,23 +179,11 @@ def _pull_rows(
     inputs: _Inputs, fixed: _Fixed, sums: Partial, g: Array, first: First, size: int
 ) -> _Inputs:
     z, pull = _logits(inputs, first, size)
-    return pull(_pulled_back(_by_row(z, fixed, first), sums, g))
+    return pull(_pulled_back(_by_row(z, fixed, first), sums, _of_cross(g)))
 
 
 # Both directions. A block has all rows of its columns (on this device), so it completes their
 # statistics, and adds to those of the rows.
-
-
-class Direction(NamedTuple):
-    """What one direction of reading the matrix finds; or the cotangents of that.
-
-    Attributes:
-      cross: cross-entropy of each one with its partner.
-      argmax: the other side's one with the largest logit, the first of several; may be absent.
-    """
-
-    cross: Float[Array, " n"]
-    argmax: Integer[Array, " n"] = ABSENT
 
 
 def both_directions(
@@ -204,10 +193,10 @@ def both_directions(
     axis_name: str | None,
     memory_budget: int | None,
     forward_mode: bool,
-) -> tuple[Direction, Direction]:
-    """Cross-entropy of each row with its column, and of each column with its row, of all devices.
+) -> _Directions:
+    """Statistics of each row, and of each column, of all devices; with `argmax` or without.
 
-    Row `i` is paired with column `first + i`. One matrix serves both.
+    Row `i` is paired with column `first + i`, its label. One matrix serves both.
     """
     form = Form(
         start=functools.partial(_start_both, argmax),
@@ -219,9 +208,7 @@ def both_directions(
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 2),
     )
-    both: tuple[Direction, Direction] = over_columns(
-        form, _inputs(x), _fixed(x), forward_mode=forward_mode
-    )
+    both: _Directions = over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
     return both
 
 
@@ -246,22 +233,22 @@ def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:
     return _not_empty(of_rows), _not_empty(sharded.merge_across(of_columns, axis_name))
 
 
-def _finish_both(sums: _Partials) -> tuple[Direction, Direction]:
-    of_rows, of_columns = (Direction(x.cross, x.argmax) for x in map(tile.finish, sums))
-    return of_rows, of_columns
+def _finish_both(sums: _Partials) -> _Directions:
+    return tile.finish(sums[0]), tile.finish(sums[1])
 
 
 def _pull_both(
     inputs: _Inputs,
     fixed: _Fixed,
     sums: _Partials,
-    g: tuple[Direction, Direction],
+    g: _Directions,
     first: First,
     size: int,
 ) -> _Inputs:
     z, pull = _logits(inputs, first, size)
-    part, d = jax.tree.map(lambda x: take(x, first, size), (sums[1], g[1].cross))
-    by_row = _pulled_back(_by_row(z, fixed, first), sums[0], g[0].cross)
+    of_columns = sums[1], g[1]._replace(argmax=ABSENT)
+    part, d = jax.tree.map(lambda x: take(x, first, size), of_columns)
+    by_row = _pulled_back(_by_row(z, fixed, first), sums[0], g[0])
     return pull(by_row + _pulled_back(_by_column(z, fixed, first), part, d).T)
 
 
