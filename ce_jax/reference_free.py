@@ -1,7 +1,7 @@
 r"""Losses of preferences without a reference model: mean log-probabilities of pairs of answers.
 
-They take one number for each answer, which `sequence_log_prob(..., mean=True)` makes of those of its
-tokens. They are plain functions: JAX differentiates them, in any mode and order.
+They take one number for each answer, which `sequence_log_prob(..., mean=True)` makes of those of
+its tokens. They are plain functions: JAX differentiates them, in any mode and order.
 """
 
 from __future__ import annotations
