@@ -33,6 +33,12 @@ PROBS = positive(*ROWS, CLASSES)
 ELEMENTS = {"labels": PROBS, "sample_weight": PROBS, "where": PROBS < 0.5, "weight": PROBS}
 LOG_PROB = {"log_prob": np.log(positive(*ROWS))}
 COUNTS = np.array([3, 1, 2], np.int32)
+ANSWERS = {"chosen": np.log(positive(*ROWS)), "rejected": np.log(positive(*ROWS)), **BY_ROW}
+BESIDE_REFERENCE = {
+    **ANSWERS,
+    "reference_chosen": np.log(positive(*ROWS)),
+    "reference_rejected": np.log(positive(*ROWS)),
+}
 
 ARGUMENTS = {
     "backward_corrected_cross_entropy": {
@@ -50,6 +56,7 @@ ARGUMENTS = {
     "cross_entropy": {"p": PROBS, "q": PROBS},
     "cross_entropy_parts": {"logits": LOGITS, "labels": PROBS, "where": WHERE},
     "distillation_loss": {"logits": LOGITS, "teacher_logits": normal(*LOGITS.shape), **BY_ROW},
+    "dpo_loss": BESIDE_REFERENCE,
     "effective_number_weights": {"counts": COUNTS},
     "entropy": {"p": PROBS},
     "estimate_prior": {
@@ -77,7 +84,16 @@ ARGUMENTS = {
     },
     "info_nce_loss": {"queries": normal(3, 2), "keys": normal(3, 2), **PAIRS},
     "inverse_frequency_weights": {"counts": COUNTS},
+    "ipo_loss": BESIDE_REFERENCE,
     "kl_divergence": {"p": PROBS, "q": PROBS},
+    "kl_estimate": {**LOG_PROB, "reference_log_prob": np.log(positive(*ROWS)), **BY_ROW},
+    "kto_loss": {
+        **LOG_PROB,
+        "reference_log_prob": np.log(positive(*ROWS)),
+        "desirable": WHERE,
+        "kl": positive(*ROWS),
+        **BY_ROW,
+    },
     "linear_distillation_loss": {
         **HEAD,
         "teacher_hidden": normal(*ROWS, 2),
@@ -97,9 +113,16 @@ ARGUMENTS = {
     "mean_denominator": OF_IDS,
     "next_tokens": {"tokens": IDS, "segment_ids": IDS, "where": WHERE},
     "nll_loss": {"log_probs": LOGITS, **OF_IDS, "weight": positive(CLASSES)},
+    "orpo_loss": ANSWERS,
     "perplexity": {"total": positive(*ROWS), "count": positive(*ROWS)},
     "poly_loss": LOG_PROB,
     "poly_loss_cross_entropy": {"logits": LOGITS, "labels": PROBS, **BY_ROW},
+    "ppo_clip_loss": {
+        **LOG_PROB,
+        "old_log_prob": np.log(positive(*ROWS)),
+        "advantage": normal(*ROWS),
+        **BY_ROW,
+    },
     "prediction_logit_offset": {"prior": positive(CLASSES)},
     "prior_shift_weights": {"train_prior": positive(CLASSES), "target_prior": positive(CLASSES)},
     "reliability_bins": {"confidence": positive(*ROWS), "correct": WHERE, "where": WHERE},
@@ -110,6 +133,7 @@ ARGUMENTS = {
         "label_log_expected_count": normal(*ROWS),
     },
     "self_information": {"p": PROBS},
+    "sequence_log_prob": {**LOG_PROB, "where": WHERE},
     "siglip_loss": {"images": normal(3, 2), "texts": normal(3, 2), **PAIRS},
     "sigmoid_binary_cross_entropy": {"logits": LOGITS, **ELEMENTS, "pos_weight": PROBS},
     "sigmoid_focal_loss": {
@@ -118,6 +142,7 @@ ARGUMENTS = {
         "alpha": PROBS,
         "gamma": PROBS,
     },
+    "simpo_loss": ANSWERS,
     "smooth_labels": {"labels": PROBS, "alpha": 0.1, "where": PROBS < 0.5},
     "soft_bootstrapped_cross_entropy": {**LOG_PROB, "entropy": positive(*ROWS)},
     "softmax_cross_entropy": {
@@ -140,11 +165,14 @@ ARGUMENTS = {
     "symmetric_cross_entropy": LOG_PROB,
     "training_logit_offset": {"prior": positive(CLASSES)},
 }
-# These take no arrays: a function, a key of jax.random, a tree of scalars of which a list is one.
+# These take no arrays: a function, a key of jax.random, a scalar, a tree of scalars of which a list
+# is one.
 WITHOUT_ARRAYS = {
     "on_mesh",
     "log_uniform_negatives",
     "uniform_negatives",
+    "smoothed_label_entropy",
+    "smoothing_over_others",
     "init_log_variances",
     "uncertainty_weighted_loss",
 }

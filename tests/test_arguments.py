@@ -17,6 +17,8 @@ PER_ROW = {
     "sample_weight",
     "where",
     "count",
+    "kl",
+    "advantage",
     "num_bytes",
     "total",
     "label_log_expected_count",

@@ -203,7 +203,7 @@ def test_perplexity_and_bits_per_byte():
             r"tokens .* L >= 7, the shift; write keep_length=True, got \(2, 6\)",
         ),
         (lambda: ce_jax.next_tokens(TOKENS, shift=0), ValueError, "shift .* 0"),
-        (lambda: ce_jax.next_tokens(TOKENS, shift=1.5), TypeError, "shift .* 1.5"),
+        (lambda: ce_jax.next_tokens(TOKENS, shift=1.5), TypeError, "shift"),
         (
             lambda: ce_jax.next_tokens(TOKENS[:, :0], keep_length=True),
             ValueError,

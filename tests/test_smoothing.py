@@ -110,7 +110,7 @@ def test_a_schedule_compiles_once():
         (lambda: ce_jax.smoothing_over_others(0.9, 5), ValueError, r"eps .*0\.8\].* 0.9"),
         (lambda: ce_jax.smoothing_over_others(-0.1, 5), ValueError, "eps .* -0.1"),
         (lambda: ce_jax.smoothing_over_others(0.1, 0), ValueError, "num_classes .* 0"),
-        (lambda: ce_jax.smoothing_over_others(0.1, 5.0), TypeError, "num_classes .* 5.0"),
+        (lambda: ce_jax.smoothing_over_others(0.1, 5.0), TypeError, "num_classes"),
         (lambda: ce_jax.smoothing_over_others(jnp.ones(2) / 9, 5), ValueError, r"eps .*\(2,\)"),
         (lambda: ce_jax.smoothed_label_entropy(1.5, 5), ValueError, "label_smoothing .* 1.5"),
         (lambda: ce_jax.smoothed_label_entropy("0.1", 5), TypeError, "label_smoothing"),
