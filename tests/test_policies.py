@@ -178,6 +178,35 @@ def test_rows_that_do_not_count(name):
         assert (slope[3] == 0) == empty
 
 
+@pytest.mark.cpu
+def test_tokens_that_are_sharded():
+    """Over explicit mesh axes, with one advantage for each sequence, or for all."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    arguments, advantage = problem()
+    arrays = [np.float32(x) for x in arguments.values()]
+    weight = np.linspace(0, 1, ROWS, dtype=np.float32)[:, None]
+
+    def run(new, old, advantage, weight):
+        def loss(new):
+            options = {"sample_weight": weight, "where": old < -1.0, "reduction": "mean"}
+            return ce_jax.ppo_clip_loss(new, old, advantage, **options) + ce_jax.kl_estimate(
+                new, old, **options
+            )
+
+        return jax.value_and_grad(loss)(new)
+
+    for by_sequence in (np.float32(advantage[:, :1]), np.float32(0.7)):
+        inputs = (*arrays, by_sequence, weight)
+        wanted = run(*inputs)
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(x, spread) if x.ndim else x for x in inputs]
+            value, slope = jax.jit(run)(*placed)
+        np.testing.assert_allclose(value, wanted[0], rtol=1e-6)
+        np.testing.assert_allclose(slope, wanted[1], rtol=1e-5, atol=1e-7)
+        assert slope.sharding.spec == jax.sharding.PartitionSpec("data", None)
+
+
 def test_a_schedule_compiles_once():
     arguments, advantage = problem()
     scheduled = jax.jit(

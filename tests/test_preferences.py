@@ -36,7 +36,7 @@ def problem(name, shape=(3, 2), seed=0):
     draw = np.random.default_rng(seed)
     arguments = {key: draw.uniform(-4, -0.05, shape) for key in LOSSES[name][0]}
     if name == "kto_loss":
-        arguments |= {"desirable": draw.random(shape) < 0.5, "kl": 0.7}
+        arguments |= {"desirable": draw.random(shape) < 0.5, "kl": np.float64(0.7)}
     return arguments
 
 
@@ -267,6 +267,30 @@ def test_transforms(name):
     with compilations() as seen:
         scheduled(0.25)
     assert not seen
+
+
+@pytest.mark.cpu
+def test_pairs_that_are_sharded():
+    """Over explicit mesh axes: losses lie where their pairs lie, and a mean is that of all."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    weight = np.array([0.5, 0.0, 1.0, 2.0, 1.0, 0.3, 0.0, 1.0], np.float32)
+
+    def losses(problems, weight):
+        for name, arguments in problems.items():
+            loss = functools.partial(getattr(ce_jax, name), **arguments, sample_weight=weight)
+            yield loss(), loss(reduction="mean")
+
+    problems = {name: problem(name, (8,)) for name in LOSSES}
+    narrow = jax.tree.map(lambda x: x if x.dtype == bool else np.float32(x), problems)
+    wanted = list(losses(narrow, weight))
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda x: jax.device_put(x, spread) if x.ndim else x, narrow)
+        found = jax.jit(lambda *x: list(losses(*x)))(placed, jax.device_put(weight, spread))
+    for (by_row, mean), (rows, of_all) in zip(found, wanted, strict=True):
+        assert by_row.sharding.spec == spread.spec
+        np.testing.assert_allclose(by_row, rows, rtol=1e-6)
+        np.testing.assert_allclose(mean, of_all, rtol=1e-6)
 
 
 ONE, TWO = jnp.zeros(2), jnp.zeros(3)

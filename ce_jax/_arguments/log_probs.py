@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ def rows_of(
         counts = checks.of_rows("where", checks.boolean("where", where), shape, "the loss")
     keep = counts
     if weights is not None:  # a row of weight 0 has a derivative, by its weight, if it is finite
-        finite = jnp.stack([jnp.isfinite(x) for x in values]).all(0)
+        finite = functools.reduce(operator.and_, map(jnp.isfinite, values))
         heard = (weights != 0) | finite
         keep = heard if keep is None else keep & heard
     if keep is not None:
