@@ -106,6 +106,8 @@ FORWARDED = {
 }
 # What versions of optax up to 0.2.6 take by place, and later ones by name.
 ONCE_BY_PLACE = {
+    "softmax_statistics": ["labels"],
+    "linear_softmax_statistics": ["labels"],
     "poly_loss_cross_entropy": ["logits", "labels", "epsilon", "axis", "where"],
     "sigmoid_focal_loss": ["logits", "labels", "alpha", "gamma"],
 }
