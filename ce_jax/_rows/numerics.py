@@ -70,8 +70,8 @@ def not_negative(
 
     A compiler may compute logits twice that were scaled by the user, and contract the scaling with
     what follows in one place only: the largest logit is then above the maximum by its last digit.
-    (`temperature` scales in one place.) `rounding` is how far: a sum under a target that is negative
-    somewhere may be below 0 in truth.
+    (`temperature` scales in one place.) `rounding` is how far: a sum under a target that is
+    negative somewhere may be below 0 in truth.
     """
     below = (x < 0) & (x >= -rounding)
     return x + jax.lax.stop_gradient(jnp.where(below, -x, 0))
