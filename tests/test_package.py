@@ -24,6 +24,7 @@ NAMES = {
     "Negatives",
     "NextTokens",
     "PriorEstimate",
+    "Ratio",
     "ReliabilityBins",
     "SoftmaxStatistics",
     "backward_corrected_cross_entropy",
@@ -119,6 +120,7 @@ DEFAULTS = {
     "pos_weight": None,
     "sample_weight": None,
     "ignore_index": None,
+    "reduction_axis": None,
     "label_smoothing": 0.0,
     "z_loss": 0.0,
     "axis_name": None,
@@ -150,7 +152,7 @@ def results(annotation):
     """
     if isinstance(annotation, typing.TypeVar):
         return []
-    if typing.get_origin(annotation) in (types.UnionType, tuple):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
         return [array for part in typing.get_args(annotation) for array in results(part)]
     return [annotation]
 

@@ -71,6 +71,8 @@ def reducer(reduction: Reduction, reduction_axis: Axes = None) -> Reducer:
             "write reduction='sum', 'mean' or 'ratio'"
         )
     axes = reduction_axis if isinstance(reduction_axis, Sequence) else (reduction_axis,)
+    if not axes:
+        raise ValueError("reduction_axis names no axis; leave it out to reduce all")
     if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in axes):
         raise TypeError(f"reduction_axis must be an int or a tuple of ints, got {reduction_axis!r}")
     return Reducer(reduction, tuple(map(operator.index, axes)))
