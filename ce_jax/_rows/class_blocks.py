@@ -126,6 +126,11 @@ def _target_of(target: Target, first: First, size: int) -> Target:
     return target._replace(classes=take(target.classes, first, size))
 
 
+def _by_row(target: Target) -> Target:
+    """The part that belongs to rows."""
+    return Target(labels=target.labels, picked=target.picked)
+
+
 def _rows_of(tree: Any, first: First, size: int) -> Any:
     return jax.tree.map(lambda x: take(x, first, size), tree)
 
@@ -166,25 +171,29 @@ def _partial(
 ) -> Partial:
     tokens_of_tile = read_by_all(tokens)
 
-    def read(tokens: Tokens, labels: Any, block: _Block, first: First, size: int) -> Partial:
+    def read(tokens: Tokens, by_row: Target, block: _Block, first: First, size: int) -> Partial:
         z, _ = _of_block(tokens, block, options.class_axis)
-        return _platform.read(
+        first_class = _first_class(options, head, first)
+        z, picked = tile.pick(z, by_row.picked, first_class)
+        part = _platform.read(
             z,
-            _target_of(target, first, size)._replace(labels=labels),
+            by_row._replace(classes=_target_of(target, first, size).classes),
             _platform.normaliser(z),
             entropy=options.entropy,
             argmax=options.argmax,
-            first_class=_first_class(options, head, first),
+            first_class=first_class,
         )
+        return part._replace(picked=picked)
 
     def step(part: Partial, first: First, size: int) -> Partial:
         block = _block(options, head, first, size)
         block_of_tile = _read_by_tiles(block.head, tokens)
 
         def tile_of_block(part: Partial, row: First, rows: int) -> Partial:
-            of_rows, labels, seen = _rows_of((tokens_of_tile(), target.labels, part), row, rows)
+            inputs = tokens_of_tile(), _by_row(target), part
+            of_rows, by_row, seen = _rows_of(inputs, row, rows)
             now = block._replace(head=block_of_tile())
-            found = merge(seen, read(of_rows, labels, now, first, size))
+            found = merge(seen, read(of_rows, by_row, now, first, size))
             return jax.tree.map(lambda x, new: put(x, new, row), part, found)
 
         return _over_rows(options, tile_of_block, part, tokens.hidden.shape[0], counting)
@@ -192,7 +201,7 @@ def _partial(
     total = _visited(options, head)
     size = block_sizes.cut(total, options.block).size
     like = jax.eval_shape(
-        lambda: read(tokens, target.labels, _block(options, head, 0, size), 0, size)
+        lambda: read(tokens, _by_row(target), _block(options, head, 0, size), 0, size)
     )
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     nothing = nothing._replace(base=jnp.full_like(nothing.base, -jnp.inf))
@@ -246,13 +255,13 @@ def pulled_back(
 
         def tile_of_block(sums: tuple[Tokens, Head, Any], row: First, rows: int) -> Any:
             d_tokens, *others = sums
-            of_rows, labels, seen, g_rows = _rows_of(
-                (tokens_of_tile(), target.labels, part, g), row, rows
+            of_rows, by_row, seen, g_rows = _rows_of(
+                (tokens_of_tile(), _by_row(target), part, g), row, rows
             )
             z, pull = _of_block(of_rows, block._replace(head=block_of_tile()), options.class_axis)
             dz, d_target = tile.pullback(
                 z,
-                of_block._replace(labels=labels),
+                by_row._replace(classes=of_block.classes),
                 seen,
                 g_rows,
                 first_class=_first_class(options, head, first),

@@ -91,6 +91,8 @@ def _constant_unless_jvp(
 
 
 def _whole_rows(options: Options, logits: Array, target: Target, counts: Array | None) -> Partial:
+    first_class = sharded.first_class(logits.shape[-1], options.axis_name)
+    logits, picked = tile.pick(logits, target.picked, first_class)
     if options.axis_name is None:
         normaliser = _platform.normaliser(logits)
     else:  # relative to the maximum of all devices, as the gradient's exponentials are
@@ -102,9 +104,9 @@ def _whole_rows(options: Options, logits: Array, target: Target, counts: Array |
         normaliser,
         entropy=options.entropy,
         argmax=options.argmax,
-        first_class=sharded.first_class(logits.shape[-1], options.axis_name),
+        first_class=first_class,
     )
-    part = sharded.merge_across(part, options.axis_name)
+    part = sharded.merge_across(part._replace(picked=picked), options.axis_name)
     if counts is None:
         return part
     # All but the maximum, so that the gradient finds the exponentials as they are in memory.
@@ -136,7 +138,8 @@ def _fused_bwd(
     logits, target, counts, part = jax.tree.map(jnp.asarray, residuals)
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
     dz, d_target = tile.pullback(logits, target, part, g, first_class=first_class)
-    d_target = jax.tree.map(sharded.with_sharding_of, d_target, target._replace(labels=ABSENT))
+    of_numbers = target._replace(labels=ABSENT, picked=ABSENT)
+    d_target = jax.tree.map(sharded.with_sharding_of, d_target, of_numbers)
     dz = dz if counts is None else _silenced(counts, dz)
     return dz.astype(logits.dtype), d_target, None
 

@@ -21,6 +21,10 @@ and `g_label_logit` more in the label's column. For a one-hot `t` and the loss `
 
 `lse - z` is found from logits relative to the row's maximum: the difference of two large numbers
 would lose the digits that `log p` is made of.
+
+Where a target picks classes, `lse` is that of all others, and `picked` their own logits: together
+the logits of a softmax in which all other classes are one. What those weigh is then never a
+difference, and keeps its digits where the picked classes hold nearly all.
 """
 
 from __future__ import annotations
@@ -50,15 +54,20 @@ class Target(NamedTuple):
       probs: a weight for every class of the tile, instead of `labels`.
       classes: coefficients `a` of the part that is the same for all rows, one per class, or one for
         all classes.
+      picked: ids of classes whose logits are wanted, alone in a target; one below 0 is no class.
     """
 
     labels: Integer[Array, "*rows"] = ABSENT
     probs: Float[Array, "*rows classes"] = ABSENT
     classes: Float[Array, " classes"] | Float[Array, ""] = ABSENT
+    picked: Integer[Array, "*rows k"] = ABSENT
 
 
 class RowStatistics(NamedTuple):
-    """The numbers that losses are made of, one each per row; those not asked for are None."""
+    """The numbers that losses are made of, one each per row; those not asked for are None.
+
+    With `picked`, that and `lse` are relative to the largest logit of the row.
+    """
 
     lse: Float[Array, "*rows"]
     cross: Float[Array, "*rows"] = ABSENT
@@ -67,6 +76,7 @@ class RowStatistics(NamedTuple):
     uniform_count: Float[Array, "*rows"] = ABSENT
     entropy: Float[Array, "*rows"] = ABSENT
     argmax: Integer[Array, "*rows"] = ABSENT
+    picked: Float[Array, "*rows k"] = ABSENT
 
 
 class Partial(NamedTuple):
@@ -76,7 +86,8 @@ class Partial(NamedTuple):
     is `sum exp(z - base)`. `label_logit` is 0 as long as the label was not seen. `cross`, `uniform`
     and `entropy` are relative to this `lse`; `target_sum`, `classes_sum`, `classes_count` are
     `sum(t)`, and `sum(a)` and the number of the classes with `z > -inf`. `argmax` counts from the
-    first class of the whole row.
+    first class of the whole row. `picked` is 0 as long as the class was not seen, and -inf if there
+    is none.
     """
 
     base: Float[Array, "*rows"]
@@ -89,6 +100,7 @@ class Partial(NamedTuple):
     classes_count: Float[Array, "*rows"] = ABSENT
     entropy: Float[Array, "*rows"] = ABSENT
     argmax: Integer[Array, "*rows"] = ABSENT
+    picked: Float[Array, "*rows k"] = ABSENT
 
 
 # Adds up arrays over the classes, each by itself.
@@ -211,6 +223,8 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 def finish(part: Partial) -> RowStatistics:
     """The statistics of a row of which all classes were seen."""
+    if part.picked is not None:
+        return _finish_picked(part)
     log_sum, base = jnp.log(part.sum_exp), origin(part.base)
     out = RowStatistics(
         lse=base + log_sum,
@@ -224,6 +238,15 @@ def finish(part: Partial) -> RowStatistics:
     if part.label_logit is not None:
         out = out._replace(cross=log_sum - (part.label_logit - base))
     return _batched_alike(out, part)
+
+
+def _finish_picked(part: Partial) -> RowStatistics:
+    """Either the classes that were picked or the others may be none."""
+    highest = jax.lax.stop_gradient(jnp.max(part.picked, -1))
+    base = origin(jnp.maximum(part.base, highest))
+    rest = part.base - base + _log(part.sum_exp)
+    lse = jnp.where(part.base == -jnp.inf, -jnp.inf, rest)
+    return RowStatistics(lse, picked=part.picked - base[..., None])
 
 
 def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
@@ -252,6 +275,8 @@ def pullback(
     `part` is that of the whole row. `z - base` and its exponential are written as in `read`, so
     that XLA finds them once where forward and backward are compiled together.
     """
+    if target.picked is not None:
+        return _pullback_picked(z, target.picked, part, g, first_class), Target()
     shifted = shift(z, part.base)
     exp = jnp.exp(shifted)
     surprise = _log(part.sum_exp)[..., None] - shifted
@@ -283,6 +308,81 @@ def pullback(
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
         dz = dz + exp * onto_log_p * (_finite_exponent(surprise) - part.entropy[..., None])
     return dz, d_target
+
+
+def pick(
+    z: Float[Array, "*rows classes"], ids: Integer[Array, "*rows k"] | None, first_class: First
+) -> tuple[Float[Array, "*rows classes"], Any]:
+    """A tile without the classes of these ids, if there are any, and their logits."""
+    if ids is None:
+        return z, ABSENT
+    columns, inside = _columns(z, ids, first_class)
+    if _classes_spread(z):
+        of_each = jax.lax.map(lambda x: _label_logit(z, x, first_class), jnp.moveaxis(ids, -1, 0))
+        found = jnp.moveaxis(of_each, 0, -1)
+    else:
+        there = jnp.where(inside, columns, 0)
+        found = jnp.take_along_axis(z, there, axis=-1, mode="promise_in_bounds")
+    found = jnp.where(inside, found, 0).astype(wide(z.dtype))
+    return _without(z, columns), jnp.where(ids < 0, -jnp.inf, found)
+
+
+def _pullback_picked(
+    z: Float[Array, "*rows classes"],
+    ids: Integer[Array, "*rows k"],
+    part: Partial,
+    g: RowStatistics,
+    first_class: First,
+) -> Float[Array, "*rows classes"]:
+    """Where all other classes are banned there is nothing to share out."""
+    columns, _ = _columns(z, ids, first_class)
+    exp = jnp.exp(shift(_without(z, columns), part.base))
+    return _at_columns(exp * (g.lse / _nonzero(part.sum_exp))[..., None], columns, g.picked)
+
+
+def _columns(
+    z: Float[Array, "*rows classes"], ids: Integer[Array, "*rows k"], first_class: First
+) -> tuple[Integer[Array, "*rows k"], Bool[Array, "*rows k"]]:
+    """Where the tile holds these classes, and whether it does; beyond the last column if not."""
+    local = ids - first_class
+    inside = (ids >= 0) & (local >= 0) & (local < z.shape[-1])
+    return jnp.where(inside, local, z.shape[-1]), inside
+
+
+def _without(
+    z: Float[Array, "*rows classes"], columns: Integer[Array, "*rows k"]
+) -> Float[Array, "*rows classes"]:
+    return _at_columns(z, columns, None)
+
+
+def _at_columns(
+    z: Float[Array, "*rows classes"],
+    columns: Integer[Array, "*rows k"],
+    more: Float[Array, "*rows k"] | None,
+) -> Float[Array, "*rows classes"]:
+    """The tile with something added to these columns of each row, or with -inf in them."""
+    if _classes_spread(z):
+        # JAX refuses to scatter along an axis that it knows to be sharded (explicit axis types).
+        def step(z: Array, at: tuple[Array, Array | None]) -> tuple[Array, None]:
+            column, x = at
+            changed = jnp.full_like(z, -jnp.inf) if x is None else z + x[..., None]
+            return jnp.where(is_label(column, z), changed, z), None
+
+        by_entry = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (columns, more))
+        return jax.lax.scan(step, z, by_entry)[0]
+
+    def of_row(row: Array, at: Array, x: Array | None) -> Array:
+        there = row.at[at]
+        return there.set(-jnp.inf, mode="drop") if x is None else there.add(x, mode="drop")
+
+    for _ in range(z.ndim - 1):
+        of_row = jax.vmap(of_row)
+    return of_row(z, columns, more)
+
+
+def _classes_spread(z: Float[Array, "*rows classes"]) -> bool:
+    spec = jax.typeof(z).sharding.spec
+    return bool(spec) and spec[-1] is not None
 
 
 def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
@@ -331,8 +431,7 @@ def _label_logit(
     z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"], first_class: First
 ) -> Float[Array, "*rows"]:
     """The logit of the label, 0 where the label is not in this tile, in the accumulation dtype."""
-    spec = jax.typeof(z).sharding.spec
-    if spec and spec[-1] is not None:
+    if _classes_spread(z):
         # JAX refuses to gather along an axis that it knows to be sharded (explicit axis types).
         logit = jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
         return logit.astype(wide(z.dtype))
