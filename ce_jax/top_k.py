@@ -198,8 +198,8 @@ def _loss(
     if weights is not None:
         shown = top_k_divergence(*_harmless(mute, found, log_probs), tail)
         mute = mute | (weights == 0) & ~jnp.isfinite(shown)
-    loss = top_k_divergence(*_harmless(mute, found, log_probs), tail)
-    loss = targets.nan_if(teacher.unknown, loss, weights)
+    loss = jnp.where(mute, 0, top_k_divergence(*_harmless(mute, found, log_probs), tail))
+    loss = targets.nan_if(teacher.unknown | jnp.isnan(loss), loss, weights)
     return loss if temperature is None else loss * jnp.square(temperature.astype(loss.dtype))
 
 
@@ -363,6 +363,7 @@ def _linear_top_k(
         memory_budget=memory_budget,
         summed=False,
         statistics=False,
+        picked=True,
     )
     weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
     by_row = (teacher, weights)

@@ -323,8 +323,10 @@ def pick(
     else:
         there = jnp.where(inside, columns, 0)
         found = jnp.take_along_axis(z, there, axis=-1, mode="promise_in_bounds")
+    # -inf by way of what was found: XLA then reads the tile before it writes, and copies nothing.
+    none = jnp.minimum(jax.lax.stop_gradient(found), -jnp.inf).astype(z.dtype)
     found = jnp.where(inside, found, 0).astype(wide(z.dtype))
-    return _without(z, columns), jnp.where(ids < 0, -jnp.inf, found)
+    return _with_columns(z, columns, none), jnp.where(ids < 0, -jnp.inf, found)
 
 
 def _pullback_picked(
@@ -334,10 +336,12 @@ def _pullback_picked(
     g: RowStatistics,
     first_class: First,
 ) -> Float[Array, "*rows classes"]:
-    """Where all other classes are banned there is nothing to share out."""
+    """Of the other classes none is above the base; if all are banned, nothing is shared out."""
     columns, _ = _columns(z, ids, first_class)
-    exp = jnp.exp(shift(_without(z, columns), part.base))
-    return _at_columns(exp * (g.lse / _nonzero(part.sum_exp))[..., None], columns, g.picked)
+    shifted = shift(z, part.base)
+    exp = jnp.exp(jnp.where(shifted > 0, 0, shifted))
+    dz = exp * (g.lse / _nonzero(part.sum_exp))[..., None]
+    return _with_columns(dz, columns, g.picked)
 
 
 def _columns(
@@ -349,35 +353,26 @@ def _columns(
     return jnp.where(inside, local, z.shape[-1]), inside
 
 
-def _without(
-    z: Float[Array, "*rows classes"], columns: Integer[Array, "*rows k"]
-) -> Float[Array, "*rows classes"]:
-    return _at_columns(z, columns, None)
-
-
-def _at_columns(
+def _with_columns(
     z: Float[Array, "*rows classes"],
     columns: Integer[Array, "*rows k"],
-    more: Float[Array, "*rows k"] | None,
+    values: Float[Array, "*rows k"],
 ) -> Float[Array, "*rows classes"]:
-    """The tile with something added to these columns of each row, or with -inf in them."""
+    """The tile with other values in these columns of each row."""
     if _classes_spread(z):
         # JAX refuses to scatter along an axis that it knows to be sharded (explicit axis types).
-        def step(z: Array, at: tuple[Array, Array | None]) -> tuple[Array, None]:
-            column, x = at
-            changed = jnp.full_like(z, -jnp.inf) if x is None else z + x[..., None]
-            return jnp.where(is_label(column, z), changed, z), None
+        def step(z: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
+            column, value = at
+            return jnp.where(is_label(column, z), value[..., None], z), None
 
-        by_entry = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (columns, more))
-        return jax.lax.scan(step, z, by_entry)[0]
+        return jax.lax.scan(step, z, (jnp.moveaxis(columns, -1, 0), jnp.moveaxis(values, -1, 0)))[0]
 
-    def of_row(row: Array, at: Array, x: Array | None) -> Array:
-        there = row.at[at]
-        return there.set(-jnp.inf, mode="drop") if x is None else there.add(x, mode="drop")
+    def of_row(row: Array, at: Array, value: Array) -> Array:
+        return row.at[at].set(value, mode="drop")
 
     for _ in range(z.ndim - 1):
         of_row = jax.vmap(of_row)
-    return of_row(z, columns, more)
+    return of_row(z, columns, values)
 
 
 def _classes_spread(z: Float[Array, "*rows classes"]) -> bool:

@@ -61,7 +61,7 @@ def _largest(
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows k"], Bool[Array, "*rows k"]]:
     """The largest entry of each row, all relative to it, and which it is: the first of several."""
     ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    is_it = ids == jnp.argmax(x, -1)[..., None]
+    is_it = ids == jax.lax.argmax(x, x.ndim - 1, jnp.int32)[..., None]
     highest = jnp.sum(jnp.where(is_it, x, 0), -1)
     return highest, x - origin(highest)[..., None], is_it
 
