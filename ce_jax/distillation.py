@@ -142,10 +142,8 @@ def _of_rows(
     counts: Bool[Array, "*rows"] | None,
 ) -> Float[Array, "*rows"] | None:
     """The temperature of each row; 1 in rows that do not count."""
-    if temperature is None:
-        return None
-    by_row = checks.of_rows("temperature", temperature.astype(dtype), rows, "the loss")
-    return by_row if counts is None else jnp.where(counts, by_row, 1)
+    by_row = options.of_rows(temperature, rows, dtype)
+    return by_row if by_row is None or counts is None else jnp.where(counts, by_row, 1)
 
 
 def _loss(

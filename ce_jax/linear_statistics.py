@@ -24,7 +24,7 @@ def of_layer(found: RowStatistics, x: Layer) -> SoftmaxStatistics:
 def linear_softmax_statistics(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | None = None,
     *,
     bias: ArrayLike | None = None,
     class_axis: int = -1,
@@ -52,7 +52,7 @@ def linear_softmax_statistics(
     Args:
       hidden: `[..., D]`, floating.
       kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden` or a wider one.
-      labels: class ids `[...]`, of any integer dtype.
+      labels: class ids `[...]`, of any integer dtype. Without them two fields are None.
       bias: `[V]`.
       class_axis: the axis of `kernel` that holds the classes.
       num_classes: how many classes there are; what `kernel` holds beyond is padding.
@@ -106,7 +106,7 @@ def linear_softmax_statistics(
 def _linear_statistics(
     hidden: Array,
     kernel: Array,
-    labels: Array,
+    labels: Array | None,
     bias: Array | None,
     logit_soft_cap: Array | None,
     temperature: Array | None,

@@ -15,7 +15,9 @@ from jaxtyping import Array
 from . import denominator, linear, linear_statistics, softmax, statistics
 from ._arguments import checks, placement, reductions
 from ._arguments.compiled import array
+from ._arguments.options import temperature
 from ._rows import sharded
+from ._rows.head import with_slope_of
 
 # Of overloaded functions this keeps all signatures.
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -29,13 +31,17 @@ _OF_LAYER: tuple[Callable[..., Any], ...] = (
     linear.linear_softmax_cross_entropy,
     linear_statistics.linear_softmax_statistics,
 )
-_ARRAYS = ("logits", "hidden", "kernel", "labels", "bias", "weight", "sample_weight", "where")
+_ARRAYS = (
+    *("logits", "hidden", "kernel", "labels", "bias"),
+    *("weight", "sample_weight", "where", "temperature"),
+)
 _SCALARS = ("label_smoothing", "z_loss", "logit_soft_cap")
 # What the functions check of a value they know, before it is traced.
 _CHECKS: dict[str, Callable[..., Any]] = {
     "axis": checks.static_axis,
     "label_smoothing": functools.partial(checks.float_option, "label_smoothing", high=1.0),
     "z_loss": functools.partial(checks.float_option, "z_loss"),
+    "temperature": temperature,
     "logit_soft_cap": functools.partial(checks.soft_cap, "logit_soft_cap"),
     **{
         name: functools.partial(checks.integer_option, name)
@@ -191,7 +197,12 @@ def _local(task: _Task, parts: dict[str, Array]) -> Any:
         # gathering, when there is only this device's part left to be summed.
         kernel = sharded.vary(parts["kernel"], plan.row_axes)
         width_axis = 1 - options["class_axis"] % 2
-        kernel = jax.lax.all_gather(kernel, plan.width, axis=width_axis, tiled=True)
+        gather = functools.partial(
+            jax.lax.all_gather, axis_name=plan.width, axis=width_axis, tiled=True
+        )
+        # Devices exchange what multiplies, which may be narrow, and sums of slopes, which are not.
+        narrow = gather(kernel.astype(parts["hidden"].dtype)).astype(kernel.dtype)
+        kernel = with_slope_of(gather(kernel), jax.lax.stop_gradient(narrow))
         parts = {**parts, "kernel": kernel}
     reduction = options.get("reduction", "none")
     if reduction == "mean":

@@ -8,19 +8,81 @@ Each function runs the same four stages: target (`_arguments.targets`), row stat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.types import ArrayLike, Reduction, Scalar
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
 from ._rows.tile import ABSENT, Target, wide
+from .statistics import SoftmaxStatistics, by_label
 
 _Axis = int | Sequence[int] | None
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | Sequence[int] = -1,
+    where: ArrayLike | None = None,
+    *,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    temperature: ArrayLike = 1.0,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    return_statistics: Literal[False] = False,
+    forward_mode: bool = False,
+) -> Float[Array, "..."]: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | Sequence[int] = -1,
+    where: ArrayLike | None = None,
+    *,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    temperature: ArrayLike = 1.0,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    return_statistics: Literal[True],
+    forward_mode: bool = False,
+) -> tuple[Float[Array, "..."], SoftmaxStatistics]: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | Sequence[int] = -1,
+    where: ArrayLike | None = None,
+    *,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    temperature: ArrayLike = 1.0,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    return_statistics: bool,
+    forward_mode: bool = False,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], SoftmaxStatistics]: ...
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -34,10 +96,12 @@ def softmax_cross_entropy_with_integer_labels(
     ignore_index: int | None = None,
     label_smoothing: Scalar = 0.0,
     z_loss: Scalar = 0.0,
+    temperature: ArrayLike = 1.0,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    return_statistics: bool = False,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], SoftmaxStatistics]:
     r"""Cross-entropy between softmax(logits) and class ids, in nats.
 
     For logits :math:`z`, label :math:`y`, class weights :math:`w` and smoothing
@@ -64,17 +128,23 @@ def softmax_cross_entropy_with_integer_labels(
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one per
+        row, with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded.
         `logits`, `weight` and a `where` over classes hold this device's classes, labels are ids
         among all classes, and the loss is the same on all devices of that axis.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight * weight[label])` of the
         rows that count (0 if that is 0, where torch gives NaN; see `mean_denominator`).
+      return_statistics: return `(loss, statistics)` from one pass, the latter as from
+        `softmax_statistics`: accuracy is the mean of `statistics.argmax == labels`. What is not
+        used of them (the entropy, for example) is not computed under `jit`.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
         "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
         JAX's own.
 
     Returns:
-      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits).
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits), and the
+      statistics if asked for.
       A label outside `[0, C)` that is not `ignore_index` makes its row's loss and gradient NaN; a
       label on a class that is not allowed, +inf.
 
@@ -107,10 +177,12 @@ def softmax_cross_entropy_with_integer_labels(
         sample_weight,
         checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
         checks.float_option("z_loss", z_loss),
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
         reduction=reduction,
+        return_statistics=return_statistics,
         forward_mode=forward_mode,
     )
 
@@ -124,36 +196,45 @@ def _integer_loss(
     sample_weight: Array | None,
     label_smoothing: Array | None,
     z_loss: Array | None,
+    temperature: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
     axis_name: str | None,
     reduction: Reduction,
+    return_statistics: bool,
     forward_mode: bool,
-) -> Array:
+) -> Array | tuple[Array, SoftmaxStatistics]:
     rows = targets.rows_of("logits", logits, axis, where, axis_name)
     z, dtype = rows.values, wide(rows.values.dtype)
     classes = sharded.all_classes(z.shape[-1], axis_name)
     label = targets.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
     weight = targets.class_weight(weight, z.shape[-1], dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
+    temperature = options.of_rows(temperature, z.shape[:-1], dtype)
 
     spread = ABSENT
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, classes, dtype)
     counts = targets.effective(z, label.counts, sample_weight, axis_name)
     target = Target(labels=label.ids, classes=spread)
-    statistics = row_statistics(
-        Options(axis_name=axis_name), z, target, counts, forward_mode=forward_mode
+    found = row_statistics(
+        Options(return_statistics, return_statistics, axis_name=axis_name),
+        z,
+        target,
+        counts,
+        temperature,
+        forward_mode=forward_mode,
     )
 
     label_weight = None
     if weight is not None:
         label_weight = sharded.take_class(weight, label.ids, axis_name)
-    statistics = silenced(sample_weight, statistics)
+    statistics = silenced(sample_weight, found)
     loss = softmax_loss(statistics, label_weight, label_smoothing, z_loss, classes=classes)
     loss = targets.nan_if(label.unknown, loss, sample_weight)
-    return reductions.reduce(loss, label.counts, sample_weight, reduction, label_weight)
+    loss = reductions.reduce(loss, label.counts, sample_weight, reduction, label_weight)
+    return (loss, by_label(found, label)) if return_statistics else loss
 
 
 def softmax_cross_entropy(
@@ -166,6 +247,7 @@ def softmax_cross_entropy(
     sample_weight: ArrayLike | None = None,
     label_smoothing: Scalar = 0.0,
     z_loss: Scalar = 0.0,
+    temperature: ArrayLike = 1.0,
     axis_name: str | None = None,
     reduction: Reduction = "none",
     forward_mode: bool = False,
@@ -199,6 +281,8 @@ def softmax_cross_entropy(
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one per
+        row, with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded, of
         `logits` as of `labels` and `weight`.
       reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
@@ -234,6 +318,7 @@ def softmax_cross_entropy(
         sample_weight,
         checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
         checks.float_option("z_loss", z_loss),
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         axis_name=axis_name,
         reduction=reduction,
@@ -253,6 +338,7 @@ def _distribution_loss(
     sample_weight: Array | None,
     label_smoothing: Array | None,
     z_loss: Array | None,
+    temperature: Array | None,
     *,
     axis: _Axis,
     axis_name: str | None,
@@ -264,6 +350,7 @@ def _distribution_loss(
     classes = sharded.all_classes(z.shape[-1], axis_name)
     weight = targets.class_weight(weight, z.shape[-1], dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
+    temperature = options.of_rows(temperature, z.shape[:-1], dtype)
     counts = targets.effective(z, rows.counts, sample_weight, axis_name)
 
     # A tile widens narrow labels as it does narrow logits, and nobody holds a wide copy. Not those
@@ -280,10 +367,10 @@ def _distribution_loss(
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, classes, dtype)
     target = Target(probs=probs, classes=spread)
-    statistics = row_statistics(
-        Options(axis_name=axis_name), z, target, counts, forward_mode=forward_mode
+    found = row_statistics(
+        Options(axis_name=axis_name), z, target, counts, temperature, forward_mode=forward_mode
     )
 
-    statistics = silenced(sample_weight, statistics)
+    statistics = silenced(sample_weight, found)
     loss = softmax_loss(statistics, None, label_smoothing, z_loss, classes=classes)
     return reductions.reduce(loss, rows.counts, sample_weight, reduction)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._arguments import checks, targets
+from ._arguments import checks, options, targets
 from ._arguments.compiled import compiled
 from ._arguments.types import ArrayLike
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
-from ._rows.tile import RowStatistics, Target
+from ._rows.tile import RowStatistics, Target, wide
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -22,8 +22,8 @@ class SoftmaxStatistics(NamedTuple):
 
     Attributes:
       lse: log-normaliser, in nats like the next three.
-      label_logit: the logit of the label.
-      log_prob: the log-probability of the label.
+      label_logit: the logit of the label; None without labels.
+      log_prob: the log-probability of the label; None without labels.
       entropy: that of the softmax.
       argmax: the class with the largest logit, the first of several.
     """
@@ -37,11 +37,12 @@ class SoftmaxStatistics(NamedTuple):
 
 def softmax_statistics(
     logits: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | None = None,
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
     *,
     ignore_index: int | None = None,
+    temperature: ArrayLike = 1.0,
     axis_name: str | None = None,
     forward_mode: bool = False,
 ) -> SoftmaxStatistics:
@@ -57,10 +58,12 @@ def softmax_statistics(
 
     Args:
       logits: `[..., C]`, floating; `-inf` marks a class that is not allowed.
-      labels: class ids `[...]`, of any integer dtype.
+      labels: class ids `[...]`, of any integer dtype. Without them two fields are None.
       axis: the class axis, or a tuple of them: labels and `argmax` are then flat indices.
       where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
       ignore_index: label of rows that do not count.
+      temperature: what the logits are divided by, in the dtype of the result: a number, or one per
+        row, with the axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
       axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
@@ -87,6 +90,7 @@ def softmax_statistics(
         logits,
         labels,
         where,
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
@@ -97,8 +101,9 @@ def softmax_statistics(
 @compiled
 def _statistics(
     logits: Array,
-    labels: Array,
+    labels: Array | None,
     where: Array | None,
+    temperature: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
     ignore_index: int | None,
@@ -108,21 +113,25 @@ def _statistics(
     rows = targets.rows_of("logits", logits, axis, where, axis_name)
     z = rows.values
     classes = sharded.all_classes(z.shape[-1], axis_name)
-    label = targets.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
-    options = Options(entropy=True, argmax=True, axis_name=axis_name)
-    target = Target(labels=label.ids)
-    found = row_statistics(options, z, target, label.counts, forward_mode=forward_mode)
+    label = targets.maybe_class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
+    temperature = options.of_rows(temperature, z.shape[:-1], wide(z.dtype))
+    found = row_statistics(
+        Options(entropy=True, argmax=True, axis_name=axis_name),
+        z,
+        Target(labels=label.ids),
+        label.counts,
+        temperature,
+        forward_mode=forward_mode,
+    )
     return by_label(found, label)
 
 
 def by_label(found: RowStatistics, label: targets.ClassIds) -> SoftmaxStatistics:
     """Statistics as users see them: 0 in rows that do not count, NaN for labels that are none."""
-    out = SoftmaxStatistics(
-        lse=found.lse,
-        label_logit=targets.nan_if(label.unknown, found.label_logit),
-        log_prob=targets.nan_if(label.unknown, -found.cross),
-        entropy=found.entropy,
-        argmax=found.argmax,
-    )
+    label_logit = log_prob = None
+    if label.ids is not None:
+        label_logit = targets.nan_if(label.unknown, found.label_logit)
+        log_prob = targets.nan_if(label.unknown, -found.cross)
+    out = SoftmaxStatistics(found.lse, label_logit, log_prob, found.entropy, found.argmax)
     counts = label.counts
     return out if counts is None else jax.tree.map(lambda x: jnp.where(counts, x, 0), out)

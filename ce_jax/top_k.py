@@ -14,8 +14,7 @@ from ._arguments.compiled import compiled
 from ._arguments.entries import Entries, entries
 from ._arguments.layer import layer
 from ._arguments.types import ArrayLike, Reduction, Scalar
-from ._rows import class_blocks, dense, sharded, tile
-from ._rows.numerics import tempered
+from ._rows import class_blocks, dense, sharded
 from ._rows.order import as_given, in_order
 from ._rows.tile import RowStatistics, Target, wide
 from ._rows.top_k import Tail, top_k_divergence
@@ -161,16 +160,14 @@ def _top_k(
     )
     weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
     z = targets.without_excluded(student.values, teacher.counts, weights, axis_name)
+    temperature = options.of_rows(temperature, rows, wide(z.dtype))
     if temperature is not None:
-        temperature = checks.of_rows("temperature", temperature.astype(dtype), rows, "the loss")
         temperature = jnp.where(teacher.counts, temperature, 1)
-        # Relative to the maximum, of which no digit is lost before the division.
-        highest = sharded.max_over(tile.row_maxima(z), axis_name)
-        z = tempered(tile.shift(z, highest), temperature)
     found = dense.row_statistics(
         dense.Options(axis_name=axis_name),
         z,
         Target(picked=teacher.ids),
+        temperature=temperature,
         forward_mode=forward_mode,
     )
     loss = _loss(found, teacher, temperature, weights, tail)
@@ -351,7 +348,7 @@ def _linear_top_k(
     x = layer(
         hidden,
         kernel,
-        jnp.zeros(rows, jnp.int32),
+        None,
         bias,
         logit_soft_cap,
         temperature,

@@ -80,6 +80,7 @@ def softmax_arguments(
     sample_weight=False,
     ignore_index=None,
     masked=False,
+    temperature=None,
     seed=0,
     **options,
 ):
@@ -116,6 +117,10 @@ def softmax_arguments(
 
     if weight:
         options["weight"] = draw.uniform(0.5, 2.0, size=classes)
+    if temperature == "one":
+        options["temperature"] = np.array(0.7)
+    if temperature == "rows":
+        options["temperature"] = draw.uniform(0.5, 2.0, size=batch)
     if sample_weight:
         weights = draw.uniform(0.5, 2.0, size=batch)
         if batch:

@@ -27,6 +27,7 @@ def linear_arguments(
     sample_weight=False,
     where=False,
     ignore_index=None,
+    temperature=None,
     seed=0,
     **options,
 ):
@@ -54,6 +55,10 @@ def linear_arguments(
         options["ignore_index"] = ignore_index
     counts = options.get("where", np.ones(batch, bool)) & (labels != ignore_index)
     hidden[~counts] = np.resize(GARBAGE, width)
+    if temperature == "one":
+        options["temperature"] = np.array(0.7)
+    if temperature == "rows":
+        options["temperature"] = draw.uniform(0.5, 2.0, size=batch)
     if sample_weight:
         weights = draw.uniform(0.5, 2.0, size=batch)
         if batch:
@@ -94,7 +99,7 @@ def true_loss_and_statistics(**arguments):
         if key
         in (
             *("hidden", "kernel", "labels", "bias", "class_axis", "num_classes"),
-            *("logit_soft_cap", "where", "ignore_index"),
+            *("logit_soft_cap", "temperature", "where", "ignore_index"),
         )
     }
     value = reference_linear.linear_softmax_cross_entropy(**arguments)

@@ -30,11 +30,13 @@ def softmax_cross_entropy_with_integer_labels(
     ignore_index=None,
     label_smoothing=0.0,
     z_loss=0.0,
+    temperature=1.0,
     reduction="none",
 ):
     labels = np.asarray(labels)
     batch, rows, allowed = _layout(logits, axis, where)
-    losses = _zeros(labels.shape, logits, weight, sample_weight, label_smoothing, z_loss)
+    batch = _tempered(batch, temperature)
+    losses = _zeros(labels.shape, batch, weight, sample_weight, label_smoothing, z_loss)
     counts = rows & (labels != ignore_index)
     for row in np.ndindex(labels.shape):
         if counts[row]:
@@ -58,11 +60,13 @@ def softmax_cross_entropy(
     sample_weight=None,
     label_smoothing=0.0,
     z_loss=0.0,
+    temperature=1.0,
     reduction="none",
 ):
     batch, rows, allowed = _layout(logits, axis, where)
+    batch = _tempered(batch, temperature)
     targets = _class_last(np.asarray(labels), axis)
-    losses = _zeros(rows.shape, logits, labels, weight, sample_weight, label_smoothing, z_loss)
+    losses = _zeros(rows.shape, batch, labels, weight, sample_weight, label_smoothing, z_loss)
     for row in np.ndindex(rows.shape):
         if rows[row]:
             losses[row] = _scaled(
@@ -157,10 +161,11 @@ def smooth_labels(labels, alpha, *, axis=-1, where=None):
     return (1 - alpha) * labels + alpha * uniform
 
 
-def softmax_statistics(logits, labels, axis=-1, where=None):
+def softmax_statistics(logits, labels, axis=-1, where=None, *, temperature=1.0):
     labels = np.asarray(labels)
     batch, _, allowed = _layout(logits, axis, where)
-    lse, label_logit, log_prob, entropy = (_zeros(labels.shape, logits) for _ in range(4))
+    batch = _tempered(batch, temperature)
+    lse, label_logit, log_prob, entropy = (_zeros(labels.shape, batch) for _ in range(4))
     argmax = np.zeros(labels.shape, int)
     for row in np.ndindex(labels.shape):
         z, ok = batch[row], allowed[row]
@@ -257,6 +262,14 @@ def _layout(logits, axis, where):
     elif where is not None:
         rows = np.broadcast_to(where, rows.shape)
     return batch, rows, allowed
+
+
+def _tempered(batch, temperature):
+    """Logits by rows over a temperature, one for all rows or one for each."""
+    of_row = np.broadcast_to(temperature, batch.shape[:-1])[..., None]
+    banned = batch.real == -np.inf
+    with np.errstate(invalid="ignore"):  # rows that do not count may hold anything
+        return np.where(banned, -np.inf, np.where(banned, 0, batch) / of_row)
 
 
 def _target(label, allowed, weight, smoothing):

@@ -128,7 +128,12 @@ def linear_top_k_distillation_loss(
     counts = np.ones(hidden.shape[:-1], bool) if where is None else where
     counts = counts & np.any((teacher_ids != -1) & (teacher_ids != ignore_index), -1)
     z = reference_linear.logits(
-        np.where(counts[..., None], hidden, 0), kernel, bias, class_axis, num_classes, logit_soft_cap
+        np.where(counts[..., None], hidden, 0),
+        kernel,
+        bias,
+        class_axis,
+        num_classes,
+        logit_soft_cap,
     )
     options |= {"where": counts, "ignore_index": ignore_index}
     return top_k_distillation_loss(z, teacher_ids, teacher_log_probs, **options)

@@ -41,6 +41,7 @@ def linear_softmax_cross_entropy(
     ignore_index=None,
     label_smoothing=0.0,
     z_loss=0.0,
+    temperature=1.0,
     gamma=None,
     reduction="none",
 ):
@@ -57,6 +58,7 @@ def linear_softmax_cross_entropy(
         logit_soft_cap,
     )
     weight = None if weight is None else weight[:num_classes]
+    z = reference._tempered(z, temperature)
     options = {"where": counts, "weight": weight, "label_smoothing": label_smoothing}
     losses = reference.softmax_cross_entropy_with_integer_labels(
         z, labels, **options, z_loss=z_loss
@@ -86,6 +88,7 @@ def linear_softmax_statistics(
     logit_soft_cap=None,
     where=None,
     ignore_index=None,
+    temperature=1.0,
 ):
     counts = np.ones(labels.shape, bool) if where is None else np.broadcast_to(where, labels.shape)
     counts = counts & (labels != ignore_index)
@@ -97,7 +100,7 @@ def linear_softmax_statistics(
         num_classes,
         logit_soft_cap,
     )
-    found = reference.softmax_statistics(z, np.where(counts, labels, 0))
+    found = reference.softmax_statistics(z, np.where(counts, labels, 0), temperature=temperature)
     return reference.Statistics(*(np.where(counts, x, 0) for x in found))
 
 

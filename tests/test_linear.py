@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import ce_jax
+from ce_jax import _platform
 from ce_jax._platform import block_sizes
 from tests import comparison, linear, reference, reference_linear
 from tests.comparison import accuracy, close
@@ -28,6 +29,7 @@ OPTIONS = {
     "ignore_index": [None, -100],
     "label_smoothing": [None, 0.1, 1.0],
     "z_loss": [None, 0.3],
+    "temperature": [None, "one", "rows"],
     "gamma": [None, 1.7],
     "reduction": ["none", "sum", "mean"],
     "statistics": [False, True],
@@ -41,6 +43,10 @@ SCALARS = ("logit_soft_cap", "label_smoothing", "z_loss", "gamma")
 def few_tokens():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_sizes, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
+        # Rows that do not count are left out where arrays are known to be on one device.
+        patch.setattr(block_sizes, "rows", lambda tokens: min(tokens, linear.FEWEST_TOKENS))
+        patch.setattr(_platform, "_may_be_sharded", lambda: False)
+        jax.clear_caches()
         yield
 
 
@@ -52,15 +58,17 @@ def check_case(case):
     arguments = linear.linear_arguments(**case)
     classes = arguments["kernel"].shape[case["class_axis"]]
     rows = arguments["labels"].size
-    summed = case["reduction"] != "none" and not statistics and not static
-    steps = sum(key in case for key in ("bias", "logit_soft_cap", "padding"))
+    summed = case["reduction"] != "none" and not static
+    steps = sum(key in case for key in ("bias", "logit_soft_cap", "padding", "temperature"))
     if budget is not None:
+        masked = "where" in arguments or "ignore_index" in arguments
+        at_once = -(-rows // 2) if masked else rows
         static["memory_budget"] = {
-            "classes": linear.class_budget(rows, 2, dtype, steps),
+            "classes": linear.class_budget(at_once, 2, dtype, steps),
             "tokens": linear.token_budget(classes, linear.FEWEST_TOKENS, dtype, steps),
         }[budget]
         chosen = block_sizes.blocks(
-            rows,
+            at_once,
             classes,
             linear.logit_bytes(dtype, steps),
             static["memory_budget"],
@@ -93,6 +101,7 @@ ALL = {
     "ignore_index": -100,
     "label_smoothing": 0.1,
     "z_loss": 0.3,
+    "temperature": "rows",
     "gamma": 1.7,
     "class_axis": 0,
     "batch": (2, 5),

@@ -24,6 +24,7 @@ OPTIONS = {
     "masked": [False, True],
     "label_smoothing": [None, 0.1, 1.0],
     "z_loss": [None, 0.3],
+    "temperature": [None, "one", "rows"],
     "reduction": [None, "sum", "mean"],
     "traced": [False, True],
     "forward_mode": [None, True],

@@ -216,7 +216,8 @@ def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> in
             f"{prefix}hidden must have shape [..., D] and {prefix}kernel two axes, of D and of the "
             f"classes; got {hidden.shape} and {kernel.shape}"
         )
-    if jnp.promote_types(kernel.dtype, hidden.dtype) != kernel.dtype:
+    of_kernel, of_hidden = (jnp.finfo(x.dtype).bits for x in (kernel, hidden))
+    if kernel.dtype != hidden.dtype and of_kernel <= of_hidden:
         raise TypeError(
             f"{prefix}kernel must have the dtype of {prefix}hidden, {hidden.dtype}, or a wider one "
             f"(it is then rounded to that of {prefix}hidden, and its gradient is not), got "

@@ -14,7 +14,7 @@ from .._rows import class_blocks, sharded
 from .._rows.head import Head, Tokens
 from .._rows.order import Order, in_order, order_of
 from .._rows.tile import wide
-from . import checks, targets
+from . import checks, options, targets
 from .types import ArrayLike
 
 
@@ -50,7 +50,7 @@ class Layer(NamedTuple):
 def layer(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | None,
     bias: ArrayLike | None,
     logit_soft_cap: ArrayLike | None,
     temperature: Array | None,
@@ -83,10 +83,10 @@ def layer(
     if where is not None:
         counts = checks.boolean("where", where)
         counts = checks.of_rows("where", counts, rows, "the rows of hidden")
-    label = targets.class_ids(labels, rows, classes, counts, ignore_index)
+    label = targets.maybe_class_ids(labels, rows, classes, counts, ignore_index)
     tokens = Tokens(targets.without_excluded(hidden, label.counts))
-    if temperature is not None:
-        of_row = checks.of_rows("temperature", temperature.astype(dtype), rows, "the loss")
+    of_row = options.of_rows(temperature, rows, dtype)
+    if of_row is not None:
         if label.counts is not None:
             of_row = jnp.where(label.counts, of_row, 1)
         tokens = tokens._replace(temperature=of_row)
@@ -95,23 +95,27 @@ def layer(
     order = None
     if label.counts is not None and _platform.is_local(hidden):
         order = order_of(label.counts)
-        tokens, label = in_order(order, (tokens, label))
+        tokens, label = in_order(order, (tokens, label._replace(counts=None)))
+        label = label._replace(counts=jnp.arange(order.rows.size) < order.counting)
 
-    if memory_budget is None:
-        memory_budget = block_sizes.default_budget(kernel.size * kernel.dtype.itemsize)
     # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
     steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
     steps += (temperature is not None) + picked
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
     visited = local if axis_name is not None else classes
     count = tokens.hidden.shape[0]
+    if memory_budget is None:
+        sums_are_result = summed and hidden.dtype != dtype == kernel.dtype
+        memory_budget = block_sizes.default_budget(
+            kernel.size * hidden.dtype.itemsize, visited * logit_bytes if sums_are_result else None
+        )
     # Tiles of rows are smaller than a block of all rows, whose classes may then be more.
     at_once = count if order is None else -(-count // 2)
     blocks = block_sizes.blocks(at_once, visited, logit_bytes, memory_budget, summed=summed)
     token_block, tile = blocks.tokens, block_sizes.rows(count)
     if token_block is not None:
         token_block = tile = token_block if order is None else min(token_block, tile)
-    options = class_blocks.Options(
+    by_class = class_blocks.Options(
         blocks.classes,
         class_axis,
         classes,
@@ -120,4 +124,4 @@ def layer(
         argmax=statistics,
         rows=tile,
     )
-    return Layer(tokens, head, label, order, rows, options, token_block)
+    return Layer(tokens, head, label, order, rows, by_class, token_block)

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .._rows.tile import wide
@@ -48,6 +49,15 @@ def temperature(value: ArrayLike) -> Array | None:
     if isinstance(value, float | int) and value == 1:
         return None
     return option("temperature", value, low=_COLDEST)
+
+
+def of_rows(
+    temperature: Array | None, rows: tuple[int, ...], dtype: DTypeLike
+) -> Float[Array, "*rows"] | None:
+    """The temperature of each row."""
+    if temperature is None:
+        return None
+    return checks.of_rows("temperature", temperature.astype(dtype), rows, "the loss")
 
 
 def positive_int(name: str, value: int) -> int:

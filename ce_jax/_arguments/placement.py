@@ -16,6 +16,8 @@ Names = str | tuple[str, ...] | None
 Shapes = dict[str, tuple[int, ...]]
 Specs = dict[str, tuple[Names, ...]]
 
+_OF_ROWS = ("labels", "where", "sample_weight", "temperature")
+
 
 class Plan(NamedTuple):
     """What is spread over which axes of the mesh.
@@ -105,7 +107,7 @@ def of_logits(
             return (plan.classes,)
         if name in by_class:
             return _broadcast(logits, shapes[name], shape)
-        if name in ("labels", "where", "sample_weight"):
+        if name in _OF_ROWS:
             return _broadcast(rows, shapes[name], row_shape)
         return ()
 
@@ -125,7 +127,7 @@ def of_layer(plan: Plan, shapes: Shapes, class_axis: int) -> tuple[Specs, tuple[
     }
 
     def spec(name: str) -> tuple[Names, ...]:
-        if name in ("labels", "where", "sample_weight"):
+        if name in _OF_ROWS:
             return _broadcast(rows, shapes[name], row_shape)
         return by_name.get(name, ())
 

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import sharded
-from .._rows.tile import wide
+from .._rows.tile import ABSENT, wide
 from . import checks, reductions
 from .types import ArrayLike
 
@@ -32,7 +32,8 @@ class ClassIds(NamedTuple):
     """Integer labels that are safe to index with.
 
     Attributes:
-      ids: class ids in range; 0 where the label is out of range or the row does not count.
+      ids: class ids in range; 0 where the label is out of range or the row does not count. Absent,
+        like `unknown`, where there are no labels.
       counts: which rows count; None if nothing excludes any.
       unknown: rows that count with a label that is no class.
     """
@@ -183,6 +184,21 @@ def class_ids(
     unknown = ~valid if counts is None else ~valid & counts
     usable = valid if counts is None else valid & counts
     return ClassIds(jnp.where(usable, labels, 0).astype(jnp.int32), counts, unknown)
+
+
+def maybe_class_ids(
+    labels: ArrayLike | None,
+    rows: Sequence[int],
+    classes: int,
+    counts: Bool[Array, "*rows"] | None,
+    ignore_index: int | None,
+) -> ClassIds:
+    """`class_ids`, or what is known of rows without labels."""
+    if labels is not None:
+        return class_ids(labels, rows, classes, counts, ignore_index)
+    if ignore_index is not None:
+        raise ValueError("ignore_index is a label, and there are no labels; write where=")
+    return ClassIds(ABSENT, counts, ABSENT)
 
 
 def nan_if(

@@ -34,18 +34,24 @@ _IF_UNKNOWN = 8192
 _ON_A_CPU = 17 * 10**6
 
 
-def default_budget(kernel_bytes: int) -> int:
+def default_budget(kernel_bytes: int, token_bytes: int | None = None) -> int:
     """Bytes of temporaries: a third of the kernel's, within 256 MB and 1 GB; 17 MB on a CPU.
 
     An accelerator needs blocks large enough to keep its matrix units busy; a CPU does not. On an
     H200 8192 bfloat16 tokens of width 2304 with 256000 classes take 74, 71, 68 and 66 ms in blocks
     of 1920, 3200, 6400 (the default) and 12800 classes. Blocks of 1024 and 2048 tokens take 52 and
-    50, and 3.0 and 4.5 GB. Where one CPU plays several devices, they share its cache.
+    50, and 3.0 and 4.5 GB, of which 2.4 GB add up the kernel's gradient. Where this is the result
+    itself, it takes nothing: then the bytes of a token's logits are given, and the default has room
+    for such blocks, 1.3 GB or up to 2 GB for 1024 tokens.
+
+    Where one CPU plays several devices, they share its cache.
     """
     if jax.default_backend() == "cpu":
         mesh = jax.sharding.get_abstract_mesh()
         devices = mesh.size if mesh.manual_axes else 1  # manual: inside jax.shard_map
         return max(_ON_A_CPU // devices, _ON_A_CPU // 4)
+    if token_bytes is not None and _FEWEST_TOKENS * token_bytes <= 2 * 10**9:
+        return max(13 * 10**8, _FEWEST_TOKENS * token_bytes)
     return min(max(kernel_bytes // 3, 256 * 10**6), 10**9)
 
 
@@ -66,11 +72,12 @@ def blocks(tokens: int, classes: int, logit_bytes: int, budget: int, *, summed: 
 def rows(tokens: int) -> int:
     """Rows per tile, where tiles without a row that counts are left out.
 
-    Each tile adds to the gradient of a block of the kernel, so tiles must not be too small. On a CPU
+    Each tile adds to the gradient of a block of the kernel, so it must not be too small. On a CPU
     2048 tokens of width 128 with 16384 classes take 1.01 to 1.06 of the time without a mask where
     all rows count, and 0.27 to 0.41 where a quarter does.
     """
-    return min(tokens, 256 if jax.default_backend() == "cpu" else _FEWEST_TOKENS)
+    fewest = 256 if jax.default_backend() == "cpu" else _FEWEST_TOKENS
+    return min(tokens, fewest) if isinstance(tokens, int) else fewest
 
 
 def _block(entries: int, across: int, total: int) -> int:

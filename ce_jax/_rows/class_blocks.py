@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from .. import _platform
-from .._platform import block_sizes
 from . import sharded, tile
 from .head import Head, Pull, Tokens, logits, over_blocks, put, read_by_all, take, take_classes
 from .tile import ABSENT, First, Partial, Target, merge
@@ -171,20 +170,6 @@ def _partial(
 ) -> Partial:
     tokens_of_tile = read_by_all(tokens)
 
-    def read(tokens: Tokens, by_row: Target, block: _Block, first: First, size: int) -> Partial:
-        z, _ = _of_block(tokens, block, options.class_axis)
-        first_class = _first_class(options, head, first)
-        z, picked = tile.pick(z, by_row.picked, first_class)
-        part = _platform.read(
-            z,
-            by_row._replace(classes=_target_of(target, first, size).classes),
-            _platform.normaliser(z),
-            entropy=options.entropy,
-            argmax=options.argmax,
-            first_class=first_class,
-        )
-        return part._replace(picked=picked)
-
     def step(part: Partial, first: First, size: int) -> Partial:
         block = _block(options, head, first, size)
         block_of_tile = _read_by_tiles(block.head, tokens)
@@ -192,20 +177,27 @@ def _partial(
         def tile_of_block(part: Partial, row: First, rows: int) -> Partial:
             inputs = tokens_of_tile(), _by_row(target), part
             of_rows, by_row, seen = _rows_of(inputs, row, rows)
-            now = block._replace(head=block_of_tile())
-            found = merge(seen, read(of_rows, by_row, now, first, size))
+            z, _ = _of_block(of_rows, block._replace(head=block_of_tile()), options.class_axis)
+            first_class = _first_class(options, head, first)
+            z, picked = tile.pick(z, by_row.picked, first_class)
+            new = _platform.read(
+                z,
+                by_row._replace(classes=_target_of(target, first, size).classes),
+                _platform.normaliser(z),
+                entropy=options.entropy,
+                argmax=options.argmax,
+                first_class=first_class,
+            )
+            found = merge(seen, new._replace(picked=picked))
             return jax.tree.map(lambda x, new: put(x, new, row), part, found)
 
         return _over_rows(options, tile_of_block, part, tokens.hidden.shape[0], counting)
 
-    total = _visited(options, head)
-    size = block_sizes.cut(total, options.block).size
-    like = jax.eval_shape(
-        lambda: read(tokens, _by_row(target), _block(options, head, 0, size), 0, size)
+    rows, dtype = tokens.hidden.shape[:1], tile.wide(tokens.hidden.dtype)
+    nothing = tile.nothing_seen(rows, dtype, target, entropy=options.entropy, argmax=options.argmax)
+    part = over_blocks(
+        step, sharded.like(nothing, tokens.hidden), _visited(options, head), options.block
     )
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    nothing = nothing._replace(base=jnp.full_like(nothing.base, -jnp.inf))
-    part = over_blocks(step, sharded.like(nothing, tokens.hidden), total, options.block)
     return sharded.merge_across(part, options.axis_name)
 
 
@@ -225,17 +217,16 @@ def _fused(
 Residuals = tuple[Tokens, Head, Target, Counting, Partial]
 
 
-def _fused_fwd(
-    options: Options, tokens: Tokens, head: Head, target: Target, counting: Counting
-) -> tuple[tile.RowStatistics, Residuals]:
-    part = _partial(options, tokens, head, target, counting)
-    return tile.finish(part), (tokens, head, target, counting, part)
+def _fused_fwd(options: Options, *primals: Any) -> tuple[tile.RowStatistics, Residuals]:
+    given: Any = jax.tree.map(lambda x: x.value, primals)
+    part = _partial(options, *given)
+    return tile.finish(part), (*given, part)
 
 
 def _fused_bwd(
     options: Options, residuals: Residuals, g: tile.RowStatistics
 ) -> tuple[Tokens, Head, Target, None]:
-    return *pulled_back(options, residuals, g._replace(argmax=ABSENT)), None
+    return *pulled_back(options, residuals, tile.cotangents(g)), None
 
 
 # As a whole for those who differentiate outside `jit`, where loops would be compiled in each call.
@@ -301,4 +292,4 @@ def _zeros(tree: _Carry, tokens: Tokens) -> _Carry:
     return sharded.like(zeros, tokens.hidden)
 
 
-_fused.defvjp(_fused_fwd, _fused_bwd)
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from .. import _platform
 from . import sharded, tile
+from .numerics import tempered
 from .tile import ABSENT, Partial, RowStatistics, Target, wide
 
 
@@ -33,6 +34,7 @@ def row_statistics(
     logits: Float[Array, "*rows classes"],
     target: Target,
     counts: Bool[Array, "*rows"] | None = None,
+    temperature: Float[Array, "*rows"] | None = None,
     *,
     forward_mode: bool = False,
 ) -> RowStatistics:
@@ -44,9 +46,35 @@ def row_statistics(
       target: what the rows are compared with; class ids must lie in the row.
       counts: whether the row counts. Others may hold anything: their statistics are 0, and no
         derivative reaches them or comes from them.
+      temperature: what the logits are divided by, in the accumulation dtype.
       forward_mode: leave the derivative to JAX, which then can also push tangents forward.
     """
     sharded.check_sharded("logits", logits, options.axis_name)
+    if temperature is None:
+        return _of_counting(options, logits, target, counts, forward_mode)
+    if counts is not None:
+        logits, temperature = _silenced(counts, logits), jnp.where(counts, temperature, 1)
+    # Relative to the maximum before it is divided: so the digits of `lse - z` survive.
+    row_max = sharded.max_over(tile.row_maxima(logits), options.axis_name)
+    relative = tempered(tile.shift(logits, row_max), temperature)
+    found = _of_counting(options, relative, target, counts, forward_mode)
+    if found.picked is not None:  # which is relative to the maximum anyhow
+        return found
+    ahead = tile.origin(row_max) / temperature
+    ahead = ahead if counts is None else jnp.where(counts, ahead, 0)
+    found = found._replace(lse=found.lse + ahead)
+    if found.label_logit is not None:
+        found = found._replace(label_logit=found.label_logit + ahead)
+    return found
+
+
+def _of_counting(
+    options: Options,
+    logits: Float[Array, "*rows classes"],
+    target: Target,
+    counts: Bool[Array, "*rows"] | None,
+    forward_mode: bool,
+) -> RowStatistics:
     # Not `counts`: statistics depend on it, and are alike on all devices of `axis_name`.
     logits, target = sharded.align((logits, target))
     if counts is not None:
@@ -122,18 +150,21 @@ def _fused(options: Options, logits: Array, target: Target, counts: Array | None
 _Residuals = tuple[Array, Target, Array | None, Partial]
 
 
-def _fused_fwd(
-    options: Options, logits: Array, target: Target, counts: Array | None
-) -> tuple[RowStatistics, _Residuals]:
-    part = _whole_rows(options, logits, target, counts)
-    return tile.finish(part), (logits, target, counts, part)
+def _fused_fwd(options: Options, *primals: Any) -> tuple[RowStatistics, _Residuals]:
+    given: Any = jax.tree.map(lambda x: x.value, primals)
+    part = _whole_rows(options, *given)
+    return tile.finish(part), (*given, part)
+
+
+def _fused_bwd(
+    options: Options, residuals: _Residuals, g: RowStatistics
+) -> tuple[Array, Target, None]:
+    return *_pulled_back(options, residuals, tile.cotangents(g)), None
 
 
 # As a whole for those who differentiate outside `jit`, where it would be run step by step.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _fused_bwd(
-    options: Options, residuals: _Residuals, g: RowStatistics
-) -> tuple[Array, Target, None]:
+def _pulled_back(options: Options, residuals: _Residuals, g: RowStatistics) -> tuple[Array, Target]:
     # A scalar may come as a literal.
     logits, target, counts, part = jax.tree.map(jnp.asarray, residuals)
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
@@ -141,7 +172,7 @@ def _fused_bwd(
     of_numbers = target._replace(labels=ABSENT, picked=ABSENT)
     d_target = jax.tree.map(sharded.with_sharding_of, d_target, of_numbers)
     dz = dz if counts is None else _silenced(counts, dz)
-    return dz.astype(logits.dtype), d_target, None
+    return dz.astype(logits.dtype), d_target
 
 
-_fused.defvjp(_fused_fwd, _fused_bwd)
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)

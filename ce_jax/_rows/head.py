@@ -121,23 +121,24 @@ def read_by_all(inputs: _Tree, read: _Tree | None = None) -> Callable[[], _Tree]
     constants = jax.lax.stop_gradient(inputs if read is None else read)
 
     def of_block(copy: Array, x: Array) -> Array:
-        return copy if copy.dtype == x.dtype else _with_slope_of(copy, x)
+        return copy if copy.dtype == x.dtype else with_slope_of(copy, x)
 
     return lambda: jax.tree.map(of_block, copies, constants)
 
 
 @jax.custom_jvp
-def _with_slope_of(copy: Array, x: Array) -> Array:
+def with_slope_of(copy: Array, x: Array) -> Array:
+    """`x`, of which all derivatives are those of `copy`."""
     del copy
     return x
 
 
-@_with_slope_of.defjvp
+@with_slope_of.defjvp
 def _with_slope_of_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (copy, x), (slope, _) = primals, tangents
-    return _with_slope_of(copy, x), slope.astype(x.dtype)
+    return with_slope_of(copy, x), slope.astype(x.dtype)
 
 
 def over_blocks(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
+
+_Tree = TypeVar("_Tree")
 
 # Coefficients of (e^x - 1) / x and of (e^x - 1 - x) / x^2, highest power first. With |x| <= 1/2 the
 # first term left out is below float64's rounding.
@@ -29,6 +31,14 @@ def linear(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
         if not isinstance(tangent, SymbolicZero)
     ]
     return functools.reduce(operator.add, terms)
+
+
+def instantiated(tree: _Tree) -> _Tree:
+    """Cotangents, with arrays of zeros for those that JAX knows to be 0."""
+    arrays: _Tree = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x, tree
+    )
+    return arrays
 
 
 @jax.custom_jvp
@@ -53,13 +63,27 @@ def _product_jvp(
     return product(weight, x), by_weight * t_weight + weight * t_x
 
 
+@jax.custom_jvp
 def tempered(
     z: Float[Array, "*rows classes"], temperature: Float[Array, "*rows"]
 ) -> Float[Array, "*rows classes"]:
-    """`z / temperature`; a logit of -inf stays -inf, with no part in the temperature's slope."""
-    banned = z == -jnp.inf
-    quotient = jnp.where(banned, 0, z) / temperature[..., None].astype(z.dtype)
-    return jnp.where(banned, -jnp.inf, quotient)
+    """`z / temperature`; a logit of -inf stays -inf, with no part in the temperature's slope.
+
+    One division for each row: a quotient for each logit would not be computed a second time for the
+    gradient, but stored.
+    """
+    return z * (1 / temperature)[..., None]
+
+
+@tempered.defjvp
+def _tempered_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (z, temperature), (dz, d_temperature) = primals, tangents
+    quotient = tempered(z, temperature)
+    finite = jnp.where(z == -jnp.inf, 0, quotient)
+    slope = (d_temperature / temperature)[..., None]
+    return quotient, tempered(dz, temperature) - finite * slope
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -16,35 +16,38 @@ _Tree = TypeVar("_Tree")
 
 
 class Order(NamedTuple):
-    """The rows, first those that count, and how many these are."""
+    """A permutation of the rows: first those that count, then the others, each as they were.
+
+    Attributes:
+      rows: the row at each place.
+      places: the place of each row.
+      counting: how many rows count.
+    """
 
     rows: Integer[Array, " tokens"]
+    places: Integer[Array, " tokens"]
     counting: Integer[Array, ""]
 
 
 def order_of(counts: Bool[Array, " tokens"]) -> Order:
-    """Rows that count, then the others, each as they were."""
-    return Order(jnp.argsort(~counts, stable=True), jnp.sum(counts, dtype=jnp.int32))
+    """The order in which rows that count are the first."""
+    rows = jnp.argsort(~counts, stable=True)
+    places = jnp.zeros_like(rows).at[rows].set(jnp.arange(rows.size), unique_indices=True)
+    return Order(rows, places, jnp.sum(counts, dtype=jnp.int32))
 
 
 def in_order(order: Order | None, tree: _Tree) -> _Tree:
     """Arrays by rows, in this order."""
-    if order is None:
-        return tree
-    rows = order.rows
-    ordered: _Tree = jax.tree.map(
-        lambda x: x.at[rows].get(unique_indices=True, mode="promise_in_bounds"), tree
-    )
-    return ordered
+    return tree if order is None else _permuted(tree, order.rows)
 
 
 def as_given(order: Order | None, tree: _Tree) -> _Tree:
     """The arrays whose rows were brought into this order, as they were before."""
-    if order is None:
-        return tree
-    rows = order.rows
-    given: _Tree = jax.tree.map(
-        lambda x: jnp.zeros_like(x).at[rows].set(x, unique_indices=True, mode="promise_in_bounds"),
-        tree,
+    return tree if order is None else _permuted(tree, order.places)
+
+
+def _permuted(tree: _Tree, rows: Integer[Array, " tokens"]) -> _Tree:
+    permuted: _Tree = jax.tree.map(
+        lambda x: x.at[rows].get(unique_indices=True, mode="promise_in_bounds"), tree
     )
-    return given
+    return permuted

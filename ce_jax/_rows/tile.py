@@ -34,9 +34,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
-from .numerics import product
+from .numerics import instantiated, product
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -101,6 +102,25 @@ class Partial(NamedTuple):
     entropy: Float[Array, "*rows"] = ABSENT
     argmax: Integer[Array, "*rows"] = ABSENT
     picked: Float[Array, "*rows k"] = ABSENT
+
+
+def nothing_seen(
+    rows: tuple[int, ...], dtype: jnp.dtype, target: Target, *, entropy: bool, argmax: bool
+) -> Partial:
+    """The statistics over no classes, with the fields that `read` fills for this target."""
+    zero = jnp.zeros(rows, dtype)
+    of_classes = ABSENT if target.classes is None else zero
+    return Partial(
+        base=jnp.full_like(zero, -jnp.inf),
+        sum_exp=zero,
+        label_logit=ABSENT if target.labels is None else zero,
+        uniform=of_classes,
+        classes_sum=of_classes,
+        classes_count=of_classes,
+        entropy=zero if entropy else ABSENT,
+        argmax=jnp.zeros(rows, jnp.int32) if argmax else ABSENT,
+        picked=ABSENT if target.picked is None else jnp.zeros(target.picked.shape, dtype),
+    )
 
 
 # Adds up arrays over the classes, each by itself.
@@ -228,15 +248,19 @@ def finish(part: Partial) -> RowStatistics:
     log_sum, base = jnp.log(part.sum_exp), origin(part.base)
     out = RowStatistics(
         lse=base + log_sum,
-        cross=part.cross,
         label_logit=part.label_logit,
-        uniform=part.uniform,
         uniform_count=part.classes_count,
-        entropy=part.entropy,
         argmax=part.argmax,
     )
+    rounding = 2 * jnp.finfo(base.dtype).eps * jnp.abs(base)
     if part.label_logit is not None:
-        out = out._replace(cross=log_sum - (part.label_logit - base))
+        out = out._replace(cross=_not_negative(log_sum - (part.label_logit - base)))
+    elif part.cross is not None:
+        out = out._replace(cross=_not_negative(part.cross, rounding * part.target_sum))
+    if part.uniform is not None:
+        out = out._replace(uniform=_not_negative(part.uniform, rounding * part.classes_sum))
+    if part.entropy is not None:
+        out = out._replace(entropy=_not_negative(part.entropy))
     return _batched_alike(out, part)
 
 
@@ -247,6 +271,19 @@ def _finish_picked(part: Partial) -> RowStatistics:
     rest = part.base - base + _log(part.sum_exp)
     lse = jnp.where(part.base == -jnp.inf, -jnp.inf, rest)
     return RowStatistics(lse, picked=part.picked - base[..., None])
+
+
+def _not_negative(
+    x: Float[Array, "*rows"], rounding: Float[Array, "*rows"] | float = jnp.inf
+) -> Float[Array, "*rows"]:
+    """`x`, or 0 where it is below that by rounding alone; its derivative as it was.
+
+    A compiler may compute logits twice that were scaled by the user, and contract the scaling with
+    what follows in one place only: the largest logit is then above the maximum by its last digit.
+    `temperature` is not open to that. Sums under a target that is negative somewhere may be, too.
+    """
+    below = (x < 0) & (x >= -rounding)
+    return x + jax.lax.stop_gradient(jnp.where(below, -x, 0))
 
 
 def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
@@ -304,7 +341,7 @@ def pullback(
         d_classes = g.uniform[..., None] * jnp.where(absent, 0, surprise)
         rows = range(z.ndim - target.classes.ndim)
         d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(rows)))
-    if part.entropy is not None:
+    if g.entropy is not None:
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
         dz = dz + exp * onto_log_p * (_finite_exponent(surprise) - part.entropy[..., None])
     return dz, d_target
@@ -336,10 +373,13 @@ def _pullback_picked(
     g: RowStatistics,
     first_class: First,
 ) -> Float[Array, "*rows classes"]:
-    """Of the other classes none is above the base; if all are banned, nothing is shared out."""
+    """Of the other classes none is above the base; if all are banned, nothing is shared out.
+
+    Those that were picked may be, by so much that their exponentials overflow.
+    """
     columns, _ = _columns(z, ids, first_class)
     shifted = shift(z, part.base)
-    exp = jnp.exp(jnp.where(shifted > 0, 0, shifted))
+    exp = jnp.exp(jnp.where(shifted > 1, 0, shifted))
     dz = exp * (g.lse / _nonzero(part.sum_exp))[..., None]
     return _with_columns(dz, columns, g.picked)
 
@@ -378,6 +418,16 @@ def _with_columns(
 def _classes_spread(z: Float[Array, "*rows classes"]) -> bool:
     spec = jax.typeof(z).sharding.spec
     return bool(spec) and spec[-1] is not None
+
+
+def cotangents(g: RowStatistics) -> RowStatistics:
+    """Those that `pullback` takes, of a rule that is told which are known to be 0.
+
+    Without that of the entropy, if nobody differentiates it, nothing has to be computed for it.
+    """
+    if isinstance(g.entropy, SymbolicZero):
+        g = g._replace(entropy=ABSENT)
+    return instantiated(g._replace(argmax=ABSENT))
 
 
 def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:

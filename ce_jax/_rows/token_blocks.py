@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
-from .head import Head, Pull, Tokens, over_blocks, put, read_by_all, take, take_classes
+from .head import Head, Tokens, over_blocks, put, read_by_all, take, take_classes
+from .numerics import instantiated
 from .tile import First
 
 
@@ -117,19 +118,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
     tokens, head, target, rows, counting = given
     narrow = head._replace(kernel=head.kernel.astype(tokens.hidden.dtype))
     head_of_block = read_by_all(head, narrow)
-
-    def read(tokens: Tokens, target: tile.Target) -> tuple[Array, Pull, tile.Partial]:
-        z, pull = class_blocks.block_logits(
-            options.head, tokens, head_of_block(), 0, options.head.classes
-        )
-        part = _platform.read(
-            z,
-            target,
-            _platform.normaliser(z),
-            entropy=options.head.entropy,
-            argmax=options.head.argmax,
-        )
-        return z, pull, part
+    wanted = {"entropy": options.head.entropy, "argmax": options.head.argmax}
 
     def step(
         carry: tuple[Array, _Inputs, Any], first: First, size: int
@@ -138,7 +127,10 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         part = functools.partial(take, first=first, size=size)
         of_block = target._replace(labels=part(target.labels))
         block = jax.tree.map(part, rows._replace(shared=()))
-        z, pull, found = read(jax.tree.map(part, tokens), of_block)
+        z, pull = class_blocks.block_logits(
+            options.head, jax.tree.map(part, tokens), head_of_block(), 0, options.head.classes
+        )
+        found = _platform.read(z, of_block, _platform.normaliser(z), **wanted)
 
         def block_loss(statistics: tile.RowStatistics, scales: Any, shared: Any) -> Array:
             inputs = block._replace(scales=scales, shared=shared)
@@ -146,7 +138,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
 
         loss, pull_loss = jax.vjp(block_loss, tile.finish(found), block.scales, rows.shared)
         g, d_scales, d_shared = pull_loss(jnp.ones_like(loss))
-        dz, d_target = tile.pullback(z, of_block, found, g._replace(argmax=None))
+        dz, d_target = tile.pullback(z, of_block, found, g._replace(argmax=None, entropy=None))
         d_tokens, d_head = pull(dz)
 
         def of_rows(d: Array, new: Array) -> Array:
@@ -166,10 +158,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
     dtype = tile.wide(tokens.hidden.dtype)
     nothing = None
     if options.statistics:
-        nothing = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(lambda: read(tokens, target)[2]),
-        )
+        nothing = tile.nothing_seen(tokens.hidden.shape[:1], dtype, target, **wanted)
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), (0, inputs))
     total, grads, part = over_blocks(
         class_blocks.while_counting(step, counting),
@@ -185,16 +174,17 @@ def _fused_bwd(
     options: Options, residuals: _Residuals, g: tuple[Any, Any]
 ) -> tuple[Tokens, Head, tile.Target, RowInputs, None]:
     (g_total, g_found), inputs = g, residuals.inputs
-    factor = _instantiated(g_total)
+    factor = instantiated(g_total)
     d = jax.tree.map(
         lambda x, dx: (factor * dx).astype(jnp.result_type(x)), inputs, residuals.grads
     )
     if not all(isinstance(x, SymbolicZero) for x in jax.tree.leaves(g_found)):
         # Who differentiates the statistics, too, has all logits computed once more.
-        of_rows = jax.tree.map(_instantiated, g_found._replace(argmax=None))
         *_, target, counting, part = residuals
         more = class_blocks.pulled_back(
-            options.head, (inputs.tokens, inputs.head, target, counting, part), of_rows
+            options.head,
+            (inputs.tokens, inputs.head, target, counting, part),
+            tile.cotangents(g_found),
         )
         tokens, head, classes = jax.tree.map(
             jnp.add, (d.tokens, d.head, d.classes), (*more[:2], more[2].classes)
@@ -202,10 +192,6 @@ def _fused_bwd(
         d = d._replace(tokens=tokens, head=head, classes=classes)
     rows = RowInputs(d.scales, d.shared, flags=None)
     return d.tokens, d.head, tile.Target(classes=d.classes), rows, None
-
-
-def _instantiated(x: Any) -> Array:
-    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)

@@ -1,0 +1,161 @@
+"""A temperature divides float32 logits, after bias and soft cap, in every loss of logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ce_jax
+from tests import reference, reference_linear
+
+
+def normal(*shape, scale=1.0, seed=0):
+    return np.random.default_rng(seed).normal(size=shape) * scale
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_logits_are_not_rounded_again(dtype):
+    """Divided before they are widened, log-probabilities would be off by 0.1 nats."""
+    logits = jnp.asarray(normal(2000, 500, scale=8), dtype)
+    labels = jnp.argmax(logits, -1)
+    found = ce_jax.softmax_statistics(logits, labels, temperature=0.7)
+    truth = reference.softmax_statistics(
+        np.asarray(logits, np.float64)[:50], np.asarray(labels)[:50], temperature=0.7
+    )
+    for name in ("lse", "label_logit", "log_prob", "entropy"):
+        np.testing.assert_allclose(
+            getattr(found, name)[:50], getattr(truth, name), rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_hidden_states_are_not_rounded_again(dtype):
+    hidden, kernel = (jnp.asarray(normal(*s), dtype) for s in ((50, 32), (32, 200)))
+    labels = jnp.argmax(hidden @ kernel, -1)
+    options = {"temperature": 0.7, "logit_soft_cap": 5.0}
+    found = ce_jax.linear_softmax_statistics(hidden, kernel, labels, **options)
+    truth = reference_linear.linear_softmax_statistics(
+        np.asarray(hidden, np.float64),
+        np.asarray(kernel, np.float64),
+        np.asarray(labels),
+        **options,
+    )
+    np.testing.assert_allclose(found.log_prob, truth.log_prob, rtol=1e-5, atol=1e-5)
+
+
+def test_huge_logits_keep_what_they_differ_by():
+    """Divided first, under `jit`, `x / T` of the maximum and of the sum may differ."""
+    loss = functools.partial(ce_jax.softmax_cross_entropy_with_integer_labels, temperature=0.7)
+    logits = jnp.full((1, 2), 5e9)
+    for function in (loss, jax.jit(loss)):
+        np.testing.assert_allclose(function(logits, jnp.array([0])), np.log(2), rtol=1e-6)
+    slope = jax.grad(lambda z: jnp.sum(loss(z, jnp.array([0]))))(logits)
+    np.testing.assert_allclose(slope, [[-0.5 / 0.7, 0.5 / 0.7]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [100.0, 1e5])
+def test_losses_and_entropies_are_not_negative(scale):
+    """Whatever a compiler contracts: of a certain class they are 0, not -3e-5."""
+    logits = jnp.asarray(normal(200, 50, scale=scale), jnp.float32)
+    labels = jnp.argmax(logits, -1)
+
+    @jax.jit
+    def of(logits):
+        z = logits / 0.7
+        found = ce_jax.softmax_statistics(z, labels)
+        soft = ce_jax.softmax_cross_entropy(z, jax.nn.one_hot(labels, 50))
+        return soft, -found.log_prob, found.entropy
+
+    for x in of(logits):
+        assert np.all(np.asarray(x) >= 0)
+
+
+def test_gradients_of_a_schedule_and_of_one_for_each_row():
+    logits, labels = normal(6, 5, scale=3), np.arange(6) % 5
+    rows = np.random.default_rng(1).uniform(0.5, 2.0, size=6)
+    cotangent = normal(6, seed=2)
+    truth = functools.partial(reference.softmax_cross_entropy_with_integer_labels, z_loss=0.1)
+    ours = functools.partial(ce_jax.softmax_cross_entropy_with_integer_labels, z_loss=0.1)
+    for temperature in (np.array(0.7), rows):
+        arguments = {"logits": logits, "labels": labels, "temperature": temperature}
+        expected = reference.vjp(truth, arguments, "temperature", cotangent)
+        slope = jax.jit(
+            jax.grad(
+                lambda t: jnp.vdot(ours(jnp.float32(logits), labels, temperature=t), cotangent)
+            )
+        )(jnp.float32(temperature))
+        np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["dense", "linear"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_banned_classes_and_rows_that_do_not_count_leave_no_nan(form, masked):
+    temperature = jnp.array([0.5, jnp.nan if masked else 2.0, 1.5])
+    where = jnp.array([True, not masked, True])
+    if form == "dense":
+        logits = jnp.array(
+            [[-jnp.inf, 0.0, 1.0], [jnp.nan if masked else 3.0, 1.0, 2.0], [0.0] * 3]
+        )
+
+        def loss(z, t):
+            return jnp.sum(
+                ce_jax.softmax_cross_entropy_with_integer_labels(
+                    z, jnp.array([1, 2, 0]), where=where, temperature=t, label_smoothing=0.1
+                )
+            )
+    else:
+        logits = jnp.array([[1.0, 2.0], [jnp.nan if masked else 1.0, 0.0], [0.5, -1.0]])
+        bias = jnp.array([-jnp.inf, 0.0, 0.0])
+
+        def loss(h, t):
+            return ce_jax.linear_softmax_cross_entropy(
+                h,
+                jnp.ones((2, 3)),
+                jnp.array([1, 2, 1]),
+                bias=bias,
+                where=where,
+                temperature=t,
+                label_smoothing=0.1,
+                reduction="sum",
+            )
+
+    value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1)))(logits, temperature)
+    for x in (value, *slopes):
+        assert np.all(np.isfinite(x))
+    if masked:
+        assert slopes[1][1] == 0
+
+
+def test_it_costs_no_copy_of_the_logits():
+    from tests.test_memory import temporaries
+
+    def loss(logits, labels, temperature):
+        return ce_jax.softmax_cross_entropy_with_integer_labels(
+            logits, labels, temperature=temperature, reduction="mean"
+        )
+
+    used = temporaries(
+        jax.value_and_grad(loss),
+        ((1024, 4096), jnp.float32),
+        ((1024,), jnp.int32),
+        ((), jnp.float32),
+    )
+    assert used <= 1024 * 4096 * 4 // 8
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(0.0, "temperature must be finite and in"), (jnp.ones(3), "temperature must have the axes")],
+    ids=["zero", "shape"],
+)
+def test_wrong_temperatures(value, message):
+    with pytest.raises(ValueError, match=message):
+        ce_jax.softmax_cross_entropy_with_integer_labels(
+            jnp.zeros((2, 4)), jnp.array([0, 1]), temperature=value
+        )
+    with pytest.raises(ValueError, match=message):
+        ce_jax.linear_softmax_statistics(
+            jnp.zeros((2, 4)), jnp.zeros((4, 5)), jnp.array([0, 1]), temperature=value
+        )
