@@ -13,12 +13,11 @@ import ce_jax
 from tests import reference, reference_distillation
 from tests.comparison import close, compare, together
 from tests.helpers import GARBAGE, WRONG_NAME
-from tests.test_distillation import budget, dense_arguments, linear_arguments
+from tests.test_distillation import COLD, budget, dense_arguments, linear_arguments
 
 INF, NAN = np.inf, np.nan
 DENSE, LINEAR = "jensen_shannon_loss", "linear_jensen_shannon_loss"
 CLASSES = 7
-COLD = np.array([0.5, 0.8, 1.2, 2.0, 3.0])  # a temperature for each row
 
 
 def banning(arguments):
@@ -203,7 +202,7 @@ def test_the_limits_are_both_divergences(small, reverse):
     limit, pull = jax.vjp(functools.partial(ce_jax.distillation_loss, reverse=reverse), a, b)
     np.testing.assert_allclose(value / share, limit, rtol=100 * small)
     for found, slope in zip(slopes, pull(jnp.ones_like(limit)), strict=False):
-        close(found / share, slope, 300 * small)
+        close(found / share, slope, 1000 * small)
 
 
 @pytest.mark.cpu

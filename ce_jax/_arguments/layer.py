@@ -96,7 +96,7 @@ def layer(
     if label.counts is not None and _platform.is_local(hidden):
         order = order_of(label.counts)
         tokens, label = in_order(order, (tokens, label._replace(counts=None)))
-        label = label._replace(counts=jnp.arange(order.rows.size) < order.counting)
+        label = label._replace(counts=jnp.arange(order.rows.size, dtype=jnp.int32) < order.counting)
 
     # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
     steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
