@@ -25,6 +25,7 @@ SCORES = array(ROWS), array(ROWS, 4)
 LABELS = np.array([0, 1, 0, 1, 0])
 TRANSITION = jnp.full((4, 4), 0.1) + 0.6 * jnp.eye(4)
 NEGATIVES = Negatives(jnp.array([1, 5, 3]), jnp.zeros(3))
+ENTRIES = np.array([[0, 1]] * ROWS), jnp.log(jnp.full((ROWS, 2), 0.4))
 WHERE = {"where": COUNTS}
 SILENT = {"sample_weight": COUNTS.astype(np.float32)}
 IGNORED = {"ignore_index": 0}  # the label of the spoiled row, among others
@@ -50,6 +51,15 @@ CASES = {
     "clip_loss": ((SIDE, OTHER), only("where"), (), {}),
     "siglip_loss": ((SIDE, OTHER), only("where"), (), {}),
     "supervised_contrastive_loss": ((SIDE,), only("where"), (LABELS,), {}),
+    "distillation_loss": ((Z, Z[::-1]), only("where", "sample_weight"), (), {"temperature": 2.0}),
+    "jensen_shannon_loss": ((Z, Z[::-1]), only("where", "sample_weight"), (), {"temperature": 2.0}),
+    "top_k_distillation_loss": ((Z,), only("where", "sample_weight"), ENTRIES, {}),
+    "linear_top_k_distillation_loss": (
+        (SIDE,),
+        only("where", "sample_weight"),
+        (KERNEL, *ENTRIES),
+        {"temperature": 2.0},
+    ),
     "estimate_prior": ((Z,), only("sample_weight"), (jnp.full(4, 0.25),), {}),
     "fit_temperature": ((Z,), BY, (LABELS,), {}),
 }
