@@ -176,7 +176,7 @@ def _top_k(
 
 def _dtype(student: ArrayLike, log_probs: ArrayLike) -> jnp.dtype:
     both = (checks.floating("teacher_log_probs", log_probs), jnp.asarray(student))
-    return jnp.promote_types(*(wide(x.dtype) for x in both))
+    return max((wide(x.dtype) for x in both), key=lambda dtype: dtype.itemsize)
 
 
 def _loss(

@@ -19,9 +19,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .. import _platform
 from . import sharded, tile
@@ -114,8 +113,12 @@ def _finish(seen: _Sums) -> Float[Array, "*rows"]:
     return seen.both
 
 
+# Where one of two probabilities is e^80 times the other, that one is nothing beside it.
+_FARTHEST = 80.0
+
+
 class _Compared(NamedTuple):
-    """A softmax `p` beside the mixture: `log(p / m)`, 0 where p is 0, and terms of KL(p || m)."""
+    """A softmax `p` beside the mixture: `log(p / m)`, and the terms of KL(p || m)."""
 
     probs: Float[Array, "*rows block"]
     ahead: Float[Array, "*rows block"]
@@ -129,20 +132,30 @@ def _compared(
         tile.shift(z, x.base) - jnp.log(x.sum_exp)[..., None] for z, x in zip(both, of, strict=True)
     )
     share = share.astype(log_p.dtype)
-    return _beside(log_p, log_q, share, 1 - share), _beside(log_q, log_p, 1 - share, share)
+    banned = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+    ratio = jnp.where(banned, 0, log_q) - jnp.where(banned, 0, log_p)
+    ratio = jnp.clip(ratio, -_FARTHEST, _FARTHEST)
+    p, q, more = jnp.exp(log_p), jnp.exp(log_q), jnp.expm1(ratio)
+    q_by_p, p_by_q = jnp.exp(ratio), jnp.exp(-ratio)
+    return (
+        _beside(p, q, q_by_p, more, share, 1 - share),
+        _beside(q, p, p_by_q, -more * p_by_q, 1 - share, share),
+    )
 
 
-def _beside(log_p: Array, log_q: Array, share: Array, other: Array) -> _Compared:
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    possible = p > 0
-    behind = jnp.where(possible, log_q, 0) - jnp.where(possible, log_p, 0)
-    excess = jax.lax.stop_gradient(other * jnp.expm1(behind))
-    near: Bool[Array, ...] = jnp.abs(excess) <= 0.5
-    log_near = jnp.log1p(other * jnp.expm1(jnp.where(near, behind, 0)))
-    log_far = jnp.logaddexp(jnp.log(share), jnp.log(other) + jnp.where(near, 0, behind))
-    log_ratio = jnp.where(near, log_near, log_far)  # of m and p
-    far = other * (q - p) - jnp.where(possible & ~near, p * log_ratio, 0)
-    return _Compared(p, -log_ratio, jnp.where(near & possible, p * expm1_less_x(log_near), far))
+def _beside(
+    p: Array, q: Array, q_by_p: Array, more: Array, share: Array, other: Array
+) -> _Compared:
+    """`more` is `q / p - 1`, with all digits."""
+    excess = other * more  # m / p - 1
+    precise, near = excess > -0.5, jnp.abs(excess) <= 0.5
+    log_ratio = jnp.where(
+        precise,
+        jnp.log1p(jnp.where(precise, excess, 0)),
+        jnp.log(jnp.where(precise, 1, share + other * q_by_p)),
+    )
+    of_near = p * expm1_less_x(jnp.where(near, log_ratio, 0))
+    return _Compared(p, -log_ratio, jnp.where(near, of_near, other * (q - p) - p * log_ratio))
 
 
 def _pull(
