@@ -8,6 +8,7 @@ from .calibration import ReliabilityBins as ReliabilityBins
 from .calibration import brier_score as brier_score
 from .calibration import expected_calibration_error as expected_calibration_error
 from .calibration import reliability_bins as reliability_bins
+from .contrastive import ClipStatistics as ClipStatistics
 from .contrastive import clip_loss as clip_loss
 from .contrastive import info_nce_loss as info_nce_loss
 from .contrastive import siglip_loss as siglip_loss
@@ -37,6 +38,11 @@ from .negatives import log_uniform_negatives as log_uniform_negatives
 from .negatives import uniform_negatives as uniform_negatives
 from .noisy_labels import backward_corrected_cross_entropy as backward_corrected_cross_entropy
 from .noisy_labels import forward_corrected_cross_entropy as forward_corrected_cross_entropy
+from .policies import kl_estimate as kl_estimate
+from .policies import ppo_clip_loss as ppo_clip_loss
+from .preferences import dpo_loss as dpo_loss
+from .preferences import ipo_loss as ipo_loss
+from .preferences import kto_loss as kto_loss
 from .prior_shift import PriorEstimate as PriorEstimate
 from .prior_shift import estimate_prior as estimate_prior
 from .probabilities import binary_cross_entropy as binary_cross_entropy
@@ -44,6 +50,8 @@ from .probabilities import nll_loss as nll_loss
 from .probabilities import smooth_labels as smooth_labels
 from .ranking import bpr_loss as bpr_loss
 from .ranking import gbce_loss as gbce_loss
+from .reference_free import orpo_loss as orpo_loss
+from .reference_free import simpo_loss as simpo_loss
 from .robust import focal_loss as focal_loss
 from .robust import generalized_cross_entropy as generalized_cross_entropy
 from .robust import hard_bootstrapped_cross_entropy as hard_bootstrapped_cross_entropy
@@ -58,7 +66,10 @@ from .sequence import NextTokens as NextTokens
 from .sequence import bits_per_byte as bits_per_byte
 from .sequence import next_tokens as next_tokens
 from .sequence import perplexity as perplexity
+from .sequence import sequence_log_prob as sequence_log_prob
 from .sigmoid import sigmoid_binary_cross_entropy as sigmoid_binary_cross_entropy
+from .smoothing import smoothed_label_entropy as smoothed_label_entropy
+from .smoothing import smoothing_over_others as smoothing_over_others
 from .softmax import safe_softmax_cross_entropy as safe_softmax_cross_entropy
 from .softmax import softmax_cross_entropy as softmax_cross_entropy
 from .softmax import (

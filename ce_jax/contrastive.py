@@ -13,8 +13,11 @@ an embedding times a scale, rounded, would cost a bfloat16 loss its second digit
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple, overload
+
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks
 from ._arguments.compiled import compiled
@@ -113,6 +116,22 @@ def _info_nce(
     return reduced(loss, x.row_counts, sample_weight, axis_name, reduction)
 
 
+class ClipStatistics(NamedTuple):
+    """What each image and each text of a batch is taken for; see `clip_loss`.
+
+    Both are ids among the pairs of all devices, so that the right one of pair i is i, and on device
+    k of a mesh axis, which holds N pairs, k N + i.
+
+    Attributes:
+      text_of_image: the text with the largest logit, the first of several.
+      image_of_text: the image with the largest logit, the first of several.
+    """
+
+    text_of_image: Integer[Array, " n"]
+    image_of_text: Integer[Array, " n"]
+
+
+@overload
 def clip_loss(
     images: ArrayLike,
     texts: ArrayLike,
@@ -122,9 +141,57 @@ def clip_loss(
     sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    return_statistics: Literal[False] = False,
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Float[Array, "..."]: ...
+
+
+@overload
+def clip_loss(
+    images: ArrayLike,
+    texts: ArrayLike,
+    where: ArrayLike | None = None,
+    *,
+    logit_scale: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    return_statistics: Literal[True],
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> tuple[Float[Array, "..."], ClipStatistics]: ...
+
+
+@overload
+def clip_loss(
+    images: ArrayLike,
+    texts: ArrayLike,
+    where: ArrayLike | None = None,
+    *,
+    logit_scale: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    return_statistics: bool,
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], ClipStatistics]: ...
+
+
+def clip_loss(
+    images: ArrayLike,
+    texts: ArrayLike,
+    where: ArrayLike | None = None,
+    *,
+    logit_scale: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    return_statistics: bool = False,
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], ClipStatistics]:
     r"""Mean of the cross-entropies of finding the text of an image and the image of a text.
 
     .. math::
@@ -146,13 +213,18 @@ def clip_loss(
         and `sample_weight` are sharded by rows. Pairs are told from those of all devices.
       reduction: "none": this device's losses `[N]`; "sum" or "mean": over all devices, the latter
         divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
+      return_statistics: return also, from the same pass, which text each image is taken for, and
+        which image each text.
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `texts`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
     Returns:
-      The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
+      The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings). With
+      `return_statistics`, a tuple of the loss and a `ClipStatistics` of int32 arrays `[N]`: ids
+      among the pairs of all devices, the first of the largest logits. A pair that does not exist
+      has 0.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -164,6 +236,14 @@ def clip_loss(
       >>> images, texts = jnp.eye(2), jnp.array([[1.0, 0.0], [0.6, 0.8]])
       >>> print(ce_jax.clip_loss(images, texts, logit_scale=10.0).round(4))
       [0.0091 0.0636]
+
+      Accuracy in both directions, of the same pass:
+
+      >>> loss, found = ce_jax.clip_loss(images, texts, return_statistics=True)
+      >>> print((found.text_of_image == jnp.arange(2)).mean())
+      1.0
+      >>> print((found.image_of_text == jnp.arange(2)).mean())
+      1.0
 
     References:
       Radford et al., `Learning Transferable Visual Models From Natural Language Supervision`,
@@ -179,6 +259,7 @@ def clip_loss(
         sample_weight,
         axis_name=axis_name,
         reduction=reduction,
+        return_statistics=return_statistics,
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
@@ -194,15 +275,28 @@ def _clip(
     *,
     axis_name: str | None,
     reduction: Reduction,
+    return_statistics: bool,
     memory_budget: int | None,
     forward_mode: bool,
-) -> Array:
+) -> Array | tuple[Array, ClipStatistics]:
     x = sides("images", images, "texts", texts, where, logit_scale, axis_name)
-    by_image, by_text = pairs.both_directions(
-        x, axis_name=axis_name, memory_budget=memory_budget, forward_mode=forward_mode
+    of_images, of_texts = pairs.both_directions(
+        x,
+        argmax=return_statistics,
+        axis_name=axis_name,
+        memory_budget=memory_budget,
+        forward_mode=forward_mode,
     )
-    own = jax.lax.dynamic_slice_in_dim(by_text, x.first, x.rows.shape[0])
-    return reduced((by_image + own) / 2, x.row_counts, sample_weight, axis_name, reduction)
+    n = x.rows.shape[0]
+    of_texts = jax.tree.map(lambda y: jax.lax.dynamic_slice_in_dim(y, x.first, n), of_texts)
+    mean = (of_images.cross + of_texts.cross) / 2
+    loss = reduced(mean, x.row_counts, sample_weight, axis_name, reduction)
+    if not return_statistics:
+        return loss
+    found, exists = ClipStatistics(of_images.argmax, of_texts.argmax), x.row_counts
+    if exists is not None:
+        found = jax.tree.map(lambda ids: jnp.where(exists, ids, 0), found)
+    return loss, found
 
 
 def siglip_loss(

@@ -200,9 +200,13 @@ def _local(task: _Task, parts: dict[str, Array]) -> Any:
         gather = functools.partial(
             jax.lax.all_gather, axis_name=plan.width, axis=width_axis, tiled=True
         )
-        # Devices exchange what multiplies, which may be narrow, and sums of slopes, which are not.
-        narrow = gather(kernel.astype(parts["hidden"].dtype)).astype(kernel.dtype)
-        kernel = with_slope_of(gather(kernel), jax.lax.stop_gradient(narrow))
+        narrow = kernel.astype(parts["hidden"].dtype)
+        if narrow.dtype != kernel.dtype:
+            # What multiplies is exchanged in a narrow dtype, sums of slopes in the wide one.
+            read = jax.lax.stop_gradient(gather(narrow)).astype(kernel.dtype)
+            kernel = with_slope_of(gather(kernel), read)
+        else:
+            kernel = gather(kernel)
         parts = {**parts, "kernel": kernel}
     reduction = options.get("reduction", "none")
     if reduction == "mean":

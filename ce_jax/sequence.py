@@ -1,15 +1,17 @@
-"""Next-token training and its metrics: shifted labels, masks, perplexity, bits per byte."""
+"""Next-token training and its metrics: shifted labels, sums, perplexity, bits per byte."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks
 from ._arguments.compiled import array, compiled
+from ._arguments.options import positive_int
 from ._arguments.types import ArrayLike
 from ._rows.tile import wide
 
@@ -19,7 +21,7 @@ class NextTokens(NamedTuple):
 
     Attributes:
       inputs: tokens the model reads.
-      labels: for each of them the token that follows.
+      labels: for each of them the token to predict there.
       where: which of the labels count.
     """
 
@@ -31,6 +33,8 @@ class NextTokens(NamedTuple):
 def next_tokens(
     tokens: ArrayLike,
     *,
+    shift: int = 1,
+    keep_length: bool = False,
     segment_ids: ArrayLike | None = None,
     where: ArrayLike | None = None,
     pad_id: int | None = None,
@@ -38,26 +42,37 @@ def next_tokens(
     r"""Inputs, labels and mask with which a sequence is learnt token by token.
 
     .. math::
-      x_t = \mathrm{token}_t, \qquad y_t = \mathrm{token}_{t+1}, \qquad t = 0, \ldots, L - 2
+      x_t = \mathrm{token}_t, \qquad y_t = \mathrm{token}_{t+s}, \qquad t = 0, \ldots, L - 1 - s
 
     Where several documents are packed into one sequence, the first token of the next one is
     nothing to be predicted from the last of this one: `segment_ids` tell them apart. Keeping
     attention inside a document is up to the model.
 
+    Several heads that predict the next token, the one after it and so on take their labels from
+    calls with a `shift` of 1, 2 and so on, all with `keep_length`, so that they fit one array of
+    hidden states.
+
     Args:
       tokens: token ids `[..., L]`, of any integer dtype, L at least 1.
-      segment_ids: document of each token `[..., L]`, of any integer dtype; 0 is padding.
+      shift: s, how many tokens ahead a label is. At least 1.
+      keep_length: return as many positions as there are tokens. The last s of each row have no
+        label: there `labels` is 0 and `where` False. A sequence that is sharded over a mesh axis
+        needs it, since L - s positions do not divide among the devices.
+      segment_ids: document of each token `[..., L]`, of any integer dtype; 0 is padding. No label
+        is taken from beyond the end of a document.
       where: bool, with the axes of `tokens` (size 1 broadcasts) or none: the tokens to learn to
         predict, such as those of an answer and not of its question.
       pad_id: token that is padding, and so not predicted. Don't give it where the same id also
         ends a document: use `where` or `segment_ids`.
 
     Returns:
-      A named tuple of arrays `[..., L - 1]`; its `labels` and `where` are those of the losses.
+      A named tuple of arrays `[..., L - s]`, or `[..., L]` with `keep_length`; its `labels` and
+      `where` are those of the losses.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a shape that does not fit.
+      ValueError: for a shape that does not fit, or a `shift` below 1 or (without `keep_length`)
+        above L.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -66,11 +81,30 @@ def next_tokens(
       >>> print(pairs.inputs, pairs.labels, pairs.where)
       [5 6 7 8] [6 7 8 0] [ True False  True False]
 
+      Three heads that share the kernel of the last layer, for 1, 2 and 3 tokens ahead:
+
+      >>> ahead = [ce_jax.next_tokens(tokens, shift=s, keep_length=True) for s in (1, 2, 3)]
+      >>> labels = jnp.stack([x.labels for x in ahead])
+      >>> where = jnp.stack([x.where for x in ahead])
+      >>> hidden, kernel = jnp.ones((3, 5, 4)), jnp.ones((4, 9))
+      >>> loss = ce_jax.linear_softmax_cross_entropy(hidden, kernel, labels, where=where)
+      >>> print(loss.shape, where.sum(axis=-1))
+      (3, 5) [4 3 2]
+
     References:
       Bengio et al., `A Neural Probabilistic Language Model`, 2003; packing: Raffel et al.,
-      `Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer`, 2020.
+      `Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer`, 2020;
+      several tokens ahead: Gloeckle et al., `Better & Faster Large Language Models via Multi-token
+      Prediction`, 2024.
     """
-    return _next_tokens(tokens, segment_ids, where, pad_id=checks.integer_option("pad_id", pad_id))
+    return _next_tokens(
+        tokens,
+        segment_ids,
+        where,
+        shift=positive_int("shift", shift),
+        keep_length=keep_length,
+        pad_id=checks.integer_option("pad_id", pad_id),
+    )
 
 
 @compiled
@@ -79,13 +113,20 @@ def _next_tokens(
     segment_ids: Array | None,
     where: Array | None,
     *,
+    shift: int,
+    keep_length: bool,
     pad_id: int | None,
 ) -> NextTokens:
     tokens = checks.integer("tokens", tokens)
-    if tokens.ndim == 0 or tokens.shape[-1] == 0:
-        raise ValueError(f"tokens must have shape [..., L] with L >= 1, got {tokens.shape}")
-    labels = tokens[..., 1:]
-    counts = jnp.ones(labels.shape, bool)
+    length = tokens.shape[-1] if tokens.ndim else 0
+    least = 1 if keep_length else shift
+    if isinstance(length, int) and length < least:
+        too_long = ", the shift; write keep_length=True" if length > 0 else ""
+        raise ValueError(
+            f"tokens must have shape [..., L] with L >= {least}{too_long}, got {tokens.shape}"
+        )
+    labels = _ahead(tokens, shift)
+    counts = _ahead(jnp.ones_like(tokens, bool), shift)
     if pad_id is not None:
         limits = jnp.iinfo(tokens.dtype)
         if limits.min <= pad_id <= limits.max:  # no token of this dtype can be equal to it
@@ -93,12 +134,81 @@ def _next_tokens(
     if segment_ids is not None:
         segment_ids = checks.integer("segment_ids", segment_ids)
         checks.shape_is("segment_ids", segment_ids, tokens.shape, "the shape of tokens")
-        here, there = segment_ids[..., :-1], segment_ids[..., 1:]
-        counts &= (here == there) & (there != 0)
+        counts &= segment_ids != 0
+        for steps in range(1, shift + 1):  # of a document that ends between, the next may be alike
+            counts &= _ahead(segment_ids, steps) == segment_ids
     if where is not None:
         where = checks.boolean("where", where)
-        counts &= checks.of_rows("where", where, tokens.shape, "tokens")[..., 1:]
-    return NextTokens(tokens[..., :-1], labels, counts)
+        counts &= _ahead(checks.of_rows("where", where, tokens.shape, "tokens"), shift)
+    found = NextTokens(tokens, labels, counts)
+    return found if keep_length else NextTokens(*(x[..., : length - shift] for x in found))
+
+
+def _ahead(x: Array, steps: int) -> Array:
+    """`x[..., t + steps]` in place t, and 0 beyond the end: also where the axis is sharded.
+
+    Which it need not be divisible for, as a slice does: JAX knows how to shift by padding.
+    """
+    length = x.shape[-1]
+    if isinstance(length, int):
+        steps = min(steps, length)
+    rest = [(0, 0, 0)] * (x.ndim - 1)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [*rest, (-steps, steps, 0)])
+
+
+def sequence_log_prob(
+    log_prob: ArrayLike,
+    where: ArrayLike | None = None,
+    *,
+    mean: bool = False,
+) -> Float[Array, "..."]:
+    r"""Log-probability of each sequence, from those of its tokens.
+
+    .. math:: \log p(y) = \sum_t \log p(y_t \mid y_{<t})
+
+    Args:
+      log_prob: log-probabilities of the tokens `[..., T]` in nats, floating, such as
+        `linear_softmax_statistics(...).log_prob`.
+      where: bool, with the axes of `log_prob` (size 1 broadcasts) or none: the tokens to include,
+        such as those of an answer. Others may hold anything, NaN and infinities included.
+      mean: divide by the number of tokens included, as losses that normalise by length ask for.
+        The mean over no token is 0, and so is its gradient.
+
+    Returns:
+      An array `[...]` in float32 (float64 for float64).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> log_prob, where = jnp.array([-1.0, -2.0, -jnp.inf]), jnp.array([True, True, False])
+      >>> print(ce_jax.sequence_log_prob(log_prob, where))
+      -3.0
+      >>> print(ce_jax.sequence_log_prob(log_prob, where, mean=True))
+      -1.5
+
+    References:
+      Bengio et al., `A Neural Probabilistic Language Model`, 2003.
+    """
+    return _sequence_log_prob(log_prob, where, mean=mean)
+
+
+@compiled
+def _sequence_log_prob(log_prob: Array, where: Array | None, *, mean: bool) -> Array:
+    x = checks.floating("log_prob", log_prob)
+    if x.ndim == 0:
+        raise ValueError(f"log_prob must have shape [..., T], got {x.shape}")
+    x = x.astype(wide(x.dtype))
+    counts = jnp.ones_like(x, bool)
+    if where is not None:
+        counts = checks.of_rows("where", checks.boolean("where", where), x.shape, "log_prob")
+        x = jnp.where(counts, x, 0)
+    total = jnp.sum(x, -1)
+    if not mean:
+        return total
+    return total / jnp.maximum(jnp.sum(counts, -1, dtype=x.dtype), 1)
 
 
 def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:

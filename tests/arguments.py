@@ -43,6 +43,12 @@ PROBS = positive(*ROWS, CLASSES)
 ELEMENTS = {"labels": PROBS, "sample_weight": PROBS, "where": PROBS < 0.5, "weight": PROBS}
 LOG_PROB = {"log_prob": np.log(positive(*ROWS))}
 COUNTS = np.array([3, 1, 2], np.int32)
+ANSWERS = {"chosen": np.log(positive(*ROWS)), "rejected": np.log(positive(*ROWS)), **BY_ROW}
+BESIDE_REFERENCE = {
+    **ANSWERS,
+    "reference_chosen": np.log(positive(*ROWS)),
+    "reference_rejected": np.log(positive(*ROWS)),
+}
 
 ARGUMENTS = {
     "backward_corrected_cross_entropy": {
@@ -65,6 +71,7 @@ ARGUMENTS = {
         "temperature": 1 + positive(*ROWS),
         **BY_ROW,
     },
+    "dpo_loss": BESIDE_REFERENCE,
     "effective_number_weights": {"counts": COUNTS},
     "entropy": {"p": PROBS},
     "estimate_prior": {
@@ -92,6 +99,7 @@ ARGUMENTS = {
     },
     "info_nce_loss": {"queries": normal(3, 2), "keys": normal(3, 2), **PAIRS},
     "inverse_frequency_weights": {"counts": COUNTS},
+    "ipo_loss": BESIDE_REFERENCE,
     "jensen_shannon_loss": {
         "logits": LOGITS,
         "teacher_logits": normal(*LOGITS.shape),
@@ -99,6 +107,14 @@ ARGUMENTS = {
         **BY_ROW,
     },
     "kl_divergence": {"p": PROBS, "q": PROBS},
+    "kl_estimate": {**LOG_PROB, "reference_log_prob": np.log(positive(*ROWS)), **BY_ROW},
+    "kto_loss": {
+        **LOG_PROB,
+        "reference_log_prob": np.log(positive(*ROWS)),
+        "desirable": WHERE,
+        "kl": positive(*ROWS),
+        **BY_ROW,
+    },
     "linear_distillation_loss": {**HEAD, **TEACHER, **BY_ROW},
     "linear_jensen_shannon_loss": {**HEAD, **TEACHER, **BY_ROW},
     "linear_sampled_softmax_cross_entropy": {
@@ -119,9 +135,16 @@ ARGUMENTS = {
     "mean_denominator": OF_IDS,
     "next_tokens": {"tokens": IDS, "segment_ids": IDS, "where": WHERE},
     "nll_loss": {"log_probs": LOGITS, **OF_IDS, "weight": positive(CLASSES)},
+    "orpo_loss": ANSWERS,
     "perplexity": {"total": positive(*ROWS), "count": positive(*ROWS)},
     "poly_loss": LOG_PROB,
     "poly_loss_cross_entropy": {"logits": LOGITS, "labels": PROBS, **BY_ROW},
+    "ppo_clip_loss": {
+        **LOG_PROB,
+        "old_log_prob": np.log(positive(*ROWS)),
+        "advantage": normal(*ROWS),
+        **BY_ROW,
+    },
     "prediction_logit_offset": {"prior": positive(CLASSES)},
     "prior_shift_weights": {"train_prior": positive(CLASSES), "target_prior": positive(CLASSES)},
     "reliability_bins": {"confidence": positive(*ROWS), "correct": WHERE, "where": WHERE},
@@ -132,6 +155,7 @@ ARGUMENTS = {
         "label_log_expected_count": normal(*ROWS),
     },
     "self_information": {"p": PROBS},
+    "sequence_log_prob": {**LOG_PROB, "where": WHERE},
     "siglip_loss": {"images": normal(3, 2), "texts": normal(3, 2), **PAIRS},
     "sigmoid_binary_cross_entropy": {"logits": LOGITS, **ELEMENTS, "pos_weight": PROBS},
     "sigmoid_focal_loss": {
@@ -140,6 +164,7 @@ ARGUMENTS = {
         "alpha": PROBS,
         "gamma": PROBS,
     },
+    "simpo_loss": ANSWERS,
     "smooth_labels": {"labels": PROBS, "alpha": 0.1, "where": PROBS < 0.5},
     "soft_bootstrapped_cross_entropy": {**LOG_PROB, "entropy": positive(*ROWS)},
     "softmax_cross_entropy": {
@@ -168,11 +193,14 @@ ARGUMENTS = {
     },
     "training_logit_offset": {"prior": positive(CLASSES)},
 }
-# These take no arrays: a function, a key of jax.random, a tree of scalars of which a list is one.
+# These take no arrays: a function, a key of jax.random, a scalar, a tree of scalars of which a list
+# is one.
 WITHOUT_ARRAYS = {
     "on_mesh",
     "log_uniform_negatives",
     "uniform_negatives",
+    "smoothed_label_entropy",
+    "smoothing_over_others",
     "init_log_variances",
     "uncertainty_weighted_loss",
 }

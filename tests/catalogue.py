@@ -19,6 +19,7 @@ from tests import (
     reference_contrastive,
     reference_distillation,
     reference_linear,
+    reference_post_training,
     reference_sampling,
 )
 
@@ -127,6 +128,9 @@ _PAIRS = {"images": normal("b d"), "texts": normal("b d"), "sample_weight": unif
 _SMOOTHED = {"label_smoothing": uniform("", 0.1, 0.3), "z_loss": uniform("", 0.01, 0.1)}
 _TEMPERATURE, _SCALE = {"temperature": uniform("", 1, 3)}, {"logit_scale": uniform("", 1, 3)}
 _STATISTICS = ("b t",) * 5
+_ANSWERS = {"chosen": uniform("b t", -3, -0.1), "rejected": uniform("b t", -3, -0.1)}
+_REFERENCE = {k: uniform("b t", -3, -0.1) for k in ("reference_chosen", "reference_rejected")}
+_POLICY, _BETA = {"log_prob": uniform("b t", -3, -0.1)}, {"beta": uniform("", 0.2, 2)}
 _STUDENT = {k: x for k, x in _LINEAR.items() if k != "labels"} | _TEMPERATURE
 _STUDENT |= {"sample_weight": _ROW_WEIGHT}
 
@@ -240,6 +244,20 @@ CATALOGUE = {
         reference.smooth_labels,
         out=("b t c",),
     ),
+    "smoothing_over_others": Entry(
+        {"eps": uniform("", 0.1, 0.5)},
+        lambda eps, num_classes: eps * num_classes / (num_classes - 1),
+        out=("",),
+        options={"num_classes": 5},
+    ),
+    "smoothed_label_entropy": Entry(
+        {"label_smoothing": uniform("", 0.1, 0.9)},
+        lambda label_smoothing, num_classes: reference_post_training.smoothed_label_entropy(
+            label_smoothing, num_classes
+        ),
+        out=("",),
+        options={"num_classes": 5},
+    ),
     # Functions of the label's log-probability, and other robust losses.
     "focal_loss": Entry(_LOG_PROB | {"gamma": uniform("", 1, 3)}, reference_beyond.focal_loss),
     "poly_loss": Entry(_LOG_PROB | {"epsilon": uniform("", 1, 3)}, reference_beyond.poly_loss),
@@ -312,6 +330,45 @@ CATALOGUE = {
         _STUDENT | _KNOWN,
         reference_distillation.linear_top_k_distillation_loss,
         sharded="c",
+    ),
+    # Preferences and policies.
+    "dpo_loss": Entry(
+        _ANSWERS
+        | _REFERENCE
+        | _BETA
+        | {"label_smoothing": uniform("", 0.1, 0.3), "sample_weight": _ROW_WEIGHT},
+        reference_post_training.dpo_loss,
+    ),
+    "ipo_loss": Entry(
+        _ANSWERS | _REFERENCE | _BETA | {"sample_weight": _ROW_WEIGHT},
+        reference_post_training.ipo_loss,
+    ),
+    "simpo_loss": Entry(
+        _ANSWERS | _BETA | {"gamma": uniform("", 0.2, 2), "sample_weight": _ROW_WEIGHT},
+        reference_post_training.simpo_loss,
+    ),
+    "orpo_loss": Entry(
+        _ANSWERS | {"sample_weight": _ROW_WEIGHT}, reference_post_training.orpo_loss
+    ),
+    "kto_loss": Entry(
+        _POLICY
+        | {"reference_log_prob": uniform("b t", -3, -0.1), "desirable": flags("b t")}
+        | {"kl": uniform("b t", -0.5, 0.5), "sample_weight": _ROW_WEIGHT}
+        | {"desirable_weight": uniform("", 1, 2), "undesirable_weight": uniform("", 1, 2)}
+        | _BETA,
+        reference_post_training.kto_loss,
+        constant=("kl",),
+    ),
+    "ppo_clip_loss": Entry(
+        _POLICY
+        | {"old_log_prob": uniform("b t", -3, -0.1), "advantage": normal("b t")}
+        | {"low": uniform("", 0.1, 0.3), "high": uniform("", 0.1, 0.3)}
+        | {"sample_weight": _ROW_WEIGHT},
+        reference_post_training.ppo_clip_loss,
+    ),
+    "kl_estimate": Entry(
+        _POLICY | {"reference_log_prob": uniform("b t", -3, -0.1), "sample_weight": _ROW_WEIGHT},
+        reference_post_training.kl_estimate,
     ),
     # Pairs.
     "info_nce_loss": Entry(
@@ -486,6 +543,22 @@ CATALOGUE = {
         {"total": uniform("", 2, 9), "num_bytes": uniform("", 3, 5)},
         lambda total, num_bytes: total / num_bytes / np.log(2),
         out=("",),
+    ),
+    "next_tokens of three heads": Entry(
+        {"tokens": ids("b t")},
+        lambda tokens, shift, keep_length: (
+            tokens,
+            np.pad(tokens[:, shift:], ((0, 0), (0, min(shift, tokens.shape[1])))),
+            np.arange(tokens.shape[1]) + shift < tokens.shape[1] * np.ones_like(tokens),
+        ),
+        out=("b t",) * 3,
+        options={"shift": 3, "keep_length": True},
+    ),
+    "sequence_log_prob": Entry(
+        {"log_prob": uniform("b t", -3, -0.1)},
+        reference_post_training.sequence_log_prob,
+        out=("b",),
+        options={"mean": True},
     ),
     "init_log_variances": Entry(
         {"losses": uniform("s", 0, 1)},

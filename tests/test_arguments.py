@@ -18,6 +18,8 @@ PER_ROW = {
     "where",
     "temperature",
     "count",
+    "kl",
+    "advantage",
     "num_bytes",
     "total",
     "label_log_expected_count",

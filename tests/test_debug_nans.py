@@ -22,6 +22,7 @@ def array(*shape):
 
 Z, SIDE, OTHER, KERNEL = array(ROWS, 4), array(ROWS, 3), array(ROWS, 3), array(3, 9)
 SCORES = array(ROWS), array(ROWS, 4)
+ANSWERS = tuple(-jnp.exp(array(ROWS)) for _ in range(4))
 LABELS = np.array([0, 1, 0, 1, 0])
 TRANSITION = jnp.full((4, 4), 0.1) + 0.6 * jnp.eye(4)
 NEGATIVES = Negatives(jnp.array([1, 5, 3]), jnp.zeros(3))
@@ -51,6 +52,14 @@ CASES = {
     "clip_loss": ((SIDE, OTHER), only("where"), (), {}),
     "siglip_loss": ((SIDE, OTHER), only("where"), (), {}),
     "supervised_contrastive_loss": ((SIDE,), only("where"), (LABELS,), {}),
+    "dpo_loss": (ANSWERS, only("where", "sample_weight"), (), {}),
+    "ipo_loss": (ANSWERS, only("where", "sample_weight"), (), {}),
+    "simpo_loss": (ANSWERS[:2], only("where", "sample_weight"), (), {}),
+    "orpo_loss": (ANSWERS[:2], only("where", "sample_weight"), (), {}),
+    "kto_loss": (ANSWERS[:2], only("where", "sample_weight"), (LABELS == 1, 0.1), {}),
+    "ppo_clip_loss": (ANSWERS[:3], only("where", "sample_weight"), (), {}),
+    "kl_estimate": (ANSWERS[:2], only("where", "sample_weight"), (), {}),
+    "sequence_log_prob": (ANSWERS[:1], only("where"), (), {"mean": True}),
     "distillation_loss": ((Z, Z[::-1]), only("where", "sample_weight"), (), {"temperature": 2.0}),
     "jensen_shannon_loss": ((Z, Z[::-1]), only("where", "sample_weight"), (), {"temperature": 2.0}),
     "top_k_distillation_loss": ((Z,), only("where", "sample_weight"), ENTRIES, {}),

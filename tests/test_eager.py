@@ -41,6 +41,10 @@ LOSSES = {
         h, KERNEL, LABELS[:, None], jnp.full((len(LABELS), 1), -0.5), **SMALL
     ),
     "contrastive": lambda h: ce_jax.clip_loss(h, 2 * h),
+    "contrastive statistics": lambda h: ce_jax.clip_loss(h, 2 * h, return_statistics=True)[0],
+    "preferences": lambda h: ce_jax.dpo_loss(h, -h, h, HIDDEN),
+    "odds": lambda h: ce_jax.orpo_loss(-jnp.abs(h), -jnp.abs(HIDDEN)),
+    "policies": lambda h: ce_jax.ppo_clip_loss(h, HIDDEN, HIDDEN) + ce_jax.kl_estimate(h, HIDDEN),
 }
 
 

@@ -29,7 +29,7 @@ MASKS = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(one_device, monkeypatch):
-    monkeypatch.setattr(block_sizes, "rows", lambda tokens: min(tokens, TILE))
+    monkeypatch.setattr(block_sizes, "rows", lambda: TILE)
     monkeypatch.setattr(block_sizes, "_FEWEST_TOKENS", TILE)
 
 

@@ -18,6 +18,7 @@ import ce_jax
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ce_jax"
 NAMES = {
+    "ClipStatistics",
     "CrossEntropyParts",
     "GradientView",
     "Negatives",
@@ -36,6 +37,7 @@ NAMES = {
     "cross_entropy",
     "cross_entropy_parts",
     "distillation_loss",
+    "dpo_loss",
     "effective_number_weights",
     "entropy",
     "estimate_prior",
@@ -52,8 +54,11 @@ NAMES = {
     "info_nce_loss",
     "init_log_variances",
     "inverse_frequency_weights",
+    "ipo_loss",
     "jensen_shannon_loss",
     "kl_divergence",
+    "kl_estimate",
+    "kto_loss",
     "linear_distillation_loss",
     "linear_jensen_shannon_loss",
     "linear_sampled_softmax_cross_entropy",
@@ -66,19 +71,25 @@ NAMES = {
     "next_tokens",
     "nll_loss",
     "on_mesh",
+    "orpo_loss",
     "perplexity",
     "poly_loss",
     "poly_loss_cross_entropy",
+    "ppo_clip_loss",
     "prediction_logit_offset",
     "prior_shift_weights",
     "reliability_bins",
     "safe_softmax_cross_entropy",
     "sampled_softmax_cross_entropy",
     "self_information",
+    "sequence_log_prob",
+    "siglip_loss",
     "sigmoid_binary_cross_entropy",
     "sigmoid_focal_loss",
-    "siglip_loss",
+    "simpo_loss",
     "smooth_labels",
+    "smoothed_label_entropy",
+    "smoothing_over_others",
     "soft_bootstrapped_cross_entropy",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
@@ -99,6 +110,8 @@ FORWARDED = {
 }
 # What versions of optax up to 0.2.6 take by place, and later ones by name.
 ONCE_BY_PLACE = {
+    "softmax_statistics": ["labels"],
+    "linear_softmax_statistics": ["labels"],
     "poly_loss_cross_entropy": ["logits", "labels", "epsilon", "axis", "where"],
     "sigmoid_focal_loss": ["logits", "labels", "alpha", "gamma"],
 }
@@ -114,6 +127,7 @@ DEFAULTS = {
     "z_loss": 0.0,
     "axis_name": None,
     "reduction": "none",
+    "return_statistics": False,
     "forward_mode": False,
     "bias": None,
     "class_axis": -1,
@@ -259,7 +273,8 @@ class TestFunction:
                 assert "jaxtyping" in array.__module__ or array.__name__ in NAMES, array
         for parameter in signature.parameters.values():
             assert parameter.annotation is not parameter.empty, parameter
-            if parameter.name in DEFAULTS:
+            # What a function cannot do without is no option of it.
+            if parameter.name in DEFAULTS and parameter.default is not parameter.empty:
                 assert parameter.default == DEFAULTS[parameter.name], parameter
             if parameter.name in ("axis", "where", *ONCE_BY_PLACE.get(name, ())):
                 continue

@@ -60,8 +60,9 @@ def test_a_sum_or_mean_does_not_depend_on_the_order(name, reduction):
 # Rows that do not count.
 
 ROWS, LENGTH = 5, 2
-# Of these a row that does not count is no row of zeros, and of one `where` tells classes alone.
-NO_LOSS = ("next_tokens", "in_batch_negatives", "smooth_labels")
+# Of these a row that does not count is no row of zeros, and `where` of the last two tells classes
+# or tokens.
+NO_LOSS = ("next_tokens", "in_batch_negatives", "smooth_labels", "sequence_log_prob")
 # Whose other rows are compared with it, whatever it weighs.
 PAIRS = ("info_nce_loss", "clip_loss", "siglip_loss", "supervised_contrastive_loss")
 WAYS = [

@@ -112,7 +112,7 @@ def layer(
     # Tiles of rows are smaller than a block of all rows, whose classes may then be more.
     at_once = count if order is None else -(-count // 2)
     blocks = block_sizes.blocks(at_once, visited, logit_bytes, memory_budget, summed=summed)
-    token_block, tile = blocks.tokens, block_sizes.rows(count)
+    token_block, tile = blocks.tokens, block_sizes.rows()
     if token_block is not None:
         token_block = tile = token_block if order is None else min(token_block, tile)
     by_class = class_blocks.Options(

@@ -4,7 +4,8 @@ Two ways are left, each in the file of its platform, with what it gains:
 
     where                                        what                      way
     GPU (CUDA), a tile of more than 8 MB         maximum and normaliser    gpu.normaliser
-    CPU, soft labels or smoothing                sums over the classes     cpu.read
+    CPU, smoothing, or soft labels of 64         sums over the classes     cpu.read
+    classes and more
 
 Everything else is read the plain way. No way changes a result but in its last digits, and the time
 of none depends on the numbers. Formulas of losses live in `_rows`. `block_sizes` chooses how large
@@ -41,7 +42,7 @@ def read(
 ) -> tile.Partial:
     """`tile.read`, in the way of the platform."""
     plain: Any = functools.partial(tile.read, **options)
-    if (target.probs is None and target.classes is None) or not is_own(z):
+    if not is_own(z) or not cpu.reads(z, target):
         return plain(z, target, normaliser)
     on_a_cpu = functools.partial(cpu.read, **options)
     part: tile.Partial = jax.lax.platform_dependent(

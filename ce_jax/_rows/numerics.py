@@ -63,6 +63,20 @@ def _product_jvp(
     return product(weight, x), by_weight * t_weight + weight * t_x
 
 
+def not_negative(
+    x: Float[Array, "*rows"], rounding: Float[Array, "*rows"] | float = jnp.inf
+) -> Float[Array, "*rows"]:
+    """`x`, or 0 where it is below that by rounding alone; its derivative as it was.
+
+    A compiler may compute logits twice that were scaled by the user, and contract the scaling with
+    what follows in one place only: the largest logit is then above the maximum by its last digit.
+    (`temperature` scales in one place.) `rounding` is how far: a sum under a target that is
+    negative somewhere may be below 0 in truth.
+    """
+    below = (x < 0) & (x >= -rounding)
+    return x + jax.lax.stop_gradient(jnp.where(below, -x, 0))
+
+
 @jax.custom_jvp
 def tempered(
     z: Float[Array, "*rows classes"], temperature: Float[Array, "*rows"]

@@ -23,13 +23,14 @@ from . import sharded, tile
 from .columns import WHOLE, Form, over_columns
 from .head import Head, Tokens, over_blocks, put, take
 from .head import logits as products_of
-from .tile import ABSENT, First, Partial, RowStatistics, Target, is_label, merge, wide
+from .tile import ABSENT, NOWHERE, First, Partial, RowStatistics, Target, is_label, merge, wide
 
 # The differentiable inputs of a form, or their cotangents: rows, columns, scale.
 _Inputs = tuple[Array, Array, Array]
 _Axes = (WHOLE, 0, WHOLE)
 _Partials = tuple[Partial, Partial]
 _Pull = Callable[[Float[Array, "n block"]], _Inputs]
+_Directions = tuple[RowStatistics, RowStatistics]
 
 
 class _Fixed(NamedTuple):
@@ -101,10 +102,12 @@ def _without(
     return jnp.where(take(counts, first, z.shape[1])[None], z, -jnp.inf)
 
 
-def _nothing(rows: int, dtype: jnp.dtype, target: bool) -> Partial:
+def _nothing(rows: int, dtype: jnp.dtype, target: bool, argmax: bool = False) -> Partial:
     """The statistics over no columns, of a label or of a target distribution."""
     zero = jnp.zeros(rows, dtype)
     nothing = Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+    if argmax:
+        nothing = nothing._replace(argmax=jnp.full(rows, NOWHERE))
     if target:
         return nothing._replace(cross=zero, target_sum=zero)
     return nothing._replace(label_logit=zero)
@@ -138,14 +141,14 @@ def _by_column(z: Float[Array, "n block"], fixed: _Fixed, first: First) -> _View
     return _without(z.T, fixed.row_counts, 0), Target(labels=labels), fixed.first
 
 
-def _read(view: _View) -> Partial:
+def _read(view: _View, argmax: bool = False) -> Partial:
     z, target, first_class = view
-    return tile.read(z, target, _platform.normaliser(z), first_class=first_class)
+    return tile.read(z, target, _platform.normaliser(z), argmax=argmax, first_class=first_class)
 
 
-def _pulled_back(view: _View, part: Partial, g: Float[Array, " n"]) -> Float[Array, "_ _"]:
+def _pulled_back(view: _View, part: Partial, g: RowStatistics) -> Float[Array, "_ _"]:
     z, target, first_class = view
-    return tile.pullback(z, target, part, _of_cross(g), first_class=first_class)[0]
+    return tile.pullback(z, target, part, g, first_class=first_class)[0]
 
 
 # A softmax over the columns.
@@ -176,7 +179,7 @@ def _pull_rows(
     inputs: _Inputs, fixed: _Fixed, sums: Partial, g: Array, first: First, size: int
 ) -> _Inputs:
     z, pull = _logits(inputs, first, size)
-    return pull(_pulled_back(_by_row(z, fixed, first), sums, g))
+    return pull(_pulled_back(_by_row(z, fixed, first), sums, _of_cross(g)))
 
 
 # Both directions. A block has all rows of its columns (on this device), so it completes their
@@ -184,15 +187,20 @@ def _pull_rows(
 
 
 def both_directions(
-    x: Sides, *, axis_name: str | None, memory_budget: int | None, forward_mode: bool
-) -> tuple[Float[Array, " n"], Float[Array, " m"]]:
-    """Cross-entropy of each row with its column, and of each column with its row, of all devices.
+    x: Sides,
+    *,
+    argmax: bool,
+    axis_name: str | None,
+    memory_budget: int | None,
+    forward_mode: bool,
+) -> _Directions:
+    """Statistics of each row, and of each column, of all devices; with `argmax` or without.
 
-    Row `i` is paired with column `first + i`. One matrix serves both.
+    Row `i` is paired with column `first + i`, its label. One matrix serves both.
     """
     form = Form(
-        start=_start_both,
-        fold=_fold_both,
+        start=functools.partial(_start_both, argmax),
+        fold=functools.partial(_fold_both, argmax),
         across=functools.partial(_join_columns, axis_name),
         finish=_finish_both,
         pull=_pull_both,
@@ -200,25 +208,24 @@ def both_directions(
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 2),
     )
-    cross: tuple[Array, Array] = over_columns(
-        form, _inputs(x), _fixed(x), forward_mode=forward_mode
-    )
-    return cross
+    both: _Directions = over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
+    return both
 
 
-def _start_both(inputs: _Inputs, fixed: _Fixed) -> _Partials:
+def _start_both(argmax: bool, inputs: _Inputs, fixed: _Fixed) -> _Partials:
     rows, columns, _ = inputs
     dtype = wide(rows.dtype)
-    return _nothing(rows.shape[0], dtype, False), _nothing(columns.shape[0], dtype, False)
+    nothing = functools.partial(_nothing, dtype=dtype, target=False, argmax=argmax)
+    return nothing(rows.shape[0]), nothing(columns.shape[0])
 
 
 def _fold_both(
-    inputs: _Inputs, fixed: _Fixed, sums: _Partials, first: First, size: int
+    argmax: bool, inputs: _Inputs, fixed: _Fixed, sums: _Partials, first: First, size: int
 ) -> _Partials:
     z, _ = _logits(inputs, first, size)
-    new = _read(_by_column(z, fixed, first))
+    new = _read(_by_column(z, fixed, first), argmax)
     of_columns = jax.tree.map(lambda x, new: put(x, new, first), sums[1], new)
-    return merge(sums[0], _read(_by_row(z, fixed, first))), of_columns
+    return merge(sums[0], _read(_by_row(z, fixed, first), argmax)), of_columns
 
 
 def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:
@@ -226,21 +233,21 @@ def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:
     return _not_empty(of_rows), _not_empty(sharded.merge_across(of_columns, axis_name))
 
 
-def _finish_both(sums: _Partials) -> tuple[Array, Array]:
-    of_rows, of_columns = map(tile.finish, sums)
-    return of_rows.cross, of_columns.cross
+def _finish_both(sums: _Partials) -> _Directions:
+    return tile.finish(sums[0]), tile.finish(sums[1])
 
 
 def _pull_both(
     inputs: _Inputs,
     fixed: _Fixed,
     sums: _Partials,
-    g: tuple[Array, Array],
+    g: _Directions,
     first: First,
     size: int,
 ) -> _Inputs:
     z, pull = _logits(inputs, first, size)
-    part, d = jax.tree.map(lambda x: take(x, first, size), (sums[1], g[1]))
+    of_columns = sums[1], g[1]._replace(argmax=ABSENT)
+    part, d = jax.tree.map(lambda x: take(x, first, size), of_columns)
     by_row = _pulled_back(_by_row(z, fixed, first), sums[0], g[0])
     return pull(by_row + _pulled_back(_by_column(z, fixed, first), part, d).T)
 

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
-from .numerics import instantiated, product
+from .numerics import instantiated, not_negative, product
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -254,13 +254,13 @@ def finish(part: Partial) -> RowStatistics:
     )
     rounding = 2 * jnp.finfo(base.dtype).eps * jnp.abs(base)
     if part.label_logit is not None:
-        out = out._replace(cross=_not_negative(log_sum - (part.label_logit - base)))
+        out = out._replace(cross=not_negative(log_sum - (part.label_logit - base)))
     elif part.cross is not None:
-        out = out._replace(cross=_not_negative(part.cross, rounding * part.target_sum))
+        out = out._replace(cross=not_negative(part.cross, rounding * part.target_sum))
     if part.uniform is not None:
-        out = out._replace(uniform=_not_negative(part.uniform, rounding * part.classes_sum))
+        out = out._replace(uniform=not_negative(part.uniform, rounding * part.classes_sum))
     if part.entropy is not None:
-        out = out._replace(entropy=_not_negative(part.entropy))
+        out = out._replace(entropy=not_negative(part.entropy))
     return _batched_alike(out, part)
 
 
@@ -271,19 +271,6 @@ def _finish_picked(part: Partial) -> RowStatistics:
     rest = part.base - base + _log(part.sum_exp)
     lse = jnp.where(part.base == -jnp.inf, -jnp.inf, rest)
     return RowStatistics(lse, picked=part.picked - base[..., None])
-
-
-def _not_negative(
-    x: Float[Array, "*rows"], rounding: Float[Array, "*rows"] | float = jnp.inf
-) -> Float[Array, "*rows"]:
-    """`x`, or 0 where it is below that by rounding alone; its derivative as it was.
-
-    A compiler may compute logits twice that were scaled by the user, and contract the scaling with
-    what follows in one place only: the largest logit is then above the maximum by its last digit.
-    `temperature` is not open to that. Sums under a target that is negative somewhere may be, too.
-    """
-    below = (x < 0) & (x >= -rounding)
-    return x + jax.lax.stop_gradient(jnp.where(below, -x, 0))
 
 
 def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:

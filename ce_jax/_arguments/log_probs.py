@@ -1,0 +1,68 @@
+"""Log-probabilities from which a loss of each example is made: alike, masked, and its reduction."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._rows.tile import wide
+from . import checks, reductions
+from .types import ArrayLike, Reduction
+
+
+class Rows(NamedTuple):
+    """Numbers of each example, of one shape and dtype, 0 where they are to have no effect.
+
+    Attributes:
+      values: the arrays, in the order in which they were given.
+      counts: rows that count; None if all do.
+      weights: weight of each row; None if all are 1.
+    """
+
+    values: tuple[Float[Array, "*rows"], ...]
+    counts: Bool[Array, "*rows"] | None
+    weights: Float[Array, "*rows"] | None
+
+
+def rows_of(
+    arrays: dict[str, Array],
+    where: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    *,
+    broadcast: tuple[str, ...] = (),
+) -> Rows:
+    """Checks arrays by name: they have the shape of the first, but for those that may broadcast.
+
+    They meet in the widest of their dtypes, and in float32 at least: what a narrow array has lost
+    is lost, but nothing else is rounded to its dtype.
+    """
+    found = {name: checks.floating(name, x) for name, x in arrays.items()}
+    dtype = max((wide(x.dtype) for x in found.values()), key=lambda dtype: dtype.itemsize)
+    first, shape = next((name, x.shape) for name, x in found.items())
+    for name, x in found.items():
+        if name in broadcast:
+            found[name] = checks.of_rows(name, x, shape, first)
+        else:
+            checks.shape_is(name, x, shape, f"the shape of {first}")
+    values = tuple(x.astype(dtype) for x in found.values())
+    weights = reductions.weights("sample_weight", sample_weight, shape, dtype)
+    counts = None
+    if where is not None:
+        counts = checks.of_rows("where", checks.boolean("where", where), shape, "the loss")
+    keep = counts
+    if weights is not None:  # a row of weight 0 has a derivative, by its weight, if it is finite
+        finite = functools.reduce(operator.and_, map(jnp.isfinite, values))
+        heard = (weights != 0) | finite
+        keep = heard if keep is None else keep & heard
+    if keep is not None:
+        values = tuple(jnp.where(keep, x, 0) for x in values)
+    return Rows(values, counts, weights)
+
+
+def reduced(loss: Float[Array, "*rows"], rows: Rows, reduction: Reduction) -> Float[Array, "..."]:
+    """Masks, weights and reduces the losses."""
+    return reductions.reduce(loss, rows.counts, rows.weights, reduction)

@@ -1,0 +1,304 @@
+r"""Losses of preferences beside a reference model: of pairs of answers, or of single answers.
+
+They take log-probabilities of whole sequences, one number for each answer, as `sequence_log_prob`
+makes them of those of the tokens; a reference model's come from a pass without gradient. They are
+plain functions: JAX differentiates them, in any mode and order, and no gradient is stopped but
+where it is said.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._arguments import checks
+from ._arguments.compiled import compiled
+from ._arguments.log_probs import reduced, rows_of
+from ._arguments.options import scalar
+from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._rows.loss import weighted
+
+
+def dpo_loss(
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    reference_chosen: ArrayLike,
+    reference_rejected: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    beta: Scalar = 0.1,
+    label_smoothing: Scalar = 0.0,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
+) -> Float[Array, "..."]:
+    r"""Direct preference optimisation: cross-entropy of telling the chosen answer by its reward.
+
+    The reward of an answer is how much likelier the policy finds it than the reference does:
+
+    .. math::
+      \ell = -(1 - \epsilon) \log \sigma(\beta h) - \epsilon \log \sigma(-\beta h), \qquad
+      h = \log \frac{p(y_w)}{p_\mathrm{ref}(y_w)} - \log \frac{p(y_l)}{p_\mathrm{ref}(y_l)}
+
+    Args:
+      chosen: log-probability of the better answer `[...]`, in nats, summed over its tokens.
+      rejected: that of the worse one, of the same shape.
+      reference_chosen: log-probability of the better answer by the reference, of the same shape.
+      reference_rejected: that of the worse one, of the same shape.
+      where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
+      beta: :math:`\beta`, at least 0: what a nat of difference is worth. May be traced.
+      label_smoothing: :math:`\epsilon`, in [0, 1]: the share of pairs whose answers are thought to
+        be exchanged. May be traced.
+      sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the pairs that
+        count (0 if that is 0).
+
+    Returns:
+      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> chosen, rejected = jnp.array([-10.0, -20.0]), jnp.array([-14.0, -15.0])
+      >>> reference = jnp.array([-12.0, -12.0])
+      >>> print(ce_jax.dpo_loss(chosen, rejected, reference, reference, beta=0.5))
+      [0.1269 2.5789]
+
+    References:
+      Rafailov et al., `Direct Preference Optimization: Your Language Model is Secretly a Reward
+      Model`, 2023; with smoothing: Mitchell, `A note on DPO with noisy preferences and
+      relationship to IPO`, 2023.
+    """
+    checks.reduction(reduction)
+    return _dpo(
+        chosen,
+        rejected,
+        reference_chosen,
+        reference_rejected,
+        where,
+        scalar("beta", beta, low=0.0),
+        scalar("label_smoothing", label_smoothing, 0.0, 1.0),
+        sample_weight,
+        reduction=reduction,
+    )
+
+
+@compiled
+def _dpo(
+    chosen: Array,
+    rejected: Array,
+    reference_chosen: Array,
+    reference_rejected: Array,
+    where: Array | None,
+    beta: Array,
+    label_smoothing: Array,
+    sample_weight: Array | None,
+    *,
+    reduction: Reduction,
+) -> Array:
+    four = _four(chosen, rejected, reference_chosen, reference_rejected)
+    rows = rows_of(four, where, sample_weight)
+    margin = _margin(*rows.values)
+    x, eps = beta.astype(margin.dtype) * margin, label_smoothing.astype(margin.dtype)
+    loss = weighted(1 - eps, jax.nn.softplus(-x)) + weighted(eps, jax.nn.softplus(x))
+    return reduced(loss, rows, reduction)
+
+
+def ipo_loss(
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    reference_chosen: ArrayLike,
+    reference_rejected: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    beta: Scalar = 0.1,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
+) -> Float[Array, "..."]:
+    r"""Identity preference optimisation: the margin of the rewards shall be a number, not grow.
+
+    .. math::
+      \ell = \left( h - \frac{1}{2 \beta} \right)^2, \qquad
+      h = \log \frac{p(y_w)}{p_\mathrm{ref}(y_w)} - \log \frac{p(y_l)}{p_\mathrm{ref}(y_l)}
+
+    Args:
+      chosen: log-probability of the better answer `[...]`, in nats. The paper sums it over the
+        tokens; TRL gives the loss the mean over them, for this loss alone.
+      rejected: that of the worse one, of the same shape.
+      reference_chosen: log-probability of the better answer by the reference, of the same shape.
+      reference_rejected: that of the worse one, of the same shape.
+      where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
+      beta: :math:`\beta`, at least 1e-6 (:math:`\tau` in the paper). May be traced.
+      sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the pairs that
+        count (0 if that is 0).
+
+    Returns:
+      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> chosen, rejected = jnp.array([-10.0, -20.0]), jnp.array([-14.0, -15.0])
+      >>> reference = jnp.array([-12.0, -12.0])
+      >>> print(ce_jax.ipo_loss(chosen, rejected, reference, reference, beta=0.5))
+      [ 9. 36.]
+
+    References:
+      Azar et al., `A General Theoretical Paradigm to Understand Learning from Human Preferences`,
+      2023.
+    """
+    checks.reduction(reduction)
+    return _ipo(
+        chosen,
+        rejected,
+        reference_chosen,
+        reference_rejected,
+        where,
+        scalar("beta", beta, low=1e-6),
+        sample_weight,
+        reduction=reduction,
+    )
+
+
+@compiled
+def _ipo(
+    chosen: Array,
+    rejected: Array,
+    reference_chosen: Array,
+    reference_rejected: Array,
+    where: Array | None,
+    beta: Array,
+    sample_weight: Array | None,
+    *,
+    reduction: Reduction,
+) -> Array:
+    four = _four(chosen, rejected, reference_chosen, reference_rejected)
+    rows = rows_of(four, where, sample_weight)
+    margin = _margin(*rows.values)
+    return reduced(jnp.square(margin - 0.5 / beta.astype(margin.dtype)), rows, reduction)
+
+
+def kto_loss(
+    log_prob: ArrayLike,
+    reference_log_prob: ArrayLike,
+    desirable: ArrayLike,
+    kl: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    beta: Scalar = 0.1,
+    desirable_weight: Scalar = 1.0,
+    undesirable_weight: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
+) -> Float[Array, "..."]:
+    r"""Kahneman-Tversky optimisation: single answers, each known to be good or bad.
+
+    .. math::
+      \ell = \begin{cases}
+        \lambda_D \big( 1 - \sigma(\beta (r - z)) \big) & \text{desirable} \\
+        \lambda_U \big( 1 - \sigma(\beta (z - r)) \big) & \text{undesirable}
+      \end{cases}, \qquad r = \log \frac{p(y)}{p_\mathrm{ref}(y)}, \quad z = \max(\mathrm{kl}, 0)
+
+    Args:
+      log_prob: log-probability of the answer `[...]`, in nats, summed over its tokens.
+      reference_log_prob: that by the reference, of the same shape.
+      desirable: bool, of the same shape: whether the answer is a good one.
+      kl: estimate of the divergence of policy and reference, in nats, with the axes of `log_prob`
+        (size 1 broadcasts) or none: the mean of r over answers that belong to other prompts. As in
+        the paper and in TRL it is taken as 0 where it is below, and as a constant: no gradient
+        reaches it.
+      where: bool: the answers that count, with the axes of `log_prob` (size 1 broadcasts) or none.
+      beta: :math:`\beta`, at least 0. May be traced.
+      desirable_weight: :math:`\lambda_D`, at least 0. May be traced.
+      undesirable_weight: :math:`\lambda_U`, at least 0. May be traced.
+      sample_weight: weight of each answer, with the axes of `log_prob` (size 1 broadcasts) or none.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the answers that
+        count (0 if that is 0): as in TRL, the two weights have no part in the denominator.
+
+    Returns:
+      The loss, of the shape of `log_prob` or `[]`, in float32 (float64 if any of the three floating
+      arrays is).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> log_prob, reference = jnp.array([-10.0, -14.0]), jnp.array([-12.0, -12.0])
+      >>> print(ce_jax.kto_loss(log_prob, reference, jnp.array([True, False]), 1.0, beta=0.5))
+      [0.3775 0.1824]
+
+    References:
+      Ethayarajh et al., `KTO: Model Alignment as Prospect Theoretic Optimization`, 2024.
+    """
+    checks.reduction(reduction)
+    return _kto(
+        log_prob,
+        reference_log_prob,
+        desirable,
+        kl,
+        where,
+        scalar("beta", beta, low=0.0),
+        scalar("desirable_weight", desirable_weight, low=0.0),
+        scalar("undesirable_weight", undesirable_weight, low=0.0),
+        sample_weight,
+        reduction=reduction,
+    )
+
+
+@compiled
+def _kto(
+    log_prob: Array,
+    reference_log_prob: Array,
+    desirable: Array,
+    kl: Array,
+    where: Array | None,
+    beta: Array,
+    desirable_weight: Array,
+    undesirable_weight: Array,
+    sample_weight: Array | None,
+    *,
+    reduction: Reduction,
+) -> Array:
+    arrays = {"log_prob": log_prob, "reference_log_prob": reference_log_prob, "kl": kl}
+    rows = rows_of(arrays, where, sample_weight, broadcast=("kl",))
+    ours, reference, kl = rows.values
+    desirable = checks.boolean("desirable", desirable)
+    checks.shape_is("desirable", desirable, ours.shape, "the shape of log_prob")
+    good, bad, beta = (x.astype(ours.dtype) for x in (desirable_weight, undesirable_weight, beta))
+    ahead = beta * (ours - reference - jax.lax.stop_gradient(jnp.maximum(kl, 0)))
+    loss = jnp.where(desirable, good, bad) * _sigmoid(jnp.where(desirable, -ahead, ahead))
+    return reduced(loss, rows, reduction)
+
+
+def _sigmoid(x: Array) -> Array:
+    """The logistic function, whose derivative does not lose `e^-x` beside 1."""
+    up = x > 0
+    small = jax.nn.sigmoid(jnp.where(up, -x, x))
+    return jnp.where(up, 1 - small, small)
+
+
+def _four(
+    chosen: Array, rejected: Array, reference_chosen: Array, reference_rejected: Array
+) -> dict[str, Array]:
+    return {
+        "chosen": chosen,
+        "rejected": rejected,
+        "reference_chosen": reference_chosen,
+        "reference_rejected": reference_rejected,
+    }
+
+
+def _margin(
+    chosen: Array, rejected: Array, reference_chosen: Array, reference_rejected: Array
+) -> Float[Array, "*rows"]:
+    """Policy and reference are close, and so their difference keeps its digits; answers are not."""
+    return (chosen - reference_chosen) - (rejected - reference_rejected)

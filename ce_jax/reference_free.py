@@ -1,0 +1,179 @@
+r"""Losses of preferences without a reference model: mean log-probabilities of pairs of answers.
+
+They take one number for each answer, which `sequence_log_prob(..., mean=True)` makes of those of
+its tokens. They are plain functions: JAX differentiates them, in any mode and order.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._arguments import checks
+from ._arguments.compiled import compiled
+from ._arguments.log_probs import reduced, rows_of
+from ._arguments.options import log_probability, scalar
+from ._arguments.types import ArrayLike, Reduction, Scalar
+
+
+def simpo_loss(
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    beta: Scalar = 2.0,
+    gamma: Scalar = 1.0,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
+) -> Float[Array, "..."]:
+    r"""Simple preference optimisation: mean log-probabilities as rewards, and no reference.
+
+    .. math:: \ell = -\log \sigma \big( \beta (w - l) - \gamma \big)
+
+    where w and l are the log-probabilities of the better and the worse answer, each divided by its
+    number of tokens.
+
+    Args:
+      chosen: mean log-probability of the tokens of the better answer `[...]`, in nats:
+        `sequence_log_prob(..., mean=True)`.
+      rejected: that of the worse one, of the same shape.
+      where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
+      beta: :math:`\beta`, at least 0. May be traced.
+      gamma: :math:`\gamma`, the margin that is asked for, at least 0. The paper recommends its
+        ratio to :math:`\beta`. May be traced.
+      sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the pairs that
+        count (0 if that is 0).
+
+    Returns:
+      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> chosen, rejected = jnp.array([-1.0, -2.0]), jnp.array([-2.0, -1.0])
+      >>> print(ce_jax.simpo_loss(chosen, rejected))
+      [0.3133 3.0486]
+
+    References:
+      Meng et al., `SimPO: Simple Preference Optimization with a Reference-Free Reward`, 2024.
+    """
+    checks.reduction(reduction)
+    return _simpo(
+        chosen,
+        rejected,
+        where,
+        scalar("beta", beta, low=0.0),
+        scalar("gamma", gamma, low=0.0),
+        sample_weight,
+        reduction=reduction,
+    )
+
+
+@compiled
+def _simpo(
+    chosen: Array,
+    rejected: Array,
+    where: Array | None,
+    beta: Array,
+    gamma: Array,
+    sample_weight: Array | None,
+    *,
+    reduction: Reduction,
+) -> Array:
+    rows = rows_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
+    better, worse = rows.values
+    x = beta.astype(better.dtype) * (better - worse) - gamma.astype(better.dtype)
+    return reduced(jax.nn.softplus(-x), rows, reduction)
+
+
+def orpo_loss(
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    reduction: Reduction = "none",
+) -> Float[Array, "..."]:
+    r"""Odds ratio preference optimisation: the better answer shall have the higher odds.
+
+    .. math::
+      \ell = -\log \sigma \left( \log \frac{\mathrm{odds}(w)}{\mathrm{odds}(l)} \right), \qquad
+      \mathrm{odds}(x) = \frac{e^x}{1 - e^x}
+
+    where w and l are the mean log-probabilities of the tokens of the better and the worse answer.
+    This is the odds-ratio term alone: the paper trains on `nll + weight * orpo_loss`, where nll is
+    the cross-entropy of the better answer.
+
+    Args:
+      chosen: mean log-probability of the tokens of the better answer `[...]`, in nats, at most 0:
+        `sequence_log_prob(..., mean=True)`.
+      rejected: that of the worse one, of the same shape.
+      where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
+      sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
+      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the pairs that
+        count (0 if that is 0).
+
+    Returns:
+      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
+      It is 0 for a better answer of probability 1, infinite for a worse one, and log 2 for both. A
+      log-probability above 0 counts as 0 as far as rounding explains it (1e-3), and gives NaN
+      beyond.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> chosen, rejected = jnp.log(jnp.array([0.5, 0.1])), jnp.log(jnp.array([0.1, 0.5]))
+      >>> print(ce_jax.orpo_loss(chosen, rejected).round(4))
+      [0.1054 2.3026]
+
+    References:
+      Hong et al., `ORPO: Monolithic Preference Optimization without Reference Model`, 2024.
+    """
+    checks.reduction(reduction)
+    return _orpo(chosen, rejected, where, sample_weight, reduction=reduction)
+
+
+@compiled
+def _orpo(
+    chosen: Array,
+    rejected: Array,
+    where: Array | None,
+    sample_weight: Array | None,
+    *,
+    reduction: Reduction,
+) -> Array:
+    rows = rows_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
+    values = map(log_probability, ("chosen", "rejected"), rows.values)
+    return reduced(_log1p_odds_ratio(*values), rows, reduction)
+
+
+def _log1p_odds_ratio(better: Array, worse: Array) -> Array:
+    """`log(1 + odds(worse) / odds(better))`, which is `log 2` where both are alike.
+
+    Odds are infinite at 0, where their ratio has a limit if it is below 1: so it is not made of
+    logarithms there.
+    """
+    both = (better == 0) & (worse == 0)
+    better, worse = (jnp.where(both, -1, x) for x in (better, worse))
+    ahead = better > worse
+    high, low = jnp.where(ahead, better, -1), jnp.where(ahead, worse, -2)
+    ratio = jnp.exp(low - high) * (jnp.expm1(high) / jnp.expm1(low))
+    better, worse = (jnp.where(ahead, -1, x) for x in (better, worse))
+    log_ratio = (worse - better) + (_log1mexp(better) - _log1mexp(worse))
+    return jnp.where(ahead, jnp.log1p(ratio), jax.nn.softplus(log_ratio))
+
+
+def _log1mexp(x: Array) -> Array:
+    """`log(1 - e^x)` for x <= 0."""
+    near = x > -0.5
+    small, large = jnp.where(near, x, -1), jnp.where(near, -1, x)
+    # Not negated: the slope at 0 is that from below.
+    return jnp.where(near, jnp.log(0 - jnp.expm1(small)), jnp.log1p(-jnp.exp(large)))

@@ -1,0 +1,131 @@
+"""Another convention of label smoothing: a share for the other classes, and a loss from 0 on.
+
+Losses of this package spread `label_smoothing` over all classes. What follows translates from code
+that spreads a share over all classes but the label, and subtracts the least value of the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._arguments.compiled import compiled
+from ._arguments.options import positive_int, scalar
+from ._arguments.types import Scalar
+from ._rows.tile import wide
+
+
+def smoothing_over_others(eps: Scalar, num_classes: int) -> Float[Array, ""]:
+    r"""The `label_smoothing` that equals a share spread over all classes but the label.
+
+    .. math:: \frac{\epsilon C}{C - 1}
+
+    With it the label keeps :math:`1 - \epsilon` and each of the others gets
+    :math:`\epsilon / (C - 1)`: the targets of T5X and of Flax' examples.
+
+    Args:
+      eps: share of the other classes, in [0, 1 - 1 / C]: with the largest all classes have the
+        same. May be traced.
+      num_classes: C, how many classes there are; the allowed ones, where some are masked. Of one
+        class there are no others: the result is 0, for any `eps` in [0, 1].
+
+    Returns:
+      A scalar in [0, 1], in float32 (float64 for float64).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for an `eps` that is out of range or no scalar, or a `num_classes` below 1.
+
+    Example:
+      >>> import ce_jax
+      >>> print(ce_jax.smoothing_over_others(0.1, 5))
+      0.125
+
+    References:
+      Szegedy et al., `Rethinking the Inception Architecture for Computer Vision`, 2016; over the
+      others: Vaswani et al., `Attention Is All You Need`, 2017, in its code.
+    """
+    classes = positive_int("num_classes", num_classes)
+    most = 1 - 1 / classes if classes > 1 else 1.0
+    return _over_others(scalar("eps", eps, 0.0, most), classes=classes)
+
+
+@compiled
+def _over_others(eps: Array, *, classes: int) -> Array:
+    eps = eps.astype(wide(eps.dtype))
+    # By the largest share, rounded: that one then gives 1, and not a little more.
+    return eps / jnp.asarray(1 - 1 / classes, eps.dtype) if classes > 1 else 0 * eps
+
+
+def smoothed_label_entropy(label_smoothing: Scalar, num_classes: int) -> Float[Array, ""]:
+    r"""Entropy of a smoothed label, which is the least value of the cross-entropy with it.
+
+    .. math::
+      H = -p \log p - (C - 1)\, q \log q, \qquad
+      q = \frac{\mathrm{label\_smoothing}}{C}, \quad p = 1 - (C - 1)\, q
+
+    T5X and Flax' examples subtract it, so that a perfect prediction costs 0. The gradient of the
+    loss by the logits does not see it. It is that of a label without class weights, all of whose
+    classes are allowed.
+
+    Args:
+      label_smoothing: that of the losses of this package, in [0, 1]; `smoothing_over_others`
+        gives it for a share of the others. May be traced. At 0 the derivative is
+        :math:`+\infty`.
+      num_classes: C, how many classes there are.
+
+    Returns:
+      A scalar in nats, in float32 (float64 for float64).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a `label_smoothing` that is out of range or no scalar, or a `num_classes`
+        below 1.
+
+    Example:
+      >>> import ce_jax
+      >>> print(ce_jax.smoothed_label_entropy(ce_jax.smoothing_over_others(0.1, 5), 5).round(4))
+      0.4637
+
+    References:
+      Shannon, `A Mathematical Theory of Communication`, 1948.
+    """
+    classes = positive_int("num_classes", num_classes)
+    return _entropy_of(scalar("label_smoothing", label_smoothing, 0.0, 1.0), classes=classes)
+
+
+@compiled
+def _entropy_of(label_smoothing: Array, *, classes: int) -> Array:
+    smoothing = label_smoothing.astype(wide(label_smoothing.dtype))
+    if classes == 1:
+        return 0 * smoothing
+    return _entropy(smoothing, jnp.asarray(classes, smoothing.dtype))
+
+
+@jax.custom_jvp
+def _entropy(smoothing: Array, classes: Array) -> Array:
+    """With e = (C - 1) q, p + e = 1, and so H = -log p + e log(p / q)."""
+    share = smoothing * ((classes - 1) / classes)
+    much = share > 0.5
+    p = jnp.where(much, (1 - smoothing) + smoothing / classes, 0.5)  # 1 - share would cancel
+    surprise = jnp.where(much, -jnp.log(p), -jnp.log1p(-jnp.where(much, 0, share)))
+    return surprise + jnp.where(share == 0, 0, share * _log_odds(smoothing, classes))
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """By the smoothing alone, of which it is -log p + log q times how fast the share grows."""
+    smoothing, classes = primals
+    slope = (classes - 1) / classes * _log_odds(smoothing, classes)
+    return _entropy(smoothing, classes), slope * tangents[0]
+
+
+def _log_odds(smoothing: Array, classes: Array) -> Array:
+    """log(p / q), where p / q = 1 + C (1 - s) / s; exact at both ends of s."""
+    little = smoothing < 0.5
+    low, high = jnp.where(little, smoothing, 0.25), jnp.where(little, 0.75, smoothing)
+    from_below = jnp.log(classes * (1 - low) + low) - jnp.log(low)
+    return jnp.where(little, from_below, jnp.log1p(classes * (1 - high) / high))
