@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from .. import _platform
 from . import sharded, tile
 from .head import Head, Pull, Tokens, logits, over_blocks, put, read_by_all, take, take_classes
+from .picked import pick
 from .tile import ABSENT, First, Partial, Target, merge
 
 _Carry = TypeVar("_Carry")
@@ -179,7 +180,7 @@ def _partial(
             of_rows, by_row, seen = _rows_of(inputs, row, rows)
             z, _ = _of_block(of_rows, block._replace(head=block_of_tile()), options.class_axis)
             first_class = _first_class(options, head, first)
-            z, picked = tile.pick(z, by_row.picked, first_class)
+            z, picked = pick(z, by_row.picked, first_class)
             new = _platform.read(
                 z,
                 by_row._replace(classes=_target_of(target, first, size).classes),

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from .. import _platform
 from . import sharded, tile
 from .numerics import tempered
+from .picked import pick
 from .tile import ABSENT, Partial, RowStatistics, Target, wide
 
 
@@ -120,7 +121,7 @@ def _constant_unless_jvp(
 
 def _whole_rows(options: Options, logits: Array, target: Target, counts: Array | None) -> Partial:
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
-    logits, picked = tile.pick(logits, target.picked, first_class)
+    logits, picked = pick(logits, target.picked, first_class)
     if options.axis_name is None:
         normaliser = _platform.normaliser(logits)
     else:  # relative to the maximum of all devices, as the gradient's exponentials are

@@ -37,14 +37,16 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
+from .dtypes import wide as wide
 from .numerics import instantiated, not_negative, product
+from .picked import First as First
+from .picked import is_label as is_label
+from .picked import label_logit, pull_picked
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
 # An `argmax` above every class: the tile does not hold the maximum of the row.
 NOWHERE = jnp.iinfo(jnp.int32).max
-# The first class of a tile, or of a block.
-First = int | Integer[Array, ""]
 
 
 class Target(NamedTuple):
@@ -127,11 +129,6 @@ def nothing_seen(
 RowSums = Callable[[dict[str, Array]], dict[str, Array]]
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype in which logits of `dtype` are accumulated: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
 def row_maxima(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
     """The largest logit of each row, as a constant: no statistic depends on it."""
     return jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
@@ -175,7 +172,7 @@ def read(
     out, shifted = Partial(*normaliser), shift(z, row_max)
     surprise = _log(out.sum_exp)[..., None] - shifted  # that of a class is -log p
     if target.labels is not None:
-        out = out._replace(label_logit=_label_logit(z, target.labels, first_class))
+        out = out._replace(label_logit=label_logit(z, target.labels, first_class))
     if target.probs is not None:
         probs = target.probs.astype(surprise.dtype)
         cross = product(probs, surprise)
@@ -300,7 +297,8 @@ def pullback(
     that XLA finds them once where forward and backward are compiled together.
     """
     if target.picked is not None:
-        return _pullback_picked(z, target.picked, part, g, first_class), Target()
+        shifted, share = shift(z, part.base), g.lse / _nonzero(part.sum_exp)
+        return pull_picked(shifted, share, target.picked, g.picked, first_class), Target()
     shifted = shift(z, part.base)
     exp = jnp.exp(shifted)
     surprise = _log(part.sum_exp)[..., None] - shifted
@@ -332,79 +330,6 @@ def pullback(
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
         dz = dz + exp * onto_log_p * (_finite_exponent(surprise) - part.entropy[..., None])
     return dz, d_target
-
-
-def pick(
-    z: Float[Array, "*rows classes"], ids: Integer[Array, "*rows k"] | None, first_class: First
-) -> tuple[Float[Array, "*rows classes"], Any]:
-    """A tile without the classes of these ids, if there are any, and their logits."""
-    if ids is None:
-        return z, ABSENT
-    columns, inside = _columns(z, ids, first_class)
-    if _classes_spread(z):
-        of_each = jax.lax.map(lambda x: _label_logit(z, x, first_class), jnp.moveaxis(ids, -1, 0))
-        found = jnp.moveaxis(of_each, 0, -1)
-    else:
-        there = jnp.where(inside, columns, 0)
-        found = jnp.take_along_axis(z, there, axis=-1, mode="promise_in_bounds")
-    # -inf by way of what was found: XLA then reads the tile before it writes, and copies nothing.
-    none = jnp.minimum(jax.lax.stop_gradient(found), -jnp.inf).astype(z.dtype)
-    found = jnp.where(inside, found, 0).astype(wide(z.dtype))
-    return _with_columns(z, columns, none), jnp.where(ids < 0, -jnp.inf, found)
-
-
-def _pullback_picked(
-    z: Float[Array, "*rows classes"],
-    ids: Integer[Array, "*rows k"],
-    part: Partial,
-    g: RowStatistics,
-    first_class: First,
-) -> Float[Array, "*rows classes"]:
-    """Of the other classes none is above the base; if all are banned, nothing is shared out.
-
-    Those that were picked may be, by so much that their exponentials overflow.
-    """
-    columns, _ = _columns(z, ids, first_class)
-    shifted = shift(z, part.base)
-    exp = jnp.exp(jnp.where(shifted > 1, 0, shifted))
-    dz = exp * (g.lse / _nonzero(part.sum_exp))[..., None]
-    return _with_columns(dz, columns, g.picked)
-
-
-def _columns(
-    z: Float[Array, "*rows classes"], ids: Integer[Array, "*rows k"], first_class: First
-) -> tuple[Integer[Array, "*rows k"], Bool[Array, "*rows k"]]:
-    """Where the tile holds these classes, and whether it does; beyond the last column if not."""
-    local = ids - first_class
-    inside = (ids >= 0) & (local >= 0) & (local < z.shape[-1])
-    return jnp.where(inside, local, z.shape[-1]), inside
-
-
-def _with_columns(
-    z: Float[Array, "*rows classes"],
-    columns: Integer[Array, "*rows k"],
-    values: Float[Array, "*rows k"],
-) -> Float[Array, "*rows classes"]:
-    """The tile with other values in these columns of each row."""
-    if _classes_spread(z):
-        # JAX refuses to scatter along an axis that it knows to be sharded (explicit axis types).
-        def step(z: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
-            column, value = at
-            return jnp.where(is_label(column, z), value[..., None], z), None
-
-        return jax.lax.scan(step, z, (jnp.moveaxis(columns, -1, 0), jnp.moveaxis(values, -1, 0)))[0]
-
-    def of_row(row: Array, at: Array, value: Array) -> Array:
-        return row.at[at].set(value, mode="drop")
-
-    for _ in range(z.ndim - 1):
-        of_row = jax.vmap(of_row)
-    return of_row(z, columns, values)
-
-
-def _classes_spread(z: Float[Array, "*rows classes"]) -> bool:
-    spec = jax.typeof(z).sharding.spec
-    return bool(spec) and spec[-1] is not None
 
 
 def cotangents(g: RowStatistics) -> RowStatistics:
@@ -449,29 +374,6 @@ def _finite_exponent(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
 def _finite(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
     """The surprise, with the largest finite number for inf, to which it may overflow."""
     return jnp.minimum(surprise, jnp.finfo(surprise.dtype).max)
-
-
-def is_label(
-    labels: Integer[Array, "*rows"], z: Float[Array, "*rows classes"], first_class: First = 0
-) -> Bool[Array, "*rows classes"]:
-    """True in the column of each row's label, by comparison: a scatter is slow off the CPU."""
-    columns = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
-    return columns == (labels - first_class)[..., None]
-
-
-def _label_logit(
-    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"], first_class: First
-) -> Float[Array, "*rows"]:
-    """The logit of the label, 0 where the label is not in this tile, in the accumulation dtype."""
-    if _classes_spread(z):
-        # JAX refuses to gather along an axis that it knows to be sharded (explicit axis types).
-        logit = jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
-        return logit.astype(wide(z.dtype))
-    local = labels - first_class
-    inside = (local >= 0) & (local < z.shape[-1])
-    column = jnp.where(inside, local, 0)[..., None]
-    found = jnp.take_along_axis(z, column, axis=-1, mode="promise_in_bounds")[..., 0]
-    return jnp.where(inside, found, 0).astype(wide(z.dtype))
 
 
 def _unwanted(probs: Array, surprise: Array) -> Bool[Array, "*rows classes"]:
