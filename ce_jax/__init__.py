@@ -50,6 +50,7 @@ from .probabilities import nll_loss as nll_loss
 from .probabilities import smooth_labels as smooth_labels
 from .ranking import bpr_loss as bpr_loss
 from .ranking import gbce_loss as gbce_loss
+from .ratio import Ratio as Ratio
 from .reference_free import orpo_loss as orpo_loss
 from .reference_free import simpo_loss as simpo_loss
 from .robust import focal_loss as focal_loss

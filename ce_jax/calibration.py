@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Integer
 from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int
-from ._arguments.types import ArrayLike, Reduction
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
 from ._rows.tile import wide
 from .diagnostics import log_softmax
@@ -210,6 +211,7 @@ def _expected_calibration_error(
     return jnp.sum(size * gap) / jnp.where(everything == 0, jnp.nan, everything)
 
 
+@reducible
 def brier_score(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -219,7 +221,8 @@ def brier_score(
     sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Squared distance of softmax(logits) from the label, a score that calibration improves.
 
     .. math:: \sum_c \left( \mathrm{softmax}(z)_c - [c = y] \right)^2
@@ -231,8 +234,9 @@ def brier_score(
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The score in [0, 2], of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A
@@ -250,7 +254,6 @@ def brier_score(
     References:
       Brier, `Verification of Forecasts Expressed in Terms of Probability`, 1950.
     """
-    checks.reduction(reduction)
     return _brier_score(
         logits,
         labels,
@@ -258,7 +261,7 @@ def brier_score(
         sample_weight,
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -271,8 +274,8 @@ def _brier_score(
     *,
     axis: _Axis,
     ignore_index: int | None,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
     shape = rows.values.shape
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)

@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float
 
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import array, compiled
+from ._arguments.reductions import Reducer
 from ._arguments.two_heads import Layer, two_heads
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, divergence
 from ._rows.jensen_shannon import jensen_shannon
@@ -20,6 +21,7 @@ from ._rows.loss import silenced
 from ._rows.tile import wide
 
 
+@reducible
 def distillation_loss(
     logits: ArrayLike,
     teacher_logits: ArrayLike,
@@ -31,8 +33,9 @@ def distillation_loss(
     sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Kullback-Leibler divergence of the student's softmax from the teacher's, in nats.
 
     With logits z of the student, z' of the teacher, and a temperature T:
@@ -58,8 +61,9 @@ def distillation_loss(
         rather than covers all.
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       axis_name: mapped mesh axis over which the class axis of both is sharded.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
@@ -81,7 +85,6 @@ def distillation_loss(
       Hinton et al., `Distilling the Knowledge in a Neural Network`, 2015; reverse: Gu et al.,
       `MiniLLM: Knowledge Distillation of Large Language Models`, 2024.
     """
-    checks.reduction(reduction)
     return of_logits(
         logits,
         teacher_logits,
@@ -92,7 +95,7 @@ def distillation_loss(
         axis=checks.static_axis(axis),
         reverse=reverse,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -109,9 +112,9 @@ def of_logits(
     axis: int | tuple[int, ...] | None,
     reverse: bool,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     """Of two arrays of logits the divergence; with `beta` that of Jensen and Shannon."""
     student = targets.rows_of("logits", logits, axis, where, axis_name)
     teacher_logits = checks.floating("teacher_logits", teacher_logits)
@@ -171,6 +174,7 @@ def _loss(
     return silenced(sample_weight, loss) * jnp.square(temperature.astype(loss.dtype))
 
 
+@reducible
 def linear_distillation_loss(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -191,9 +195,10 @@ def linear_distillation_loss(
     where: ArrayLike | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Distillation of a linear layer's softmax, without its logits in memory.
 
     .. math::
@@ -228,8 +233,9 @@ def linear_distillation_loss(
       where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
         `next_tokens` has it.
       axis_name: mapped mesh axis over which the classes of all arrays are sharded, alike.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       memory_budget: bytes that the blocks of logits and their gradients may take, by default as
         in `linear_softmax_cross_entropy`, of both kernels together.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
@@ -254,7 +260,6 @@ def linear_distillation_loss(
     References:
       As `distillation_loss`.
     """
-    checks.reduction(reduction)
     student, teacher = layers(
         (hidden, kernel, bias, logit_soft_cap),
         (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap),
@@ -273,7 +278,7 @@ def linear_distillation_loss(
         num_classes=checks.integer_option("num_classes", num_classes),
         reverse=reverse,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
@@ -317,10 +322,10 @@ def of_layers(
     num_classes: int | None,
     reverse: bool,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     memory_budget: int | None,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     """Of a layer, and another or logits, the divergence; with `beta` that of Jensen and Shannon."""
     x = two_heads(
         student,

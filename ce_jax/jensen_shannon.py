@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from ._arguments import checks
+from ._arguments import checks, reductions
 from ._arguments.options import scalar
 from ._arguments.options import temperature as of_temperature
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from .distillation import layers, of_layers, of_logits
 
 
+@reducible
 def jensen_shannon_loss(
     logits: ArrayLike,
     teacher_logits: ArrayLike,
@@ -25,8 +26,9 @@ def jensen_shannon_loss(
     sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Generalized Jensen-Shannon divergence of the student's softmax and the teacher's, in nats.
 
     With logits z of the student, z' of the teacher, and a temperature T:
@@ -53,8 +55,9 @@ def jensen_shannon_loss(
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       axis_name: mapped mesh axis over which the class axis of both is sharded.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
@@ -78,7 +81,6 @@ def jensen_shannon_loss(
       Lin, `Divergence Measures Based on the Shannon Entropy`, 1991; Agarwal et al., `On-Policy
       Distillation of Language Models: Learning from Self-Generated Mistakes`, 2024.
     """
-    checks.reduction(reduction)
     return of_logits(
         logits,
         teacher_logits,
@@ -89,7 +91,7 @@ def jensen_shannon_loss(
         axis=checks.static_axis(axis),
         reverse=False,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -104,6 +106,7 @@ def _share(value: Scalar) -> Array:
     return share
 
 
+@reducible
 def linear_jensen_shannon_loss(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -124,9 +127,10 @@ def linear_jensen_shannon_loss(
     where: ArrayLike | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Jensen-Shannon divergence of a linear layer's softmax, without its logits in memory.
 
     .. math::
@@ -161,8 +165,9 @@ def linear_jensen_shannon_loss(
       where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
         `next_tokens` has it.
       axis_name: mapped mesh axis over which the classes of all arrays are sharded, alike.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       memory_budget: bytes that the blocks of logits and their gradients may take, by default as
         in `linear_softmax_cross_entropy`, of both kernels together.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
@@ -187,7 +192,6 @@ def linear_jensen_shannon_loss(
     References:
       As `jensen_shannon_loss`.
     """
-    checks.reduction(reduction)
     student, teacher = layers(
         (hidden, kernel, bias, logit_soft_cap),
         (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap),
@@ -206,7 +210,7 @@ def linear_jensen_shannon_loss(
         num_classes=checks.integer_option("num_classes", num_classes),
         reverse=False,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )

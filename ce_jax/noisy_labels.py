@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.types import ArrayLike, Reduction
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows import sharded
 from ._rows.tile import origin, wide
 from .softmax import softmax_cross_entropy
@@ -19,6 +20,7 @@ from .softmax import softmax_cross_entropy
 _Axis = int | tuple[int, ...] | None
 
 
+@reducible
 def forward_corrected_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -29,7 +31,8 @@ def forward_corrected_cross_entropy(
     sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Cross-entropy between noisy class ids and what the noise makes of softmax(logits).
 
     With the transition matrix :math:`T_{cy} = P(\text{label } y \mid \text{true class } c)`:
@@ -47,8 +50,9 @@ def forward_corrected_cross_entropy(
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A label that is
@@ -69,7 +73,6 @@ def forward_corrected_cross_entropy(
       Patrini et al., `Making Deep Neural Networks Robust to Label Noise: a Loss Correction
       Approach`, 2017.
     """
-    checks.reduction(reduction)
     return _forward(
         logits,
         labels,
@@ -78,7 +81,7 @@ def forward_corrected_cross_entropy(
         sample_weight,
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -92,8 +95,8 @@ def _forward(
     *,
     axis: _Axis,
     ignore_index: int | None,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     matrix = _transition(transition, shape[-1], dtype)
@@ -125,6 +128,7 @@ def _base(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows 1"]:
     return origin(jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)))
 
 
+@reducible
 def backward_corrected_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -135,8 +139,9 @@ def backward_corrected_cross_entropy(
     sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Cross-entropy whose mean over the label noise is that of the true class.
 
     With the transition matrix :math:`T_{cy} = P(\text{label } y \mid \text{true class } c)`:
@@ -156,8 +161,9 @@ def backward_corrected_cross_entropy(
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
         "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
         JAX's own.
@@ -183,7 +189,6 @@ def backward_corrected_cross_entropy(
       Patrini et al., `Making Deep Neural Networks Robust to Label Noise: a Loss Correction
       Approach`, 2017.
     """
-    checks.reduction(reduction)
     return _backward(
         logits,
         labels,
@@ -192,7 +197,7 @@ def backward_corrected_cross_entropy(
         sample_weight,
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -207,9 +212,9 @@ def _backward(
     *,
     axis: _Axis,
     ignore_index: int | None,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     matrix = _transition(transition, shape[-1], dtype)

@@ -11,12 +11,14 @@ from jaxtyping import Array, Float
 from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.options import option, scalar
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, weighted
 from ._rows.tile import Target, wide
 
 
+@reducible
 def sigmoid_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -26,7 +28,8 @@ def sigmoid_focal_loss(
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Binary cross-entropy that counts less where the model is right already.
 
     For logits :math:`z`, labels :math:`y`, :math:`p = \sigma(z)`, and the probability
@@ -49,8 +52,9 @@ def sigmoid_focal_loss(
         A weight of 0 silences a loss of inf or NaN.
       where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
         Others are 0, also in gradient.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the elements that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of the shape of `logits` or `[]`, in float32 (float64 for float64 logits).
@@ -68,7 +72,6 @@ def sigmoid_focal_loss(
     References:
       Lin et al., `Focal Loss for Dense Object Detection`, 2017.
     """
-    checks.reduction(reduction)
     return _sigmoid_focal_loss(
         logits,
         labels,
@@ -76,7 +79,7 @@ def sigmoid_focal_loss(
         option("gamma", gamma, low=0.0),
         sample_weight,
         where,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -89,8 +92,8 @@ def _sigmoid_focal_loss(
     sample_weight: Array | None,
     where: Array | None,
     *,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     z, y, counts = targets.elements("logits", logits, labels, where, None, sample_weight)
     z = z.astype(y.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
@@ -135,6 +138,7 @@ def _log_miss_and_cross(
     return jnp.where(hard, sure, soft) - normaliser, normaliser - a * away
 
 
+@reducible
 def poly_loss_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -144,8 +148,9 @@ def poly_loss_cross_entropy(
     *,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Cross-entropy with target distributions, and a linear term of the probability missed.
 
     For logits :math:`z`, labels :math:`q` and :math:`p = \mathrm{softmax}(z)`:
@@ -165,8 +170,9 @@ def poly_loss_cross_entropy(
         dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
         A weight of 0 silences the row, even if its loss is inf or NaN.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
         "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
         JAX's own.
@@ -190,7 +196,6 @@ def poly_loss_cross_entropy(
       Leng et al., `PolyLoss: A Polynomial Expansion Perspective of Classification Loss
       Functions`, 2022.
     """
-    checks.reduction(reduction)
     return _poly_loss_cross_entropy(
         logits,
         labels,
@@ -198,7 +203,7 @@ def poly_loss_cross_entropy(
         where,
         sample_weight,
         axis=checks.static_axis(axis),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -212,9 +217,9 @@ def _poly_loss_cross_entropy(
     sample_weight: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
     dtype = wide(rows.values.dtype)
     sample_weight = reductions.weights(

@@ -12,11 +12,13 @@ from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.loss import silenced, weighted
 from ._rows.numerics import linear
 
 
+@reducible
 def sigmoid_binary_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -27,8 +29,9 @@ def sigmoid_binary_cross_entropy(
     where: ArrayLike | None = None,
     label_smoothing: Scalar = 0.0,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Cross-entropy between sigmoid(logits) and binary labels, element by element, in nats.
 
     For logits :math:`z`, labels :math:`q` smoothed to
@@ -52,8 +55,9 @@ def sigmoid_binary_cross_entropy(
         Others are 0, also in gradient.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1]. May
         be traced.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the elements that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
         "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
         JAX's own.
@@ -76,7 +80,6 @@ def sigmoid_binary_cross_entropy(
     References:
       Goodfellow, Bengio and Courville, `Deep Learning`, 2016, section 6.2.2.2.
     """
-    checks.reduction(reduction)
     return _loss(
         logits,
         labels,
@@ -85,7 +88,7 @@ def sigmoid_binary_cross_entropy(
         sample_weight,
         where,
         checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -100,9 +103,9 @@ def _loss(
     where: Array | None,
     label_smoothing: Array | None,
     *,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
     pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)

@@ -13,13 +13,15 @@ from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.entries import Entries, entries
 from ._arguments.layer import layer
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import class_blocks, dense, sharded
 from ._rows.order import as_given, in_order
 from ._rows.tile import RowStatistics, Target, wide
 from ._rows.top_k import Tail, top_k_divergence
 
 
+@reducible
 def top_k_distillation_loss(
     logits: ArrayLike,
     teacher_ids: ArrayLike,
@@ -33,8 +35,9 @@ def top_k_distillation_loss(
     ignore_index: int | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Divergence of the student from a teacher of which k classes of each row are known, in nats.
 
     With the student's :math:`p = \mathrm{softmax}(z / T)`, the ids :math:`c_1 \dots c_k` that were
@@ -71,8 +74,9 @@ def top_k_distillation_loss(
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: another id of absent entries. A row of which all are absent does not count.
       axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
@@ -112,7 +116,7 @@ def top_k_distillation_loss(
         tail=_checked(tail),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
-        reduction=_checked_reduction(reduction),
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -121,11 +125,6 @@ def _checked(tail: Tail) -> Tail:
     if tail not in get_args(Tail):
         raise ValueError(f"tail must be one of {get_args(Tail)}, got {tail!r}")
     return tail
-
-
-def _checked_reduction(reduction: Reduction) -> Reduction:
-    checks.reduction(reduction)
-    return reduction
 
 
 @compiled
@@ -141,9 +140,9 @@ def _top_k(
     tail: Tail,
     ignore_index: int | None,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     student = targets.rows_of("logits", logits, axis, where, axis_name)
     *shape, local = student.values.shape
     rows, classes = tuple(shape), sharded.all_classes(local, axis_name)
@@ -209,6 +208,7 @@ def _harmless(
     return found._replace(lse=jnp.where(mute, 0, found.lse), picked=picked), log_probs
 
 
+@reducible
 def linear_top_k_distillation_loss(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -226,9 +226,10 @@ def linear_top_k_distillation_loss(
     ignore_index: int | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Distillation of a linear layer's softmax from k classes per row, without logits in memory.
 
     For hidden states :math:`h`, kernel :math:`W` and bias :math:`b`, the loss is that of
@@ -262,8 +263,9 @@ def linear_top_k_distillation_loss(
       ignore_index: another id of absent entries. A row of which all are absent does not count.
       axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes; ids are
         global.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       memory_budget: bytes that a block of logits and its gradient may take, by default as in
         `linear_softmax_cross_entropy`.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
@@ -302,7 +304,7 @@ def linear_top_k_distillation_loss(
         num_classes=checks.integer_option("num_classes", num_classes),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
-        reduction=_checked_reduction(reduction),
+        reduction=reductions.reducer(reduction, reduction_axis),
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
@@ -325,10 +327,10 @@ def _linear_top_k(
     num_classes: int | None,
     ignore_index: int | None,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     memory_budget: int | None,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
     axis, rows = checks.kernel_axis(hidden, kernel, class_axis), hidden.shape[:-1]
     held = sharded.all_classes(kernel.shape[axis], axis_name)

@@ -24,6 +24,7 @@ NAMES = {
     "Negatives",
     "NextTokens",
     "PriorEstimate",
+    "Ratio",
     "ReliabilityBins",
     "SoftmaxStatistics",
     "backward_corrected_cross_entropy",
@@ -211,7 +212,7 @@ from typing import assert_type
 
 import jax
 import ce_jax
-from ce_jax import SoftmaxStatistics
+from ce_jax import Ratio, SoftmaxStatistics
 
 x = jax.numpy.zeros((2, 3))
 ce_jax.huber_loss(x, x)
@@ -222,7 +223,13 @@ ce_jax.softmax_cross_entropy(x, x, forward=True)  # error
 assert_type(ce_jax.softmax_cross_entropy(x, x), jax.Array)
 assert_type(ce_jax.softmax_cross_entropy(x, x), float)  # error
 
+assert_type(ce_jax.softmax_cross_entropy(x, x, reduction="ratio"), Ratio)
+assert_type(ce_jax.clip_loss(x, x, reduction="ratio") + ce_jax.clip_loss(x, x), Ratio)  # error
+
 linear = ce_jax.linear_softmax_cross_entropy
+linear(x, x, x, reduction="ratio").mean()
+pair = linear(x, x, x, return_statistics=True, reduction="ratio")
+assert_type(pair, tuple[Ratio, SoftmaxStatistics])
 linear(x, x, x, return_statistics=True, reduction="avg")  # error
 assert_type(linear(x, x, x), jax.Array)
 assert_type(linear(x, x, x, return_statistics=True), tuple[jax.Array, SoftmaxStatistics])

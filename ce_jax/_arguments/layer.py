@@ -92,18 +92,18 @@ def layer(
         tokens = tokens._replace(temperature=of_row)
     tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), tokens)
     label = jax.tree.map(jnp.ravel, label)
+    count = tokens.hidden.shape[0]
     order = None
     if label.counts is not None and _platform.is_local(hidden):
         order = order_of(label.counts)
         tokens, label = in_order(order, (tokens, label._replace(counts=None)))
-        label = label._replace(counts=jnp.arange(order.rows.size, dtype=jnp.int32) < order.counting)
+        label = label._replace(counts=jnp.arange(count, dtype=jnp.int32) < order.counting)
 
     # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
     steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
     steps += (temperature is not None) + picked
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
     visited = local if axis_name is not None else classes
-    count = tokens.hidden.shape[0]
     if memory_budget is None:
         sums_are_result = summed and hidden.dtype != dtype == kernel.dtype
         memory_budget = block_sizes.default_budget(
