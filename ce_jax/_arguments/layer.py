@@ -63,6 +63,7 @@ def layer(
     memory_budget: int | None,
     summed: bool,
     statistics: bool,
+    picked: bool = False,
 ) -> Layer:
     """Checks the arguments and divides the work."""
     hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
@@ -100,7 +101,7 @@ def layer(
 
     # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
     steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
-    steps += temperature is not None
+    steps += (temperature is not None) + picked
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
     visited = local if axis_name is not None else classes
     if memory_budget is None:
