@@ -7,6 +7,7 @@ import random
 import jax
 import jaxtyping
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from tests import reference
 
@@ -158,3 +159,10 @@ def compilations():
         yield seen
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def inner_programs(eqn):
+    """The programs among the parameters of an equation, e.g. the body of a loop."""
+    kinds = (Jaxpr, ClosedJaxpr)
+    leaves = jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, kinds))
+    return [getattr(x, "jaxpr", x) for x in leaves if isinstance(x, kinds)]

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 import ce_jax
 from ce_jax._platform import block_sizes
 from tests import linear, reference, reference_linear
-from tests.helpers import compilations
+from tests.helpers import compilations, inner_programs
 from tests.test_transforms import (
     FORWARD,
     GRADIENTS,
@@ -201,7 +200,7 @@ def dot_products(program):
     for eqn in program.eqns:
         if eqn.primitive.name == "dot_general":
             found.append({x.aval.dtype.name for x in eqn.invars})
-        for inner in jaxprs_in_params(eqn.params):
+        for inner in inner_programs(eqn):
             found += dot_products(inner)
     return found
 
@@ -212,7 +211,7 @@ def accumulators(program):
     for eqn in program.eqns:
         if eqn.primitive.name == "dot_general":
             found.append(eqn.outvars[0].aval.dtype.name)
-        for inner in jaxprs_in_params(eqn.params):
+        for inner in inner_programs(eqn):
             found += accumulators(inner)
     return found
 

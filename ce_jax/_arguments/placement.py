@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from .._rows.compat import reshard
 from . import checks
 
 Names = str | tuple[str, ...] | None
@@ -187,6 +188,6 @@ def placer(plan: Plan) -> Callable[[Array, tuple[Names, ...]], Array]:
         if not explicit:
             return x
         visible = (tuple(n for n in names(entry) if n in explicit) or None for entry in spec)
-        return jax.reshard(x, NamedSharding(plan.mesh, PartitionSpec(*visible)))
+        return reshard(x, NamedSharding(plan.mesh, PartitionSpec(*visible)))
 
     return place

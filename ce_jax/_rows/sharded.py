@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
+from .compat import reshard, vary_over, varying
 from .tile import ABSENT, NOWHERE, Partial, rebase, scaled_sum
 
 _Tree = TypeVar("_Tree")
@@ -24,13 +25,13 @@ _Tree = TypeVar("_Tree")
 def align(tree: _Tree) -> _Tree:
     """Makes all arrays vary over the mesh axes over which any of them does."""
     leaves = jax.tree.leaves(tree)
-    axes = frozenset[Any]().union(*map(_varying, leaves))
+    axes = frozenset[Any]().union(*map(varying, leaves))
     return vary(tree, axes)
 
 
 def like(tree: _Tree, x: Array) -> _Tree:
     """Makes fresh arrays vary over the mesh axes over which `x` does."""
-    return vary(tree, _varying(x))
+    return vary(tree, varying(x))
 
 
 def vary(tree: _Tree, axes: Iterable[Any]) -> _Tree:
@@ -38,20 +39,16 @@ def vary(tree: _Tree, axes: Iterable[Any]) -> _Tree:
     wanted = frozenset(axes)
 
     def cast(x: Array) -> Array:
-        missing = tuple(wanted - _varying(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        missing = tuple(wanted - varying(x))
+        return vary_over(x, missing) if missing else x
 
     return jax.tree.map(cast, tree) if wanted else tree
-
-
-def _varying(x: Array) -> frozenset[Any]:
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def with_sharding_of(d: Array, x: Array) -> Array:
     """The cotangent, or other companion, `d` of `x` sharded as that is: for explicit mesh axes."""
     spec = jax.typeof(x).sharding.spec
-    return d if jax.typeof(d).sharding.spec == spec else jax.reshard(d, spec)
+    return d if jax.typeof(d).sharding.spec == spec else reshard(d, spec)
 
 
 def inside_shard_map() -> bool:
@@ -61,10 +58,10 @@ def inside_shard_map() -> bool:
 
 def check_sharded(name: str, x: Array, axis_name: str | None) -> None:
     """Raises where `axis_name` is given but JAX does not see `x` vary over it."""
-    if axis_name is not None and axis_name not in _varying(x):
+    if axis_name is not None and axis_name not in varying(x):
         raise ValueError(
             f"{name} must vary over the mesh axis {axis_name!r} (axis_name), but varies over "
-            f"{sorted(_varying(x))}. Call this inside jax.shard_map with {name} sharded over that "
+            f"{sorted(varying(x))}. Call this inside jax.shard_map with {name} sharded over that "
             "axis and check_vma=True, its default: with check_vma=False gradients would be "
             "silently wrong"
         )
@@ -81,7 +78,7 @@ def merge_across(part: Partial, axis_name: str | None) -> Partial:
     """Merges the statistics of all devices of `axis_name`: one maximum, one sum of [rows] each."""
     if axis_name is None:
         return part
-    spread = axis_name in _varying(part.base)  # not so if it is that of all devices already
+    spread = axis_name in varying(part.base)  # not so if it is that of all devices already
     row_max = max_over(part.base, axis_name) if spread else part.base
     sum_exp = jax.lax.psum(scaled_sum(part.base, part.sum_exp, row_max), axis_name)
     argmax = part.argmax
@@ -96,7 +93,7 @@ def merge_across(part: Partial, axis_name: str | None) -> Partial:
 def whole(x: Array) -> Array:
     """`x` on every device, where explicit mesh axes spread it."""
     spread = any(axis is not None for axis in jax.typeof(x).sharding.spec)
-    return jax.reshard(x, P()) if spread else x
+    return reshard(x, P()) if spread else x
 
 
 def take_rows(table: Float[Array, "classes ..."], ids: Integer[Array, "..."]) -> Array:
