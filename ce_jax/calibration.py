@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
+from ._rows.numerics import tempered
 from ._rows.tile import wide
 from .diagnostics import log_softmax
 
@@ -218,6 +219,7 @@ def brier_score(
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
     *,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
@@ -232,6 +234,8 @@ def brier_score(
       labels: class ids `[...]`, of any integer dtype.
       axis: the class axis, or a tuple of them: labels are then flat indices.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
@@ -259,6 +263,7 @@ def brier_score(
         labels,
         where,
         sample_weight,
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reductions.reducer(reduction, reduction_axis),
@@ -271,6 +276,7 @@ def _brier_score(
     labels: Array,
     where: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
@@ -281,7 +287,11 @@ def _brier_score(
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     dtype = wide(rows.values.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
-    p = jnp.exp(log_softmax(targets.without_excluded(rows.values, label.counts, sample_weight)))
+    z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
+    temperature = options.of_rows(temperature, shape[:-1], dtype, label.counts)
+    if temperature is not None:
+        z = tempered(z, temperature)
+    p = jnp.exp(log_softmax(z))
     score = jnp.sum(jnp.square(p - jax.nn.one_hot(label.ids, shape[-1], dtype=dtype)), -1)
     score = targets.nan_if(label.unknown, score, sample_weight)
     return reductions.reduce(score, label.counts, sample_weight, reduction)

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows import sharded
+from ._rows.numerics import tempered
 from ._rows.tile import origin, wide
 from .softmax import softmax_cross_entropy
 
@@ -28,6 +29,7 @@ def forward_corrected_cross_entropy(
     *,
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
@@ -48,6 +50,8 @@ def forward_corrected_cross_entropy(
       transition: T `[C, C]`; rows sum to 1.
       axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
@@ -79,6 +83,7 @@ def forward_corrected_cross_entropy(
         transition,
         where,
         sample_weight,
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reductions.reducer(reduction, reduction_axis),
@@ -92,6 +97,7 @@ def _forward(
     transition: Array,
     where: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
@@ -103,6 +109,9 @@ def _forward(
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
+    temperature = options.of_rows(temperature, shape[:-1], dtype, label.counts)
+    if temperature is not None:
+        z = tempered(z - _base(z), temperature)
     into_label = sharded.take_rows(matrix.T, label.ids)
 
     log_into = jnp.where(
@@ -136,6 +145,7 @@ def backward_corrected_cross_entropy(
     *,
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
@@ -159,6 +169,8 @@ def backward_corrected_cross_entropy(
       transition: T `[C, C]`; rows sum to 1.
       axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
@@ -195,6 +207,7 @@ def backward_corrected_cross_entropy(
         transition,
         where,
         sample_weight,
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reductions.reducer(reduction, reduction_axis),
@@ -209,6 +222,7 @@ def _backward(
     transition: Array,
     where: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
@@ -221,10 +235,12 @@ def _backward(
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight)
+    temperature = options.of_rows(temperature, shape[:-1], dtype, label.counts)
     corrected = sharded.take_rows(jnp.linalg.inv(matrix), label.ids)
     loss = softmax_cross_entropy(
         z,
         sharded.with_sharding_of(corrected, z),
+        temperature=1.0 if temperature is None else temperature,
         forward_mode=forward_mode,
     )
     loss = targets.nan_if(label.unknown, loss, sample_weight)

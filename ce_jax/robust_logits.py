@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.options import option, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, weighted
+from ._rows.numerics import tempered
 from ._rows.tile import Target, wide
 
 
@@ -25,6 +26,7 @@ def sigmoid_focal_loss(
     alpha: ArrayLike | None = None,
     gamma: ArrayLike = 2.0,
     *,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "none",
@@ -48,6 +50,8 @@ def sigmoid_focal_loss(
       alpha: weight of the positive class, in [0, 1], the negative one having `1 - alpha`;
         broadcastable to the loss (`[C]`: one for each class). None: both have 1. May be traced.
       gamma: exponent, at least 0, broadcastable to the loss. May be traced.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each element, with the axes of the loss (size 1 broadcasts) or none.
         A weight of 0 silences a loss of inf or NaN.
       where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
@@ -79,6 +83,7 @@ def sigmoid_focal_loss(
         option("gamma", gamma, low=0.0),
         sample_weight,
         where,
+        options.temperature(temperature),
         reduction=reductions.reducer(reduction, reduction_axis),
     )
 
@@ -91,11 +96,15 @@ def _sigmoid_focal_loss(
     gamma: Array,
     sample_weight: Array | None,
     where: Array | None,
+    temperature: Array | None,
     *,
     reduction: Reducer,
 ) -> Loss:
     z, y, counts = targets.elements("logits", logits, labels, where, None, sample_weight)
     z = z.astype(y.dtype)
+    temperature = options.of_rows(temperature, y.shape, y.dtype, counts)
+    if temperature is not None:
+        z = tempered(z[..., None], temperature)[..., 0]
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
     gamma = checks.broadcast("gamma", gamma.astype(y.dtype), y.shape, "the shape of the loss")
 
@@ -146,6 +155,7 @@ def poly_loss_cross_entropy(
     axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None,
     *,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
@@ -168,6 +178,8 @@ def poly_loss_cross_entropy(
       axis: the class axis, a tuple of them, or None for all.
       where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
         dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
         A weight of 0 silences the row, even if its loss is inf or NaN.
       reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
@@ -202,6 +214,7 @@ def poly_loss_cross_entropy(
         scalar("epsilon", epsilon),
         where,
         sample_weight,
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
@@ -215,6 +228,7 @@ def _poly_loss_cross_entropy(
     epsilon: Array,
     where: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
     reduction: Reducer,
@@ -232,6 +246,9 @@ def _poly_loss_cross_entropy(
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
     top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
     z = z - jnp.where(jnp.isneginf(top), 0, top)
+    temperature = options.of_rows(temperature, z.shape[:-1], dtype, rows.counts)
+    if temperature is not None:
+        z = tempered(z, temperature)
     statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
     missed = -jnp.expm1(z - statistics.lse[..., None])
     loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.head import Head
+from ._rows.numerics import tempered
 from ._rows.sampled import Compared, compared, layer_logits
 from ._rows.tile import wide
 from .negatives import Negatives
@@ -28,6 +29,7 @@ def sampled_softmax_cross_entropy(
     *,
     log_expected_count: ArrayLike | None = None,
     label_log_expected_count: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
@@ -55,6 +57,8 @@ def sampled_softmax_cross_entropy(
       label_log_expected_count: what is taken off the label's logit likewise, with the axes of
         `label_logits` (size 1 broadcasts) or none. With it, as Yi et al. and TensorFlow have it,
         label and negatives are treated alike, and the expectation of the normaliser is another.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
         the rows that count (0 if that is 0).
@@ -89,6 +93,7 @@ def sampled_softmax_cross_entropy(
         log_expected_count,
         label_log_expected_count,
         sample_weight,
+        options.temperature(temperature),
         reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
@@ -102,6 +107,7 @@ def _sampled_softmax(
     log_expected_count: Array | None,
     label_log_expected_count: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     reduction: Reducer,
     forward_mode: bool,
@@ -110,6 +116,7 @@ def _sampled_softmax(
         compared(label_logits, negative_logits, where, sample_weight),
         log_expected_count,
         label_log_expected_count,
+        temperature,
         reduction,
         forward_mode,
     )
@@ -126,6 +133,7 @@ def linear_sampled_softmax_cross_entropy(
     class_axis: int = -1,
     logit_soft_cap: Scalar | None = None,
     label_log_expected_count: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     ignore_index: int | None = None,
@@ -151,6 +159,8 @@ def linear_sampled_softmax_cross_entropy(
       class_axis: the axis of `kernel` that holds the classes.
       logit_soft_cap: positive bound of the logits. May be traced.
       label_log_expected_count: as in `sampled_softmax_cross_entropy`.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, with the axes of `labels` (size 1 broadcasts) or none.
       where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include.
       ignore_index: label of rows that do not count.
@@ -189,6 +199,7 @@ def linear_sampled_softmax_cross_entropy(
         label_log_expected_count,
         sample_weight,
         where,
+        options.temperature(temperature),
         class_axis=checks.integer_option("class_axis", class_axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reductions.reducer(reduction, reduction_axis),
@@ -207,6 +218,7 @@ def _linear_sampled_softmax(
     label_log_expected_count: Array | None,
     sample_weight: Array | None,
     where: Array | None,
+    temperature: Array | None,
     *,
     class_axis: int,
     ignore_index: int | None,
@@ -255,6 +267,7 @@ def _linear_sampled_softmax(
         Compared(own, sampled, label.counts, included, weights),
         drawn.log_count,
         label_log_expected_count,
+        temperature,
         reduction,
         forward_mode,
     )
@@ -293,9 +306,16 @@ def _loss(
     x: Compared,
     log_expected_count: ArrayLike | None,
     label_log_expected_count: ArrayLike | None,
+    temperature: Array | None,
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
+    temperature = options.of_rows(temperature, x.label.shape, x.label.dtype, x.counts)
+    if temperature is not None:
+        x = x._replace(
+            label=tempered(x.label[..., None], temperature)[..., 0],
+            negatives=tempered(x.negatives, temperature),
+        )
     negatives = _corrected(x.negatives, "log_expected_count", log_expected_count)
     label = _corrected(x.label, "label_log_expected_count", label_log_expected_count)
     if x.included is not None:

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.loss import silenced, weighted
-from ._rows.numerics import linear
+from ._rows.numerics import linear, tempered
 
 
 @reducible
@@ -25,6 +25,7 @@ def sigmoid_binary_cross_entropy(
     *,
     weight: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     label_smoothing: Scalar = 0.0,
@@ -48,6 +49,8 @@ def sigmoid_binary_cross_entropy(
       labels: numbers in [0, 1], of any real dtype; broadcastable to `logits`.
       weight: weight of each element, broadcastable to the loss (`[C]`: one for each class).
       pos_weight: weight of the positive part, broadcastable to the loss.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each element, with the axes of the loss (size 1 broadcasts) or none;
         unlike `weight` it also counts in the denominator of the mean. A weight of 0 silences a loss
         of inf or NaN.
@@ -88,6 +91,7 @@ def sigmoid_binary_cross_entropy(
         sample_weight,
         where,
         checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        options.temperature(temperature),
         reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
@@ -102,11 +106,15 @@ def _loss(
     sample_weight: Array | None,
     where: Array | None,
     label_smoothing: Array | None,
+    temperature: Array | None,
     *,
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
     z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
+    temperature = options.of_rows(temperature, y.shape, y.dtype, counts)
+    if temperature is not None:
+        z = tempered(z.astype(y.dtype)[..., None], temperature)[..., 0]
     pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
     if sample_weight is not None:  # an infinite slope by them times a weight of 0 would be NaN

@@ -85,10 +85,8 @@ def layer(
         counts = checks.of_rows("where", counts, rows, "the rows of hidden")
     label = targets.maybe_class_ids(labels, rows, classes, counts, ignore_index)
     tokens = Tokens(targets.without_excluded(hidden, label.counts))
-    of_row = options.of_rows(temperature, rows, dtype)
+    of_row = options.of_rows(temperature, rows, dtype, label.counts)
     if of_row is not None:
-        if label.counts is not None:
-            of_row = jnp.where(label.counts, of_row, 1)
         tokens = tokens._replace(temperature=of_row)
     tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), tokens)
     label = jax.tree.map(jnp.ravel, label)
