@@ -24,6 +24,8 @@ from .information import cross_entropy as cross_entropy
 from .information import entropy as entropy
 from .information import kl_divergence as kl_divergence
 from .information import self_information as self_information
+from .jensen_shannon import jensen_shannon_loss as jensen_shannon_loss
+from .jensen_shannon import linear_jensen_shannon_loss as linear_jensen_shannon_loss
 from .linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from .linear_statistics import linear_softmax_statistics as linear_softmax_statistics
 from .mesh import on_mesh as on_mesh
@@ -48,6 +50,7 @@ from .probabilities import nll_loss as nll_loss
 from .probabilities import smooth_labels as smooth_labels
 from .ranking import bpr_loss as bpr_loss
 from .ranking import gbce_loss as gbce_loss
+from .ratio import Ratio as Ratio
 from .reference_free import orpo_loss as orpo_loss
 from .reference_free import simpo_loss as simpo_loss
 from .robust import focal_loss as focal_loss
@@ -77,6 +80,8 @@ from .statistics import SoftmaxStatistics as SoftmaxStatistics
 from .statistics import softmax_statistics as softmax_statistics
 from .supervised_contrastive import supervised_contrastive_loss as supervised_contrastive_loss
 from .temperature import fit_temperature as fit_temperature
+from .top_k import linear_top_k_distillation_loss as linear_top_k_distillation_loss
+from .top_k import top_k_distillation_loss as top_k_distillation_loss
 from .weighting import balanced_weights as balanced_weights
 from .weighting import effective_number_weights as effective_number_weights
 from .weighting import focal_alpha as focal_alpha

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int
-from ._arguments.types import ArrayLike, Reduction
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
+from ._rows.numerics import tempered
 from ._rows.tile import wide
 from .diagnostics import log_softmax
 
@@ -210,16 +212,19 @@ def _expected_calibration_error(
     return jnp.sum(size * gap) / jnp.where(everything == 0, jnp.nan, everything)
 
 
+@reducible
 def brier_score(
     logits: ArrayLike,
     labels: ArrayLike,
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
     *,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Squared distance of softmax(logits) from the label, a score that calibration improves.
 
     .. math:: \sum_c \left( \mathrm{softmax}(z)_c - [c = y] \right)^2
@@ -229,10 +234,13 @@ def brier_score(
       labels: class ids `[...]`, of any integer dtype.
       axis: the class axis, or a tuple of them: labels are then flat indices.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The score in [0, 2], of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A
@@ -250,15 +258,15 @@ def brier_score(
     References:
       Brier, `Verification of Forecasts Expressed in Terms of Probability`, 1950.
     """
-    checks.reduction(reduction)
     return _brier_score(
         logits,
         labels,
         where,
         sample_weight,
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -268,17 +276,22 @@ def _brier_score(
     labels: Array,
     where: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
     shape = rows.values.shape
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     dtype = wide(rows.values.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
-    p = jnp.exp(log_softmax(targets.without_excluded(rows.values, label.counts, sample_weight)))
+    z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
+    temperature = options.of_rows(temperature, shape[:-1], dtype, label.counts)
+    if temperature is not None:
+        z = tempered(z, temperature)
+    p = jnp.exp(log_softmax(z))
     score = jnp.sum(jnp.square(p - jax.nn.one_hot(label.ids, shape[-1], dtype=dtype)), -1)
     score = targets.nan_if(label.unknown, score, sample_weight)
     return reductions.reduce(score, label.counts, sample_weight, reduction)

@@ -13,21 +13,23 @@ an embedding times a scale, rounded, would cost a bfloat16 loss its second digit
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Integer
 
-from ._arguments import checks
+from ._arguments import checks, reductions
 from ._arguments.compiled import compiled
 from ._arguments.options import scalar
+from ._arguments.reductions import Reducer
 from ._arguments.sides import reduced, sides, without_silent
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.types import ArrayLike, Loss, Reduction, Scalar, reducible, with_statistics
 from ._rows import pairs
 from ._rows.tile import wide
 
 
+@reducible
 def info_nce_loss(
     queries: ArrayLike,
     keys: ArrayLike,
@@ -39,7 +41,7 @@ def info_nce_loss(
     reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Cross-entropy of picking each query's own key out of all keys of the batch.
 
     .. math::
@@ -57,8 +59,8 @@ def info_nce_loss(
       sample_weight: weight of each query's loss, broadcastable to `[N]`.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `queries`, `keys`, `where`
         and `sample_weight` are sharded by rows. All devices' keys are compared with.
-      reduction: "none": this device's losses `[N]`; "sum" or "mean": over all devices, the latter
-        divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
+      reduction: "none": this device's losses `[N]`; "sum", "ratio" or "mean": over all devices, the
+        last divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `keys`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
@@ -83,7 +85,6 @@ def info_nce_loss(
       Sohn, `Improved Deep Metric Learning with Multi-class N-pair Loss Objective`, 2016. More
       keys than queries: He et al., `Momentum Contrast`, 2020.
     """
-    checks.reduction(reduction)
     return _info_nce(
         queries,
         keys,
@@ -91,7 +92,7 @@ def info_nce_loss(
         scalar("logit_scale", logit_scale, low=0.0),
         sample_weight,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction),
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
@@ -106,10 +107,10 @@ def _info_nce(
     sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     memory_budget: int | None,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     x = sides("queries", queries, "keys", keys, where, logit_scale, axis_name, more=True)
     x = without_silent(x, sample_weight)
     loss = pairs.one_direction(x, memory_budget=memory_budget, forward_mode=forward_mode)
@@ -131,54 +132,7 @@ class ClipStatistics(NamedTuple):
     image_of_text: Integer[Array, " n"]
 
 
-@overload
-def clip_loss(
-    images: ArrayLike,
-    texts: ArrayLike,
-    where: ArrayLike | None = None,
-    *,
-    logit_scale: Scalar = 1.0,
-    sample_weight: ArrayLike | None = None,
-    axis_name: str | None = None,
-    reduction: Reduction = "none",
-    return_statistics: Literal[False] = False,
-    memory_budget: int | None = None,
-    forward_mode: bool = False,
-) -> Float[Array, "..."]: ...
-
-
-@overload
-def clip_loss(
-    images: ArrayLike,
-    texts: ArrayLike,
-    where: ArrayLike | None = None,
-    *,
-    logit_scale: Scalar = 1.0,
-    sample_weight: ArrayLike | None = None,
-    axis_name: str | None = None,
-    reduction: Reduction = "none",
-    return_statistics: Literal[True],
-    memory_budget: int | None = None,
-    forward_mode: bool = False,
-) -> tuple[Float[Array, "..."], ClipStatistics]: ...
-
-
-@overload
-def clip_loss(
-    images: ArrayLike,
-    texts: ArrayLike,
-    where: ArrayLike | None = None,
-    *,
-    logit_scale: Scalar = 1.0,
-    sample_weight: ArrayLike | None = None,
-    axis_name: str | None = None,
-    reduction: Reduction = "none",
-    return_statistics: bool,
-    memory_budget: int | None = None,
-    forward_mode: bool = False,
-) -> Float[Array, "..."] | tuple[Float[Array, "..."], ClipStatistics]: ...
-
-
+@with_statistics
 def clip_loss(
     images: ArrayLike,
     texts: ArrayLike,
@@ -191,7 +145,7 @@ def clip_loss(
     return_statistics: bool = False,
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."] | tuple[Float[Array, "..."], ClipStatistics]:
+) -> Loss | tuple[Loss, ClipStatistics]:
     r"""Mean of the cross-entropies of finding the text of an image and the image of a text.
 
     .. math::
@@ -211,8 +165,8 @@ def clip_loss(
       sample_weight: weight of each pair, broadcastable to `[N]`.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `images`, `texts`, `where`
         and `sample_weight` are sharded by rows. Pairs are told from those of all devices.
-      reduction: "none": this device's losses `[N]`; "sum" or "mean": over all devices, the latter
-        divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
+      reduction: "none": this device's losses `[N]`; "sum", "ratio" or "mean": over all devices, the
+        last divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       return_statistics: return also, from the same pass, which text each image is taken for, and
         which image each text.
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
@@ -250,7 +204,6 @@ def clip_loss(
       2021; Zhang et al., `Contrastive Learning of Medical Visual Representations from Paired
       Images and Text`, 2020.
     """
-    checks.reduction(reduction)
     return _clip(
         images,
         texts,
@@ -258,7 +211,7 @@ def clip_loss(
         scalar("logit_scale", logit_scale, low=0.0),
         sample_weight,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction),
         return_statistics=return_statistics,
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
@@ -274,11 +227,11 @@ def _clip(
     sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     return_statistics: bool,
     memory_budget: int | None,
     forward_mode: bool,
-) -> Array | tuple[Array, ClipStatistics]:
+) -> Loss | tuple[Loss, ClipStatistics]:
     x = sides("images", images, "texts", texts, where, logit_scale, axis_name)
     of_images, of_texts = pairs.both_directions(
         x,
@@ -299,6 +252,7 @@ def _clip(
     return loss, found
 
 
+@reducible
 def siglip_loss(
     images: ArrayLike,
     texts: ArrayLike,
@@ -311,7 +265,7 @@ def siglip_loss(
     reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Binary cross-entropy of telling, for each image and text by itself, if they are a pair.
 
     .. math::
@@ -332,8 +286,8 @@ def siglip_loss(
       sample_weight: weight of each image's loss, broadcastable to `[N]`.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `images`, `texts`, `where`
         and `sample_weight` are sharded by rows. Images are paired with the texts of all devices.
-      reduction: "none": this device's losses `[N]`; "sum" or "mean": over all devices, the latter
-        divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
+      reduction: "none": this device's losses `[N]`; "sum", "ratio" or "mean": over all devices, the
+        last divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `texts`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
@@ -356,7 +310,6 @@ def siglip_loss(
     References:
       Zhai et al., `Sigmoid Loss for Language Image Pre-Training`, 2023.
     """
-    checks.reduction(reduction)
     return _siglip(
         images,
         texts,
@@ -365,7 +318,7 @@ def siglip_loss(
         scalar("logit_bias", logit_bias),
         sample_weight,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction),
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
@@ -381,10 +334,10 @@ def _siglip(
     sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     memory_budget: int | None,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     x = sides("images", images, "texts", texts, where, logit_scale, axis_name)
     x = without_silent(x, sample_weight)
     bias = logit_bias.astype(wide(x.rows.dtype))

@@ -3,38 +3,39 @@ r"""Learning from a teacher: the divergence between its softmax and the student'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import array, compiled
-from ._arguments.options import scalar
+from ._arguments.reductions import Reducer
 from ._arguments.two_heads import Layer, two_heads
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, divergence
+from ._rows.jensen_shannon import jensen_shannon
 from ._rows.loss import silenced
 from ._rows.tile import wide
 
-# The smallest temperature: below, logits of ordinary size overflow.
-_COLDEST = 1e-6
 
-
+@reducible
 def distillation_loss(
     logits: ArrayLike,
     teacher_logits: ArrayLike,
     axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None,
     *,
-    temperature: Scalar = 1.0,
+    temperature: ArrayLike = 1.0,
     reverse: bool = False,
     sample_weight: ArrayLike | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Kullback-Leibler divergence of the student's softmax from the teacher's, in nats.
 
     With logits z of the student, z' of the teacher, and a temperature T:
@@ -54,13 +55,15 @@ def distillation_loss(
       teacher_logits: the teacher's, of the same shape; their dtype may be another.
       axis: the class axis, a tuple of them, or None for all.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      temperature: T, at least 1e-6. May be traced.
+      temperature: T: a number, or one per row, with the axes of the loss (size 1 broadcasts). At
+        least 1e-6. May be traced.
       reverse: take the teacher's divergence from the student's: it seeks a mode of the teacher
         rather than covers all.
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       axis_name: mapped mesh axis over which the class axis of both is sharded.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
@@ -82,35 +85,37 @@ def distillation_loss(
       Hinton et al., `Distilling the Knowledge in a Neural Network`, 2015; reverse: Gu et al.,
       `MiniLLM: Knowledge Distillation of Large Language Models`, 2024.
     """
-    checks.reduction(reduction)
-    return _distillation(
+    return of_logits(
         logits,
         teacher_logits,
         where,
-        _temperature(temperature),
+        options.temperature(temperature),
+        None,
         sample_weight,
         axis=checks.static_axis(axis),
         reverse=reverse,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
 
 @compiled
-def _distillation(
+def of_logits(
     logits: Array,
     teacher_logits: Array,
     where: Array | None,
     temperature: Array | None,
+    beta: Array | None,
     sample_weight: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
     reverse: bool,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
+    """Of two arrays of logits the divergence; with `beta` that of Jensen and Shannon."""
     student = targets.rows_of("logits", logits, axis, where, axis_name)
     teacher_logits = checks.floating("teacher_logits", teacher_logits)
     checks.shape_is("teacher_logits", teacher_logits, logits.shape, "that of logits")
@@ -125,39 +130,51 @@ def _distillation(
         for x in (student, teacher)
     )
     classes = sharded.all_classes(local, axis_name)
-    options = class_blocks.Options(local, -1, classes, axis_name)
-    both = Options(options, options, local)
-    loss = _loss(both, of_student, of_teacher, temperature, None, weights, reverse, forward_mode)
+    side = class_blocks.Options(local, -1, classes, axis_name)
+    both = Options(side, side, local)
+    by_row = _of_rows(temperature, tuple(rows), dtype, student.counts)
+    beta = None if beta is None else beta.astype(dtype)
+    loss = _loss(both, of_student, of_teacher, by_row, beta, None, weights, reverse, forward_mode)
     return reductions.reduce(loss, student.counts, weights, reduction)
 
 
+def _of_rows(
+    temperature: Array | None,
+    rows: tuple[int, ...],
+    dtype: DTypeLike,
+    counts: Bool[Array, "*rows"] | None,
+) -> Float[Array, "*rows"] | None:
+    """The temperature of each row; 1 in rows that do not count."""
+    by_row = options.of_rows(temperature, rows, dtype)
+    return by_row if by_row is None or counts is None else jnp.where(counts, by_row, 1)
+
+
 def _loss(
-    options: Options,
+    both: Options,
     student: Side,
     teacher: Side,
-    temperature: Array | None,
+    temperature: Float[Array, "*rows"] | None,
+    beta: Array | None,
     used: Bool[Array, "*rows"] | None,
     sample_weight: Float[Array, "*rows"] | None,
     reverse: bool,
     forward_mode: bool,
 ) -> Float[Array, "*rows"]:
-    """`options` are those of the teacher and of the student."""
-    p, q = (student, teacher) if reverse else (teacher, student)
+    """The options in `both` are those of the teacher and of the student."""
     if reverse:
-        options = options._replace(p=options.q, q=options.p)
-    loss = divergence(options, Inputs(p, q, temperature), used, forward_mode=forward_mode)
+        both, student, teacher = both._replace(p=both.q, q=both.p), teacher, student
+    inputs = Inputs(teacher, student, temperature)
+    if beta is None:
+        loss = divergence(both, inputs, used, forward_mode=forward_mode)
+    else:
+        inputs = inputs._replace(share=beta)
+        loss = jensen_shannon(both, inputs, used, forward_mode=forward_mode)
     if temperature is None:
         return loss
     return silenced(sample_weight, loss) * jnp.square(temperature.astype(loss.dtype))
 
 
-def _temperature(value: ArrayLike) -> Array | None:
-    """The value, or None where it is known to be 1 and so has no effect."""
-    temperature = scalar("temperature", value, low=_COLDEST)
-    known = not isinstance(temperature, jax.core.Tracer)
-    return None if known and temperature == 1 else temperature
-
-
+@reducible
 def linear_distillation_loss(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -172,15 +189,16 @@ def linear_distillation_loss(
     num_classes: int | None = None,
     logit_soft_cap: Scalar | None = None,
     teacher_logit_soft_cap: Scalar | None = None,
-    temperature: Scalar = 1.0,
+    temperature: ArrayLike = 1.0,
     reverse: bool = False,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Distillation of a linear layer's softmax, without its logits in memory.
 
     .. math::
@@ -208,14 +226,16 @@ def linear_distillation_loss(
         which the student may have more or less than the teacher. By default there is none.
       logit_soft_cap: positive bound of the student's logits. May be traced.
       teacher_logit_soft_cap: positive bound of the teacher's logits. May be traced.
-      temperature: T, at least 1e-6. May be traced.
+      temperature: T: a number, or one per row, with the axes of the loss (size 1 broadcasts). At
+        least 1e-6. May be traced.
       reverse: take the teacher's divergence from the student's.
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
         `next_tokens` has it.
       axis_name: mapped mesh axis over which the classes of all arrays are sharded, alike.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       memory_budget: bytes that the blocks of logits and their gradients may take, by default as
         in `linear_softmax_cross_entropy`, of both kernels together.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
@@ -240,31 +260,17 @@ def linear_distillation_loss(
     References:
       As `distillation_loss`.
     """
-    checks.reduction(reduction)
-    cap = checks.soft_cap("logit_soft_cap", logit_soft_cap)
-    student = Layer(array("hidden", hidden), array("kernel", kernel), array("bias", bias), cap)
-    teacher = None
-    if teacher_hidden is not None and teacher_kernel is not None:
-        cap = checks.soft_cap("teacher_logit_soft_cap", teacher_logit_soft_cap)
-        teacher = Layer(
-            array("teacher_hidden", teacher_hidden),
-            array("teacher_kernel", teacher_kernel),
-            array("teacher_bias", teacher_bias),
-            cap,
-        )
-    of_layer = (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap)
-    if (teacher is None) == (teacher_logits is None) or (
-        teacher is None and any(x is not None for x in of_layer)
-    ):
-        raise ValueError(
-            "the teacher must be given either by teacher_logits alone, or by teacher_hidden and "
-            "teacher_kernel, with or without teacher_bias and teacher_logit_soft_cap"
-        )
-    return _linear_distillation(
+    student, teacher = layers(
+        (hidden, kernel, bias, logit_soft_cap),
+        (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap),
+        teacher_logits,
+    )
+    return of_layers(
         student,
         teacher,
         teacher_logits,
-        _temperature(temperature),
+        options.temperature(temperature),
+        None,
         sample_weight,
         where,
         class_axis=checks.integer_option("class_axis", class_axis),
@@ -272,18 +278,42 @@ def linear_distillation_loss(
         num_classes=checks.integer_option("num_classes", num_classes),
         reverse=reverse,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
 
 
+def layers(
+    student: tuple[Any, Any, Any, Any], teacher: tuple[Any, Any, Any, Any], logits: Any
+) -> tuple[Layer, Layer | None]:
+    """Both layers, given hidden states, kernel, bias and soft cap; None for a teacher's logits."""
+
+    def layer(prefix: str, hidden: Any, kernel: Any, bias: Any, soft_cap: Any) -> Layer:
+        cap = checks.soft_cap(f"{prefix}logit_soft_cap", soft_cap)
+        return Layer(
+            array(f"{prefix}hidden", hidden),
+            array(f"{prefix}kernel", kernel),
+            array(f"{prefix}bias", bias),
+            cap,
+        )
+
+    has_layer = teacher[0] is not None and teacher[1] is not None
+    if has_layer == (logits is not None) or (not has_layer and any(x is not None for x in teacher)):
+        raise ValueError(
+            "the teacher must be given either by teacher_logits alone, or by teacher_hidden and "
+            "teacher_kernel, with or without teacher_bias and teacher_logit_soft_cap"
+        )
+    return layer("", *student), layer("teacher_", *teacher) if has_layer else None
+
+
 @compiled
-def _linear_distillation(
+def of_layers(
     student: Layer,
     teacher: Layer | None,
     teacher_logits: Array | None,
     temperature: Array | None,
+    beta: Array | None,
     sample_weight: Array | None,
     where: Array | None,
     *,
@@ -292,10 +322,11 @@ def _linear_distillation(
     num_classes: int | None,
     reverse: bool,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     memory_budget: int | None,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
+    """Of a layer, and another or logits, the divergence; with `beta` that of Jensen and Shannon."""
     x = two_heads(
         student,
         teacher,
@@ -309,7 +340,10 @@ def _linear_distillation(
         memory_budget=memory_budget,
     )
     weights = None if x.weights is None else x.weights.ravel()
+    by_row = _of_rows(temperature, x.rows, x.dtype, x.counts)
+    by_row = None if by_row is None else by_row.ravel()
+    beta = None if beta is None else beta.astype(x.dtype)
     loss = _loss(
-        x.options, x.student, x.teacher, temperature, x.used, weights, reverse, forward_mode
+        x.options, x.student, x.teacher, by_row, beta, x.used, weights, reverse, forward_mode
     )
     return reductions.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.layer import layer
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, with_statistics
 from ._rows import class_blocks, sharded, token_blocks
 from ._rows.loss import counted, silenced, smoothing_coefficients, softmax_loss
 from ._rows.order import as_given, in_order
@@ -29,7 +30,7 @@ from .statistics import SoftmaxStatistics
 LogProbLoss = Callable[[Array], Array]
 
 
-@overload
+@with_statistics
 def linear_softmax_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -49,87 +50,11 @@ def linear_softmax_cross_entropy(
     log_prob_loss: LogProbLoss | None = None,
     axis_name: str | None = None,
     reduction: Reduction = "none",
-    return_statistics: Literal[False] = False,
-    memory_budget: int | None = None,
-    forward_mode: bool = False,
-) -> Float[Array, "..."]: ...
-
-
-@overload
-def linear_softmax_cross_entropy(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    bias: ArrayLike | None = None,
-    class_axis: int = -1,
-    num_classes: int | None = None,
-    logit_soft_cap: Scalar | None = None,
-    temperature: ArrayLike = 1.0,
-    weight: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    ignore_index: int | None = None,
-    label_smoothing: Scalar = 0.0,
-    z_loss: Scalar = 0.0,
-    log_prob_loss: LogProbLoss | None = None,
-    axis_name: str | None = None,
-    reduction: Reduction = "none",
-    return_statistics: Literal[True],
-    memory_budget: int | None = None,
-    forward_mode: bool = False,
-) -> tuple[Float[Array, "..."], SoftmaxStatistics]: ...
-
-
-@overload
-def linear_softmax_cross_entropy(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    bias: ArrayLike | None = None,
-    class_axis: int = -1,
-    num_classes: int | None = None,
-    logit_soft_cap: Scalar | None = None,
-    temperature: ArrayLike = 1.0,
-    weight: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    ignore_index: int | None = None,
-    label_smoothing: Scalar = 0.0,
-    z_loss: Scalar = 0.0,
-    log_prob_loss: LogProbLoss | None = None,
-    axis_name: str | None = None,
-    reduction: Reduction = "none",
-    return_statistics: bool,
-    memory_budget: int | None = None,
-    forward_mode: bool = False,
-) -> Float[Array, "..."] | tuple[Float[Array, "..."], SoftmaxStatistics]: ...
-
-
-def linear_softmax_cross_entropy(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    bias: ArrayLike | None = None,
-    class_axis: int = -1,
-    num_classes: int | None = None,
-    logit_soft_cap: Scalar | None = None,
-    temperature: ArrayLike = 1.0,
-    weight: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    ignore_index: int | None = None,
-    label_smoothing: Scalar = 0.0,
-    z_loss: Scalar = 0.0,
-    log_prob_loss: LogProbLoss | None = None,
-    axis_name: str | None = None,
-    reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     return_statistics: bool = False,
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."] | tuple[Float[Array, "..."], SoftmaxStatistics]:
+) -> Loss | tuple[Loss, SoftmaxStatistics]:
     r"""Cross-entropy of a linear layer's softmax with class ids, without its logits in memory.
 
     For hidden states :math:`h`, kernel :math:`W` and bias :math:`b`, the loss is that of
@@ -177,8 +102,9 @@ def linear_softmax_cross_entropy(
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `kernel`, `bias` and `weight`
         are sharded by classes. Labels are ids among all classes, `hidden` is the same on all
         devices of that axis, and so is the loss.
-      reduction: "none"; "sum"; or "mean", over `sum(sample_weight * weight[label])` of the rows
-        that count (0 if that is 0; see `mean_denominator`).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", over `sum(sample_weight *
+        weight[label])` of the rows that count (0 if that is 0; see `mean_denominator`).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       return_statistics: return `(loss, statistics)` from one pass, the latter as from
         `linear_softmax_statistics`: accuracy is the mean of `statistics.argmax == labels`.
       memory_budget: bytes that a block of logits and its gradient may take. By default a third
@@ -207,7 +133,6 @@ def linear_softmax_cross_entropy(
       Wijmans et al., `Cut Your Losses in Large-Vocabulary Language Models`, 2024 (recomputed
       blocks); Hsu et al., `Liger Kernel`, 2024 (gradients in the forward pass).
     """
-    checks.reduction(reduction)
     return _linear_loss(
         hidden,
         kernel,
@@ -225,7 +150,7 @@ def linear_softmax_cross_entropy(
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         log_prob_loss=log_prob_loss,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         return_statistics=return_statistics,
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
@@ -251,12 +176,13 @@ def _linear_loss(
     ignore_index: int | None,
     log_prob_loss: LogProbLoss | None,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     return_statistics: bool,
     memory_budget: int | None,
     forward_mode: bool,
-) -> Array | tuple[Array, SoftmaxStatistics]:
-    summed = reduction != "none" and not (axis_name or forward_mode)
+) -> Loss | tuple[Loss, SoftmaxStatistics]:
+    in_blocks_of_tokens = reduction.kind != "none" and reduction.axis is None
+    summed = in_blocks_of_tokens and not (axis_name or forward_mode)
     constants: Sequence[Any] = ()
     if log_prob_loss is not None:
         one = jnp.zeros((), wide(jnp.asarray(hidden).dtype))
@@ -309,21 +235,21 @@ def _linear_loss(
     if x.token_block is not None:
         by_token = token_blocks.Options(x.token_block, row_loss, x.options, return_statistics)
         total, found = token_blocks.loss_sum(by_token, x.tokens, x.head, target, inputs, x.counting)
+        loss = reductions.of_total(
+            total, reduction, x.label.ids.shape, x.label.counts, sample_weight, label_weight
+        )
     else:
         found = class_blocks.row_statistics(
             x.options, x.tokens, x.head, target, x.counting, forward_mode=forward_mode
         )
-        loss = row_loss(found, inputs)
-        found = found if return_statistics else None
-        in_full = reduction == "none"
-        total = as_given(x.order, loss).reshape(x.rows) if in_full else jnp.sum(loss)
-    if reduction == "mean":
-        total = reductions.mean(
-            total, x.label.ids.shape, x.label.counts, sample_weight, label_weight
+        by_row = row_loss(found, inputs), x.label.counts, sample_weight, label_weight
+        losses, counts, *weights = jax.tree.map(
+            lambda row: row.reshape(x.rows), as_given(x.order, by_row)
         )
-    if found is None:
-        return total
-    return total, of_layer(found, x)
+        loss = reductions.combined(losses, reduction, counts, *weights)
+    if found is None or not return_statistics:
+        return loss
+    return loss, of_layer(found, x)
 
 
 def _row_loss(
@@ -342,4 +268,4 @@ def _row_loss(
         found = found._replace(cross=of_rows(-found.cross, *constants))
     loss = softmax_loss(found, label_weight, label_smoothing, z_loss, classes=classes)
     loss = targets.nan_if(unknown, loss, sample_weight)
-    return reductions.reduce(loss, counts, sample_weight, "none")
+    return reductions.masked(loss, counts, sample_weight)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
-from . import denominator, linear, linear_statistics, softmax, statistics
+from . import linear, linear_statistics, softmax, statistics
 from ._arguments import checks, placement, reductions
 from ._arguments.compiled import array
 from ._arguments.options import temperature
@@ -180,17 +180,27 @@ def _run(task: _Task, arrays: dict[str, Array]) -> Any:
     names = tuple(arrays)
     place = placement.placer(plan)
     by_row = PartitionSpec(*rows)
-    loss = by_row if options.get("reduction", "none") == "none" else PartitionSpec()
+    reducer = _reducer(options)
+    reduced = () if reducer.kind == "none" else reducer.axes(len(rows))
+    over = tuple(name for a in reduced for name in placement.names(rows[a]))
+    loss = PartitionSpec(*(entry for a, entry in enumerate(rows) if a not in reduced))
     return jax.shard_map(
-        lambda *parts: _local(task, dict(zip(names, parts, strict=True))),
+        lambda *parts: _local(task, over, dict(zip(names, parts, strict=True))),
         mesh=plan.mesh,
         in_specs=tuple(PartitionSpec(*specs[name]) for name in names),
         out_specs=(loss, by_row) if options.get("return_statistics") else loss,
     )(*(place(arrays[name], specs[name]) for name in names))
 
 
-def _local(task: _Task, parts: dict[str, Array]) -> Any:
-    """What each device does with its parts of the arrays."""
+def _reducer(options: dict[str, Any]) -> reductions.Reducer:
+    return reductions.reducer(options.get("reduction", "none"), options.get("reduction_axis"))
+
+
+def _local(task: _Task, over: tuple[str, ...], parts: dict[str, Array]) -> Any:
+    """What each device does with its parts of the arrays.
+
+    Its loss is that of its rows; `over` are the mesh axes over which rows that are reduced lie.
+    """
     plan, options = task.plan, dict(task.options)
     if plan.width:
         # Cast first: its derivative, a sum over the other row axes, then comes after that of the
@@ -208,39 +218,14 @@ def _local(task: _Task, parts: dict[str, Array]) -> Any:
         else:
             kernel = gather(kernel)
         parts = {**parts, "kernel": kernel}
-    reduction = options.get("reduction", "none")
-    if reduction == "mean":
-        options["reduction"] = "sum"
+    reducer = _reducer(options)
+    if reducer.kind == "mean":
+        options["reduction"] = "ratio"  # whose parts add up over the devices
     found = task.function(**parts, **options, axis_name=plan.classes)
-    if reduction == "none":
+    if reducer.kind == "none":
         return found
-    total, *others = found if options.get("return_statistics") else (found,)
-    total = jax.lax.psum(total, plan.row_axes)
-    if reduction == "mean":
-        part = _denominator(task, parts).astype(total.dtype)
-        total = reductions.divide(total, jax.lax.psum(part, plan.row_axes))
-    return (total, *others) if others else total
-
-
-def _denominator(task: _Task, parts: dict[str, Array]) -> Array:
-    """What this device's rows add to the denominator of a mean."""
-    options, classes = dict(task.options), task.plan.classes
-    labels, where = parts["labels"], parts.get("where")
-    weight, sample_weight = parts.get("weight"), parts.get("sample_weight")
-    if task.function in _OF_LOGITS:
-        logits = parts["logits"]
-        axes = checks.axes(options["axis"], logits.ndim)
-        if where is not None and where.ndim == logits.ndim:  # no classes: a row that doesn't count
-            some = jnp.any(where, axes).astype(logits.dtype)
-            where = sharded.max_over(some, classes) > 0
-        if task.function is softmax.softmax_cross_entropy:
-            rows = tuple(n for a, n in enumerate(logits.shape) if a not in axes)
-            labels, weight = jnp.zeros(rows, logits.dtype), None
-    return denominator.mean_denominator(
-        labels,
-        weight=weight,
-        sample_weight=sample_weight,
-        where=where,
-        ignore_index=options.get("ignore_index"),
-        axis_name=classes,
-    )
+    loss, *others = found if options.get("return_statistics") else (found,)
+    loss = jax.lax.psum(loss, over)
+    if reducer.kind == "mean":
+        loss = loss.mean()
+    return (loss, *others) if others else loss

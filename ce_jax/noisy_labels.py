@@ -9,16 +9,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.types import ArrayLike, Reduction
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows import sharded
+from ._rows.numerics import tempered
 from ._rows.tile import origin, wide
 from .softmax import softmax_cross_entropy
 
 _Axis = int | tuple[int, ...] | None
 
 
+@reducible
 def forward_corrected_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -26,10 +29,12 @@ def forward_corrected_cross_entropy(
     *,
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Cross-entropy between noisy class ids and what the noise makes of softmax(logits).
 
     With the transition matrix :math:`T_{cy} = P(\text{label } y \mid \text{true class } c)`:
@@ -45,10 +50,13 @@ def forward_corrected_cross_entropy(
       transition: T `[C, C]`; rows sum to 1.
       axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A label that is
@@ -69,16 +77,16 @@ def forward_corrected_cross_entropy(
       Patrini et al., `Making Deep Neural Networks Robust to Label Noise: a Loss Correction
       Approach`, 2017.
     """
-    checks.reduction(reduction)
     return _forward(
         logits,
         labels,
         transition,
         where,
         sample_weight,
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -89,17 +97,21 @@ def _forward(
     transition: Array,
     where: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     matrix = _transition(transition, shape[-1], dtype)
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
+    temperature = options.of_rows(temperature, shape[:-1], dtype, label.counts)
+    if temperature is not None:
+        z = tempered(z - _base(z), temperature)
     into_label = sharded.take_rows(matrix.T, label.ids)
 
     log_into = jnp.where(
@@ -125,6 +137,7 @@ def _base(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows 1"]:
     return origin(jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)))
 
 
+@reducible
 def backward_corrected_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -132,11 +145,13 @@ def backward_corrected_cross_entropy(
     *,
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Cross-entropy whose mean over the label noise is that of the true class.
 
     With the transition matrix :math:`T_{cy} = P(\text{label } y \mid \text{true class } c)`:
@@ -154,10 +169,13 @@ def backward_corrected_cross_entropy(
       transition: T `[C, C]`; rows sum to 1.
       axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
         "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
         JAX's own.
@@ -183,16 +201,16 @@ def backward_corrected_cross_entropy(
       Patrini et al., `Making Deep Neural Networks Robust to Label Noise: a Loss Correction
       Approach`, 2017.
     """
-    checks.reduction(reduction)
     return _backward(
         logits,
         labels,
         transition,
         where,
         sample_weight,
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -204,22 +222,25 @@ def _backward(
     transition: Array,
     where: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     axis: _Axis,
     ignore_index: int | None,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     matrix = _transition(transition, shape[-1], dtype)
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight)
+    temperature = options.of_rows(temperature, shape[:-1], dtype, label.counts)
     corrected = sharded.take_rows(jnp.linalg.inv(matrix), label.ids)
     loss = softmax_cross_entropy(
         z,
         sharded.with_sharding_of(corrected, z),
+        temperature=1.0 if temperature is None else temperature,
         forward_mode=forward_mode,
     )
     loss = targets.nan_if(label.unknown, loss, sample_weight)

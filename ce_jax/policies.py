@@ -12,18 +12,20 @@ from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from ._arguments import checks
+from ._arguments import reductions
 from ._arguments.compiled import compiled
 from ._arguments.log_probs import reduced, rows_of
 from ._arguments.options import scalar
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.numerics import expm1_less_x
 
 Kind: TypeAlias = Literal["k1", "k2", "k3"]
 
 
+@reducible
 def ppo_clip_loss(
     log_prob: ArrayLike,
     old_log_prob: ArrayLike,
@@ -34,7 +36,8 @@ def ppo_clip_loss(
     high: Scalar = 0.2,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Proximal policy optimisation: the advantage times the ratio, which pays no more when far.
 
     .. math::
@@ -54,8 +57,9 @@ def ppo_clip_loss(
       low: how far below 1 the ratio pays, in [0, 1]. May be traced.
       high: how far above 1 the ratio pays, at least 0. May be traced.
       sample_weight: weight of each token, with the axes of `log_prob` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the tokens that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the tokens that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of the shape of `log_prob` or `[]`, in float32 (float64 if any of the first three
@@ -75,7 +79,6 @@ def ppo_clip_loss(
       Schulman et al., `Proximal Policy Optimization Algorithms`, 2017; with a bound above that
       differs: Yu et al., `DAPO: An Open-Source LLM Reinforcement Learning System at Scale`, 2025.
     """
-    checks.reduction(reduction)
     return _ppo_clip(
         log_prob,
         old_log_prob,
@@ -84,7 +87,7 @@ def ppo_clip_loss(
         scalar("low", low, 0.0, 1.0),
         scalar("high", high, low=0.0),
         sample_weight,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -98,8 +101,8 @@ def _ppo_clip(
     high: Array,
     sample_weight: Array | None,
     *,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     arrays = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantage": advantage}
     rows = rows_of(arrays, where, sample_weight, broadcast=("advantage",))
     ours, old, advantage = rows.values
@@ -112,6 +115,7 @@ def _ppo_clip(
     return reduced(-advantage * ratio, rows, reduction)
 
 
+@reducible
 def kl_estimate(
     log_prob: ArrayLike,
     reference_log_prob: ArrayLike,
@@ -120,7 +124,8 @@ def kl_estimate(
     kind: Kind = "k3",
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Estimate of the divergence of a policy and a reference, from tokens the policy drew.
 
     .. math::
@@ -141,8 +146,9 @@ def kl_estimate(
       where: bool: the tokens that count, with the axes of `log_prob` (size 1 broadcasts) or none.
       kind: "k1", "k2" or "k3".
       sample_weight: weight of each token, with the axes of `log_prob` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the tokens that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the tokens that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The estimate in nats, of the shape of `log_prob` or `[]`, in float32 (float64 if either array
@@ -165,11 +171,15 @@ def kl_estimate(
       Schulman, `Approximating KL Divergence`, 2020; in a loss: Shao et al., `DeepSeekMath: Pushing
       the Limits of Mathematical Reasoning in Open Language Models`, 2024.
     """
-    checks.reduction(reduction)
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")
     return _kl_estimate(
-        log_prob, reference_log_prob, where, sample_weight, kind=kind, reduction=reduction
+        log_prob,
+        reference_log_prob,
+        where,
+        sample_weight,
+        kind=kind,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -181,8 +191,8 @@ def _kl_estimate(
     sample_weight: Array | None,
     *,
     kind: Kind,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     arrays = {"log_prob": log_prob, "reference_log_prob": reference_log_prob}
     rows = rows_of(arrays, where, sample_weight)
     ours, reference = rows.values

@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks
+from ._arguments import checks, reductions
 from ._arguments.compiled import compiled
 from ._arguments.log_probs import reduced, rows_of
 from ._arguments.options import scalar
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.loss import weighted
 
 
+@reducible
 def dpo_loss(
     chosen: ArrayLike,
     rejected: ArrayLike,
@@ -31,7 +33,8 @@ def dpo_loss(
     label_smoothing: Scalar = 0.0,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Direct preference optimisation: cross-entropy of telling the chosen answer by its reward.
 
     The reward of an answer is how much likelier the policy finds it than the reference does:
@@ -50,8 +53,9 @@ def dpo_loss(
       label_smoothing: :math:`\epsilon`, in [0, 1]: the share of pairs whose answers are thought to
         be exchanged. May be traced.
       sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the pairs that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the pairs that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
@@ -72,7 +76,6 @@ def dpo_loss(
       Model`, 2023; with smoothing: Mitchell, `A note on DPO with noisy preferences and
       relationship to IPO`, 2023.
     """
-    checks.reduction(reduction)
     return _dpo(
         chosen,
         rejected,
@@ -82,7 +85,7 @@ def dpo_loss(
         scalar("beta", beta, low=0.0),
         scalar("label_smoothing", label_smoothing, 0.0, 1.0),
         sample_weight,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -97,8 +100,8 @@ def _dpo(
     label_smoothing: Array,
     sample_weight: Array | None,
     *,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     four = _four(chosen, rejected, reference_chosen, reference_rejected)
     rows = rows_of(four, where, sample_weight)
     margin = _margin(*rows.values)
@@ -107,6 +110,7 @@ def _dpo(
     return reduced(loss, rows, reduction)
 
 
+@reducible
 def ipo_loss(
     chosen: ArrayLike,
     rejected: ArrayLike,
@@ -117,7 +121,8 @@ def ipo_loss(
     beta: Scalar = 0.1,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Identity preference optimisation: the margin of the rewards shall be a number, not grow.
 
     .. math::
@@ -133,8 +138,9 @@ def ipo_loss(
       where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
       beta: :math:`\beta`, at least 1e-6 (:math:`\tau` in the paper). May be traced.
       sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the pairs that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the pairs that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
@@ -154,7 +160,6 @@ def ipo_loss(
       Azar et al., `A General Theoretical Paradigm to Understand Learning from Human Preferences`,
       2023.
     """
-    checks.reduction(reduction)
     return _ipo(
         chosen,
         rejected,
@@ -163,7 +168,7 @@ def ipo_loss(
         where,
         scalar("beta", beta, low=1e-6),
         sample_weight,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -177,14 +182,15 @@ def _ipo(
     beta: Array,
     sample_weight: Array | None,
     *,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     four = _four(chosen, rejected, reference_chosen, reference_rejected)
     rows = rows_of(four, where, sample_weight)
     margin = _margin(*rows.values)
     return reduced(jnp.square(margin - 0.5 / beta.astype(margin.dtype)), rows, reduction)
 
 
+@reducible
 def kto_loss(
     log_prob: ArrayLike,
     reference_log_prob: ArrayLike,
@@ -197,7 +203,8 @@ def kto_loss(
     undesirable_weight: Scalar = 1.0,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Kahneman-Tversky optimisation: single answers, each known to be good or bad.
 
     .. math::
@@ -219,8 +226,10 @@ def kto_loss(
       desirable_weight: :math:`\lambda_D`, at least 0. May be traced.
       undesirable_weight: :math:`\lambda_U`, at least 0. May be traced.
       sample_weight: weight of each answer, with the axes of `log_prob` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the answers that
-        count (0 if that is 0): as in TRL, the two weights have no part in the denominator.
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the answers that count (0 if that is 0): as in TRL, the two weights have no part in the
+        denominator.
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of the shape of `log_prob` or `[]`, in float32 (float64 if any of the three floating
@@ -239,7 +248,6 @@ def kto_loss(
     References:
       Ethayarajh et al., `KTO: Model Alignment as Prospect Theoretic Optimization`, 2024.
     """
-    checks.reduction(reduction)
     return _kto(
         log_prob,
         reference_log_prob,
@@ -250,7 +258,7 @@ def kto_loss(
         scalar("desirable_weight", desirable_weight, low=0.0),
         scalar("undesirable_weight", undesirable_weight, low=0.0),
         sample_weight,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -266,8 +274,8 @@ def _kto(
     undesirable_weight: Array,
     sample_weight: Array | None,
     *,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     arrays = {"log_prob": log_prob, "reference_log_prob": reference_log_prob, "kl": kl}
     rows = rows_of(arrays, where, sample_weight, broadcast=("kl",))
     ours, reference, kl = rows.values

@@ -9,12 +9,14 @@ from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import sharded
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss, weighted
 from ._rows.tile import RowStatistics, wide
 
 
+@reducible
 def nll_loss(
     log_probs: ArrayLike,
     labels: ArrayLike,
@@ -26,7 +28,8 @@ def nll_loss(
     ignore_index: int | None = None,
     label_smoothing: Scalar = 0.0,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Negative log-likelihood of class ids under given log-probabilities, in nats.
 
     For log-probabilities :math:`l`, label :math:`y`, class weights :math:`w` and smoothing
@@ -47,8 +50,9 @@ def nll_loss(
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread over the allowed classes, in [0, 1].
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight * weight[label])` of the
-        rows that count (0 if that is 0, where torch gives NaN).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight *
+        weight[label])` of the rows that count (0 if that is 0, where torch gives NaN).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 log-probabilities). A
@@ -67,7 +71,6 @@ def nll_loss(
     References:
       Bishop, `Pattern Recognition and Machine Learning`, 2006, section 4.3.4.
     """
-    checks.reduction(reduction)
     return _nll_loss(
         log_probs,
         labels,
@@ -77,7 +80,7 @@ def nll_loss(
         checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -92,8 +95,8 @@ def _nll_loss(
     *,
     axis: int | tuple[int, ...] | None,
     ignore_index: int | None,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     rows = targets.rows_of("log_probs", log_probs, axis, where)
     classes, dtype = rows.values.shape[-1], wide(rows.values.dtype)
     label = targets.class_ids(labels, rows.values.shape[:-1], classes, rows.counts, ignore_index)
@@ -117,6 +120,7 @@ def _nll_loss(
     return reductions.reduce(loss, label.counts, sample_weight, reduction, label_weight)
 
 
+@reducible
 def binary_cross_entropy(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -126,7 +130,8 @@ def binary_cross_entropy(
     where: ArrayLike | None = None,
     label_smoothing: Scalar = 0.0,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Cross-entropy between probabilities and binary labels, element by element, in nats.
 
     For probabilities :math:`p`, labels :math:`q` smoothed to
@@ -146,8 +151,9 @@ def binary_cross_entropy(
       sample_weight: the same, but it also counts in the denominator of the mean.
       where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1].
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the elements that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of the shape of `probs` or `[]`, in float32 (float64 for float64 probabilities).
@@ -165,7 +171,6 @@ def binary_cross_entropy(
     References:
       Good, `Rational Decisions`, 1952.
     """
-    checks.reduction(reduction)
     return _binary_cross_entropy(
         probs,
         labels,
@@ -173,7 +178,7 @@ def binary_cross_entropy(
         sample_weight,
         where,
         checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -186,8 +191,8 @@ def _binary_cross_entropy(
     where: Array | None,
     label_smoothing: Array | None,
     *,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     p, y, counts = targets.elements("probs", probs, labels, where, label_smoothing, sample_weight)
     p = p.astype(y.dtype)
     loss = -(y * _clamped_log(p) + (1 - y) * _clamped_log(1 - p))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from ._arguments import checks, reductions
+from ._arguments import reductions
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.sampled import compared
 from .sigmoid import sigmoid_binary_cross_entropy
 
 
+@reducible
 def bpr_loss(
     label_logits: ArrayLike,
     negative_logits: ArrayLike,
@@ -20,8 +22,9 @@ def bpr_loss(
     *,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Bayesian personalised ranking: cross-entropy of ranking the label above each negative.
 
     .. math:: \ell = -\frac{1}{S} \sum_{s=1}^{S} \log \sigma(z_y - z_{k_s})
@@ -33,8 +36,9 @@ def bpr_loss(
         `negative_logits`: negatives to include, such as those that are not the label. A row without
         any does not count.
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
@@ -53,13 +57,12 @@ def bpr_loss(
     References:
       Rendle et al., `BPR: Bayesian Personalized Ranking from Implicit Feedback`, 2009.
     """
-    checks.reduction(reduction)
     return _bpr(
         label_logits,
         negative_logits,
         where,
         sample_weight,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -71,9 +74,9 @@ def _bpr(
     where: Array | None,
     sample_weight: Array | None,
     *,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     x = compared(label_logits, negative_logits, where, sample_weight)
     ahead = x.label[..., None] - x.negatives
     included = jnp.ones(ahead.shape, bool) if x.included is None else x.included
@@ -86,6 +89,7 @@ def _bpr(
     return reductions.reduce(loss, counts, x.weights, reduction)
 
 
+@reducible
 def gbce_loss(
     label_logits: ArrayLike,
     negative_logits: ArrayLike,
@@ -95,8 +99,9 @@ def gbce_loss(
     calibration: Scalar = 0.75,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Binary cross-entropy that makes up for the negatives that were not drawn.
 
     With S negatives, drawn uniformly from the C - 1 classes that are not the label, and the
@@ -119,8 +124,9 @@ def gbce_loss(
       num_items: C, how many classes there are, at least 2.
       calibration: t, in [0, 1]. May be traced.
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
@@ -141,7 +147,6 @@ def gbce_loss(
       Petrov and Macdonald, `gSASRec: Reducing Overconfidence in Sequential Recommendation Trained
       with Negative Sampling`, 2023, whose default of the calibration is this one.
     """
-    checks.reduction(reduction)
     items = positive_int("num_items", num_items)
     if items < 2:
         raise ValueError(f"num_items must be at least 2, got {num_items}")
@@ -152,7 +157,7 @@ def gbce_loss(
         scalar("calibration", calibration, 0.0, 1.0),
         sample_weight,
         items=items,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -166,9 +171,9 @@ def _gbce(
     sample_weight: Array | None,
     *,
     items: int,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     x = compared(label_logits, negative_logits, where, sample_weight)
     dtype = x.label.dtype
     number = jnp.full(x.label.shape, x.negatives.shape[-1], dtype)

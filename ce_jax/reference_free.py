@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from ._arguments import checks
+from ._arguments import reductions
 from ._arguments.compiled import compiled
 from ._arguments.log_probs import reduced, rows_of
 from ._arguments.options import log_probability, scalar
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 
 
+@reducible
 def simpo_loss(
     chosen: ArrayLike,
     rejected: ArrayLike,
@@ -26,7 +28,8 @@ def simpo_loss(
     gamma: Scalar = 1.0,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Simple preference optimisation: mean log-probabilities as rewards, and no reference.
 
     .. math:: \ell = -\log \sigma \big( \beta (w - l) - \gamma \big)
@@ -43,8 +46,9 @@ def simpo_loss(
       gamma: :math:`\gamma`, the margin that is asked for, at least 0. The paper recommends its
         ratio to :math:`\beta`. May be traced.
       sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the pairs that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the pairs that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
@@ -62,7 +66,6 @@ def simpo_loss(
     References:
       Meng et al., `SimPO: Simple Preference Optimization with a Reference-Free Reward`, 2024.
     """
-    checks.reduction(reduction)
     return _simpo(
         chosen,
         rejected,
@@ -70,7 +73,7 @@ def simpo_loss(
         scalar("beta", beta, low=0.0),
         scalar("gamma", gamma, low=0.0),
         sample_weight,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -83,14 +86,15 @@ def _simpo(
     gamma: Array,
     sample_weight: Array | None,
     *,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     rows = rows_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
     better, worse = rows.values
     x = beta.astype(better.dtype) * (better - worse) - gamma.astype(better.dtype)
     return reduced(jax.nn.softplus(-x), rows, reduction)
 
 
+@reducible
 def orpo_loss(
     chosen: ArrayLike,
     rejected: ArrayLike,
@@ -98,7 +102,8 @@ def orpo_loss(
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Odds ratio preference optimisation: the better answer shall have the higher odds.
 
     .. math::
@@ -115,8 +120,9 @@ def orpo_loss(
       rejected: that of the worse one, of the same shape.
       where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
       sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the pairs that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the pairs that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
@@ -137,8 +143,13 @@ def orpo_loss(
     References:
       Hong et al., `ORPO: Monolithic Preference Optimization without Reference Model`, 2024.
     """
-    checks.reduction(reduction)
-    return _orpo(chosen, rejected, where, sample_weight, reduction=reduction)
+    return _orpo(
+        chosen,
+        rejected,
+        where,
+        sample_weight,
+        reduction=reductions.reducer(reduction, reduction_axis),
+    )
 
 
 @compiled
@@ -148,8 +159,8 @@ def _orpo(
     where: Array | None,
     sample_weight: Array | None,
     *,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     rows = rows_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
     values = map(log_probability, ("chosen", "rejected"), rows.values)
     return reduced(_log1p_odds_ratio(*values), rows, reduction)

@@ -8,25 +8,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.options import option, scalar
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, weighted
+from ._rows.numerics import tempered
 from ._rows.tile import Target, wide
 
 
+@reducible
 def sigmoid_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
     alpha: ArrayLike | None = None,
     gamma: ArrayLike = 2.0,
     *,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: Reduction = "none",
-) -> Float[Array, "..."]:
+    reduction_axis: Axes = None,
+) -> Loss:
     r"""Binary cross-entropy that counts less where the model is right already.
 
     For logits :math:`z`, labels :math:`y`, :math:`p = \sigma(z)`, and the probability
@@ -45,12 +50,15 @@ def sigmoid_focal_loss(
       alpha: weight of the positive class, in [0, 1], the negative one having `1 - alpha`;
         broadcastable to the loss (`[C]`: one for each class). None: both have 1. May be traced.
       gamma: exponent, at least 0, broadcastable to the loss. May be traced.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each element, with the axes of the loss (size 1 broadcasts) or none.
         A weight of 0 silences a loss of inf or NaN.
       where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
         Others are 0, also in gradient.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the elements that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
 
     Returns:
       The loss, of the shape of `logits` or `[]`, in float32 (float64 for float64 logits).
@@ -68,7 +76,6 @@ def sigmoid_focal_loss(
     References:
       Lin et al., `Focal Loss for Dense Object Detection`, 2017.
     """
-    checks.reduction(reduction)
     return _sigmoid_focal_loss(
         logits,
         labels,
@@ -76,7 +83,8 @@ def sigmoid_focal_loss(
         option("gamma", gamma, low=0.0),
         sample_weight,
         where,
-        reduction=reduction,
+        options.temperature(temperature),
+        reduction=reductions.reducer(reduction, reduction_axis),
     )
 
 
@@ -88,11 +96,15 @@ def _sigmoid_focal_loss(
     gamma: Array,
     sample_weight: Array | None,
     where: Array | None,
+    temperature: Array | None,
     *,
-    reduction: Reduction,
-) -> Array:
+    reduction: Reducer,
+) -> Loss:
     z, y, counts = targets.elements("logits", logits, labels, where, None, sample_weight)
     z = z.astype(y.dtype)
+    temperature = options.of_rows(temperature, y.shape, y.dtype, counts)
+    if temperature is not None:
+        z = tempered(z[..., None], temperature)[..., 0]
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
     gamma = checks.broadcast("gamma", gamma.astype(y.dtype), y.shape, "the shape of the loss")
 
@@ -135,6 +147,7 @@ def _log_miss_and_cross(
     return jnp.where(hard, sure, soft) - normaliser, normaliser - a * away
 
 
+@reducible
 def poly_loss_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -142,10 +155,12 @@ def poly_loss_cross_entropy(
     axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None,
     *,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Cross-entropy with target distributions, and a linear term of the probability missed.
 
     For logits :math:`z`, labels :math:`q` and :math:`p = \mathrm{softmax}(z)`:
@@ -163,10 +178,13 @@ def poly_loss_cross_entropy(
       axis: the class axis, a tuple of them, or None for all.
       where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
         dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
         A weight of 0 silences the row, even if its loss is inf or NaN.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
         "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
         JAX's own.
@@ -190,15 +208,15 @@ def poly_loss_cross_entropy(
       Leng et al., `PolyLoss: A Polynomial Expansion Perspective of Classification Loss
       Functions`, 2022.
     """
-    checks.reduction(reduction)
     return _poly_loss_cross_entropy(
         logits,
         labels,
         scalar("epsilon", epsilon),
         where,
         sample_weight,
+        options.temperature(temperature),
         axis=checks.static_axis(axis),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -210,11 +228,12 @@ def _poly_loss_cross_entropy(
     epsilon: Array,
     where: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     axis: int | tuple[int, ...] | None,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
     dtype = wide(rows.values.dtype)
     sample_weight = reductions.weights(
@@ -227,6 +246,9 @@ def _poly_loss_cross_entropy(
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
     top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
     z = z - jnp.where(jnp.isneginf(top), 0, top)
+    temperature = options.of_rows(temperature, z.shape[:-1], dtype, rows.counts)
+    if temperature is not None:
+        z = tempered(z, temperature)
     statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
     missed = -jnp.expm1(z - statistics.lse[..., None])
     loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)

@@ -9,16 +9,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.head import Head
+from ._rows.numerics import tempered
 from ._rows.sampled import Compared, compared, layer_logits
 from ._rows.tile import wide
 from .negatives import Negatives
 from .softmax import softmax_cross_entropy_with_integer_labels
 
 
+@reducible
 def sampled_softmax_cross_entropy(
     label_logits: ArrayLike,
     negative_logits: ArrayLike,
@@ -26,10 +29,12 @@ def sampled_softmax_cross_entropy(
     *,
     log_expected_count: ArrayLike | None = None,
     label_log_expected_count: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Softmax cross-entropy with the normaliser estimated from the label and a sample.
 
     With expected counts :math:`m_k` of the classes that were drawn:
@@ -52,9 +57,12 @@ def sampled_softmax_cross_entropy(
       label_log_expected_count: what is taken off the label's logit likewise, with the axes of
         `label_logits` (size 1 broadcasts) or none. With it, as Yi et al. and TensorFlow have it,
         label and negatives are treated alike, and the expectation of the normaliser is another.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
@@ -78,7 +86,6 @@ def sampled_softmax_cross_entropy(
       2015; Yi et al., `Sampling-Bias-Corrected Neural Modeling for Large Corpus Item
       Recommendations`, 2019.
     """
-    checks.reduction(reduction)
     return _sampled_softmax(
         label_logits,
         negative_logits,
@@ -86,7 +93,8 @@ def sampled_softmax_cross_entropy(
         log_expected_count,
         label_log_expected_count,
         sample_weight,
-        reduction=reduction,
+        options.temperature(temperature),
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -99,19 +107,22 @@ def _sampled_softmax(
     log_expected_count: Array | None,
     label_log_expected_count: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     return _loss(
         compared(label_logits, negative_logits, where, sample_weight),
         log_expected_count,
         label_log_expected_count,
+        temperature,
         reduction,
         forward_mode,
     )
 
 
+@reducible
 def linear_sampled_softmax_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -122,12 +133,14 @@ def linear_sampled_softmax_cross_entropy(
     class_axis: int = -1,
     logit_soft_cap: Scalar | None = None,
     label_log_expected_count: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     ignore_index: int | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Sampled softmax cross-entropy of a linear layer, of whose classes only those drawn are read.
 
     .. math::
@@ -146,11 +159,14 @@ def linear_sampled_softmax_cross_entropy(
       class_axis: the axis of `kernel` that holds the classes.
       logit_soft_cap: positive bound of the logits. May be traced.
       label_log_expected_count: as in `sampled_softmax_cross_entropy`.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, with the axes of `labels` (size 1 broadcasts) or none.
       where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include.
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
         JAX's own.
 
@@ -173,7 +189,6 @@ def linear_sampled_softmax_cross_entropy(
     References:
       As `sampled_softmax_cross_entropy`.
     """
-    checks.reduction(reduction)
     return _linear_sampled_softmax(
         hidden,
         kernel,
@@ -184,9 +199,10 @@ def linear_sampled_softmax_cross_entropy(
         label_log_expected_count,
         sample_weight,
         where,
+        options.temperature(temperature),
         class_axis=checks.integer_option("class_axis", class_axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -202,12 +218,13 @@ def _linear_sampled_softmax(
     label_log_expected_count: Array | None,
     sample_weight: Array | None,
     where: Array | None,
+    temperature: Array | None,
     *,
     class_axis: int,
     ignore_index: int | None,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
     class_axis = checks.kernel_axis(hidden, kernel, class_axis)
     rows, classes, dtype = hidden.shape[:-1], kernel.shape[class_axis], wide(hidden.dtype)
@@ -250,6 +267,7 @@ def _linear_sampled_softmax(
         Compared(own, sampled, label.counts, included, weights),
         drawn.log_count,
         label_log_expected_count,
+        temperature,
         reduction,
         forward_mode,
     )
@@ -288,9 +306,16 @@ def _loss(
     x: Compared,
     log_expected_count: ArrayLike | None,
     label_log_expected_count: ArrayLike | None,
-    reduction: Reduction,
+    temperature: Array | None,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
+    temperature = options.of_rows(temperature, x.label.shape, x.label.dtype, x.counts)
+    if temperature is not None:
+        x = x._replace(
+            label=tempered(x.label[..., None], temperature)[..., 0],
+            negatives=tempered(x.negatives, temperature),
+        )
     negatives = _corrected(x.negatives, "log_expected_count", log_expected_count)
     label = _corrected(x.label, "label_log_expected_count", label_log_expected_count)
     if x.included is not None:
@@ -300,7 +325,8 @@ def _loss(
         jnp.zeros(label.shape, jnp.int32),
         where=x.counts,
         sample_weight=x.weights,
-        reduction=reduction,
+        reduction=reduction.kind,
+        reduction_axis=reduction.axis,
         forward_mode=forward_mode,
     )
 

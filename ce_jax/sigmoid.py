@@ -10,25 +10,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.loss import silenced, weighted
-from ._rows.numerics import linear
+from ._rows.numerics import linear, tempered
 
 
+@reducible
 def sigmoid_binary_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
     weight: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     label_smoothing: Scalar = 0.0,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Cross-entropy between sigmoid(logits) and binary labels, element by element, in nats.
 
     For logits :math:`z`, labels :math:`q` smoothed to
@@ -45,6 +49,8 @@ def sigmoid_binary_cross_entropy(
       labels: numbers in [0, 1], of any real dtype; broadcastable to `logits`.
       weight: weight of each element, broadcastable to the loss (`[C]`: one for each class).
       pos_weight: weight of the positive part, broadcastable to the loss.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each element, with the axes of the loss (size 1 broadcasts) or none;
         unlike `weight` it also counts in the denominator of the mean. A weight of 0 silences a loss
         of inf or NaN.
@@ -52,8 +58,9 @@ def sigmoid_binary_cross_entropy(
         Others are 0, also in gradient.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1]. May
         be traced.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the elements that
-        count (0 if that is 0).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the elements that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
         "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
         JAX's own.
@@ -76,7 +83,6 @@ def sigmoid_binary_cross_entropy(
     References:
       Goodfellow, Bengio and Courville, `Deep Learning`, 2016, section 6.2.2.2.
     """
-    checks.reduction(reduction)
     return _loss(
         logits,
         labels,
@@ -85,7 +91,8 @@ def sigmoid_binary_cross_entropy(
         sample_weight,
         where,
         checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
-        reduction=reduction,
+        options.temperature(temperature),
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -99,11 +106,15 @@ def _loss(
     sample_weight: Array | None,
     where: Array | None,
     label_smoothing: Array | None,
+    temperature: Array | None,
     *,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
+    temperature = options.of_rows(temperature, y.shape, y.dtype, counts)
+    if temperature is not None:
+        z = tempered(z.astype(y.dtype)[..., None], temperature)[..., 0]
     pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
     if sample_weight is not None:  # an infinite slope by them times a weight of 0 would be NaN

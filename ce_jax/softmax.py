@@ -8,14 +8,14 @@ Each function runs the same four stages: target (`_arguments.targets`), row stat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible, with_statistics
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
@@ -25,7 +25,7 @@ from .statistics import SoftmaxStatistics, by_label
 _Axis = int | Sequence[int] | None
 
 
-@overload
+@with_statistics
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -40,68 +40,10 @@ def softmax_cross_entropy_with_integer_labels(
     temperature: ArrayLike = 1.0,
     axis_name: str | None = None,
     reduction: Reduction = "none",
-    return_statistics: Literal[False] = False,
-    forward_mode: bool = False,
-) -> Float[Array, "..."]: ...
-
-
-@overload
-def softmax_cross_entropy_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] = -1,
-    where: ArrayLike | None = None,
-    *,
-    weight: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    ignore_index: int | None = None,
-    label_smoothing: Scalar = 0.0,
-    z_loss: Scalar = 0.0,
-    temperature: ArrayLike = 1.0,
-    axis_name: str | None = None,
-    reduction: Reduction = "none",
-    return_statistics: Literal[True],
-    forward_mode: bool = False,
-) -> tuple[Float[Array, "..."], SoftmaxStatistics]: ...
-
-
-@overload
-def softmax_cross_entropy_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] = -1,
-    where: ArrayLike | None = None,
-    *,
-    weight: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    ignore_index: int | None = None,
-    label_smoothing: Scalar = 0.0,
-    z_loss: Scalar = 0.0,
-    temperature: ArrayLike = 1.0,
-    axis_name: str | None = None,
-    reduction: Reduction = "none",
-    return_statistics: bool,
-    forward_mode: bool = False,
-) -> Float[Array, "..."] | tuple[Float[Array, "..."], SoftmaxStatistics]: ...
-
-
-def softmax_cross_entropy_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] = -1,
-    where: ArrayLike | None = None,
-    *,
-    weight: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    ignore_index: int | None = None,
-    label_smoothing: Scalar = 0.0,
-    z_loss: Scalar = 0.0,
-    temperature: ArrayLike = 1.0,
-    axis_name: str | None = None,
-    reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     return_statistics: bool = False,
     forward_mode: bool = False,
-) -> Float[Array, "..."] | tuple[Float[Array, "..."], SoftmaxStatistics]:
+) -> Loss | tuple[Loss, SoftmaxStatistics]:
     r"""Cross-entropy between softmax(logits) and class ids, in nats.
 
     For logits :math:`z`, label :math:`y`, class weights :math:`w` and smoothing
@@ -133,8 +75,10 @@ def softmax_cross_entropy_with_integer_labels(
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded.
         `logits`, `weight` and a `where` over classes hold this device's classes, labels are ids
         among all classes, and the loss is the same on all devices of that axis.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight * weight[label])` of the
-        rows that count (0 if that is 0, where torch gives NaN; see `mean_denominator`).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight *
+        weight[label])` of the rows that count (0 if that is 0, where torch gives NaN; see
+        `mean_denominator`).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       return_statistics: return `(loss, statistics)` from one pass, the latter as from
         `softmax_statistics`: accuracy is the mean of `statistics.argmax == labels`. What is not
         used of them (the entropy, for example) is not computed under `jit`.
@@ -168,7 +112,6 @@ def softmax_cross_entropy_with_integer_labels(
       `Rethinking the Inception Architecture for Computer Vision`, 2016. z-loss: Chowdhery et al.,
       `PaLM`, 2022.
     """
-    checks.reduction(reduction)
     return _integer_loss(
         logits,
         labels,
@@ -181,7 +124,7 @@ def softmax_cross_entropy_with_integer_labels(
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         return_statistics=return_statistics,
         forward_mode=forward_mode,
     )
@@ -201,10 +144,10 @@ def _integer_loss(
     axis: _Axis,
     ignore_index: int | None,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     return_statistics: bool,
     forward_mode: bool,
-) -> Array | tuple[Array, SoftmaxStatistics]:
+) -> Loss | tuple[Loss, SoftmaxStatistics]:
     rows = targets.rows_of("logits", logits, axis, where, axis_name)
     z, dtype = rows.values, wide(rows.values.dtype)
     classes = sharded.all_classes(z.shape[-1], axis_name)
@@ -237,6 +180,7 @@ def _integer_loss(
     return (loss, by_label(found, label)) if return_statistics else loss
 
 
+@reducible
 def softmax_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -250,8 +194,9 @@ def softmax_cross_entropy(
     temperature: ArrayLike = 1.0,
     axis_name: str | None = None,
     reduction: Reduction = "none",
+    reduction_axis: Axes = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Cross-entropy between softmax(logits) and target distributions, in nats.
 
     For logits :math:`z` and labels :math:`q`, smoothed over the :math:`K` allowed classes and
@@ -285,8 +230,9 @@ def softmax_cross_entropy(
         row, with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded, of
         `logits` as of `labels` and `weight`.
-      reduction: "none"; "sum"; or "mean", the sum over `sum(sample_weight)` of the rows that count
-        (0 if that is 0, where torch gives NaN).
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0, where torch gives NaN).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
         "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
         JAX's own.
@@ -309,7 +255,6 @@ def softmax_cross_entropy(
       Good, `Rational Decisions`, 1952; Szegedy et al., `Rethinking the Inception Architecture for
       Computer Vision`, 2016 (smoothing); Chowdhery et al., `PaLM`, 2022 (z-loss).
     """
-    checks.reduction(reduction)
     return _distribution_loss(
         logits,
         labels,
@@ -321,7 +266,7 @@ def softmax_cross_entropy(
         options.temperature(temperature),
         axis=checks.static_axis(axis),
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
 
@@ -342,9 +287,9 @@ def _distribution_loss(
     *,
     axis: _Axis,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where, axis_name)
     z, dtype = rows.values, wide(rows.values.dtype)
     classes = sharded.all_classes(z.shape[-1], axis_name)

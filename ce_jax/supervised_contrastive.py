@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from ._arguments import checks
+from ._arguments import checks, reductions
 from ._arguments.compiled import compiled
 from ._arguments.options import scalar
+from ._arguments.reductions import Reducer
 from ._arguments.sides import gathered, reduced, sides
-from ._arguments.types import ArrayLike, Reduction, Scalar
+from ._arguments.types import ArrayLike, Loss, Reduction, Scalar, reducible
 from ._rows import pairs, sharded
 
 
+@reducible
 def supervised_contrastive_loss(
     embeddings: ArrayLike,
     labels: ArrayLike,
@@ -23,7 +25,7 @@ def supervised_contrastive_loss(
     reduction: Reduction = "none",
     memory_budget: int | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+) -> Loss:
     r"""Mean cross-entropy of picking the others of an example's class out of all other examples.
 
     With :math:`P_i` the other examples with the label of example i:
@@ -45,8 +47,8 @@ def supervised_contrastive_loss(
       sample_weight: weight of each example's loss, broadcastable to `[N]`.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which all arrays are sharded by
         rows. Examples are compared with those of all devices.
-      reduction: "none": this device's losses `[N]`; "sum" or "mean": over all devices, the latter
-        divided by `sum(sample_weight)` of the examples that count (0 if that is 0).
+      reduction: "none": this device's losses `[N]`; "sum", "ratio" or "mean": over all devices, the
+        last divided by `sum(sample_weight)` of the examples that count (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `embeddings`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
       forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
@@ -72,7 +74,6 @@ def supervised_contrastive_loss(
       Khosla et al., `Supervised Contrastive Learning`, 2020, equation 2. SimCLR: Chen et al.,
       `A Simple Framework for Contrastive Learning of Visual Representations`, 2020.
     """
-    checks.reduction(reduction)
     return _supervised_contrastive(
         embeddings,
         labels,
@@ -80,7 +81,7 @@ def supervised_contrastive_loss(
         scalar("logit_scale", logit_scale, low=0.0),
         sample_weight,
         axis_name=axis_name,
-        reduction=reduction,
+        reduction=reductions.reducer(reduction),
         memory_budget=checks.memory_budget(memory_budget),
         forward_mode=forward_mode,
     )
@@ -95,10 +96,10 @@ def _supervised_contrastive(
     sample_weight: Array | None,
     *,
     axis_name: str | None,
-    reduction: Reduction,
+    reduction: Reducer,
     memory_budget: int | None,
     forward_mode: bool,
-) -> Array:
+) -> Loss:
     name = "embeddings"
     x = sides(name, embeddings, name, embeddings, where, logit_scale, axis_name)
     labels = checks.integer("labels", labels)

@@ -26,6 +26,16 @@ WHERE = np.array([[True, False, True], [True, True, True], [False, True, True]])
 BY_ROW = {"sample_weight": positive(*ROWS), "where": WHERE}
 OF_IDS = {"labels": IDS, **BY_ROW}
 HEAD = {"hidden": normal(*ROWS, 2), "kernel": normal(2, CLASSES), "bias": normal(CLASSES)}
+TEACHER = {
+    "teacher_hidden": normal(*ROWS, 2),
+    "teacher_kernel": normal(2, CLASSES),
+    "teacher_bias": normal(CLASSES),
+    "temperature": 1 + positive(*ROWS),
+}
+KNOWN = {
+    "teacher_ids": np.stack([IDS, (IDS + 1) % CLASSES], -1),
+    "teacher_log_probs": np.log(np.stack([positive(*ROWS), positive(*ROWS)], -1) / 2),
+}
 SAMPLED = {"label_logits": normal(*ROWS), "negative_logits": normal(*ROWS, 5), **BY_ROW}
 NEGATIVES = Negatives(np.array([1, 2], np.int32), np.log(np.array([0.5, 0.5], np.float32)))
 PAIRS = {"where": WHERE[0], "sample_weight": positive(3)}
@@ -55,7 +65,12 @@ ARGUMENTS = {
     "clip_loss": {"images": normal(3, 2), "texts": normal(3, 2), **PAIRS},
     "cross_entropy": {"p": PROBS, "q": PROBS},
     "cross_entropy_parts": {"logits": LOGITS, "labels": PROBS, "where": WHERE},
-    "distillation_loss": {"logits": LOGITS, "teacher_logits": normal(*LOGITS.shape), **BY_ROW},
+    "distillation_loss": {
+        "logits": LOGITS,
+        "teacher_logits": normal(*LOGITS.shape),
+        "temperature": 1 + positive(*ROWS),
+        **BY_ROW,
+    },
     "dpo_loss": BESIDE_REFERENCE,
     "effective_number_weights": {"counts": COUNTS},
     "entropy": {"p": PROBS},
@@ -85,6 +100,12 @@ ARGUMENTS = {
     "info_nce_loss": {"queries": normal(3, 2), "keys": normal(3, 2), **PAIRS},
     "inverse_frequency_weights": {"counts": COUNTS},
     "ipo_loss": BESIDE_REFERENCE,
+    "jensen_shannon_loss": {
+        "logits": LOGITS,
+        "teacher_logits": normal(*LOGITS.shape),
+        "temperature": 1 + positive(*ROWS),
+        **BY_ROW,
+    },
     "kl_divergence": {"p": PROBS, "q": PROBS},
     "kl_estimate": {**LOG_PROB, "reference_log_prob": np.log(positive(*ROWS)), **BY_ROW},
     "kto_loss": {
@@ -94,13 +115,8 @@ ARGUMENTS = {
         "kl": positive(*ROWS),
         **BY_ROW,
     },
-    "linear_distillation_loss": {
-        **HEAD,
-        "teacher_hidden": normal(*ROWS, 2),
-        "teacher_kernel": normal(2, CLASSES),
-        "teacher_bias": normal(CLASSES),
-        **BY_ROW,
-    },
+    "linear_distillation_loss": {**HEAD, **TEACHER, **BY_ROW},
+    "linear_jensen_shannon_loss": {**HEAD, **TEACHER, **BY_ROW},
     "linear_sampled_softmax_cross_entropy": {
         **HEAD,
         **OF_IDS,
@@ -109,6 +125,12 @@ ARGUMENTS = {
     },
     "linear_softmax_cross_entropy": {**HEAD, **OF_IDS, "weight": positive(CLASSES)},
     "linear_softmax_statistics": {**HEAD, "labels": IDS, "where": WHERE},
+    "linear_top_k_distillation_loss": {
+        **HEAD,
+        **KNOWN,
+        "temperature": 1 + positive(*ROWS),
+        **BY_ROW,
+    },
     "log_uniform_log_prob": {"ids": IDS, "num_items": 9},
     "mean_denominator": OF_IDS,
     "next_tokens": {"tokens": IDS, "segment_ids": IDS, "where": WHERE},
@@ -163,6 +185,12 @@ ARGUMENTS = {
         **PAIRS,
     },
     "symmetric_cross_entropy": LOG_PROB,
+    "top_k_distillation_loss": {
+        "logits": LOGITS,
+        **KNOWN,
+        "temperature": 1 + positive(*ROWS),
+        **BY_ROW,
+    },
     "training_logit_offset": {"prior": positive(CLASSES)},
 }
 # These take no arrays: a function, a key of jax.random, a scalar, a tree of scalars of which a list

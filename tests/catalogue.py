@@ -1,7 +1,7 @@
 """A small example call of every public function, and what it must give: for tests over all of them.
 
 Arrays are drawn by the names of their axes, so that a test may choose the sizes: `b` examples of
-`t` positions, `c` classes, embeddings of width `d`, `s` negatives.
+`t` positions, `c` classes, embeddings of width `d`, `s` negatives, `k` classes that are known.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from tests import (
     reference_sampling,
 )
 
-SIZES = {"b": 3, "t": 2, "c": 6, "d": 3, "s": 3}
+SIZES = {"b": 3, "t": 2, "c": 6, "d": 3, "s": 3, "k": 3}
 
 
 class Draw(NamedTuple):
@@ -93,6 +93,18 @@ def shares(axes):
     return Draw(axes, fill)
 
 
+def _known_ids(draw, shape, sizes):
+    """Other classes than the first, each at most once in a row."""
+    *rows, k = shape
+    orders = [1 + draw.permutation(sizes["c"] - 1)[:k] for _ in range(int(np.prod(rows)))]
+    return np.reshape(orders, shape)
+
+
+def _known_log_probs(draw, shape, sizes):
+    p = draw.uniform(0.2, 1.0, shape)
+    return np.log(0.8 * p / p.sum(-1, keepdims=True))
+
+
 def _counts(axes):
     return Draw(axes, lambda draw, shape, sizes: draw.integers(1, 50, shape).astype(float))
 
@@ -121,6 +133,10 @@ _REFERENCE = {k: uniform("b t", -3, -0.1) for k in ("reference_chosen", "referen
 _POLICY, _BETA = {"log_prob": uniform("b t", -3, -0.1)}, {"beta": uniform("", 0.2, 2)}
 _STUDENT = {k: x for k, x in _LINEAR.items() if k != "labels"} | _TEMPERATURE
 _STUDENT |= {"sample_weight": _ROW_WEIGHT}
+
+_KNOWN = {"teacher_ids": Draw("b t k", _known_ids)}
+_KNOWN |= {"teacher_log_probs": Draw("b t k", _known_log_probs)}
+_SHARE = {"beta": uniform("", 0.2, 0.8)}
 
 
 def _log_softmax(z):
@@ -288,6 +304,31 @@ CATALOGUE = {
     "linear_distillation_loss of teacher_logits": Entry(
         _STUDENT | {"teacher_logits": _LOGITS},
         reference_distillation.linear_distillation_loss,
+        sharded="c",
+    ),
+    "jensen_shannon_loss": Entry(
+        {"logits": _LOGITS, "teacher_logits": _LOGITS, "sample_weight": _ROW_WEIGHT}
+        | _TEMPERATURE
+        | _SHARE,
+        reference_distillation.jensen_shannon_loss,
+        sharded="c",
+    ),
+    "linear_jensen_shannon_loss": Entry(
+        _STUDENT
+        | _SHARE
+        | {"teacher_hidden": normal("b t d"), "teacher_kernel": normal("d c")}
+        | {"teacher_bias": normal("c")},
+        reference_distillation.linear_jensen_shannon_loss,
+        sharded="c",
+    ),
+    "top_k_distillation_loss": Entry(
+        {"logits": _LOGITS, "sample_weight": _ROW_WEIGHT} | _KNOWN | _TEMPERATURE,
+        reference_distillation.top_k_distillation_loss,
+        sharded="c",
+    ),
+    "linear_top_k_distillation_loss": Entry(
+        _STUDENT | _KNOWN,
+        reference_distillation.linear_top_k_distillation_loss,
         sharded="c",
     ),
     # Preferences and policies.

@@ -16,6 +16,7 @@ from tests.helpers import only_type_checked
 PER_ROW = {
     "sample_weight",
     "where",
+    "temperature",
     "count",
     "kl",
     "advantage",

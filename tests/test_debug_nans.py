@@ -26,6 +26,7 @@ ANSWERS = tuple(-jnp.exp(array(ROWS)) for _ in range(4))
 LABELS = np.array([0, 1, 0, 1, 0])
 TRANSITION = jnp.full((4, 4), 0.1) + 0.6 * jnp.eye(4)
 NEGATIVES = Negatives(jnp.array([1, 5, 3]), jnp.zeros(3))
+ENTRIES = np.array([[0, 1]] * ROWS), jnp.log(jnp.full((ROWS, 2), 0.4))
 WHERE = {"where": COUNTS}
 SILENT = {"sample_weight": COUNTS.astype(np.float32)}
 IGNORED = {"ignore_index": 0}  # the label of the spoiled row, among others
@@ -59,6 +60,15 @@ CASES = {
     "ppo_clip_loss": (ANSWERS[:3], only("where", "sample_weight"), (), {}),
     "kl_estimate": (ANSWERS[:2], only("where", "sample_weight"), (), {}),
     "sequence_log_prob": (ANSWERS[:1], only("where"), (), {"mean": True}),
+    "distillation_loss": ((Z, Z[::-1]), only("where", "sample_weight"), (), {"temperature": 2.0}),
+    "jensen_shannon_loss": ((Z, Z[::-1]), only("where", "sample_weight"), (), {"temperature": 2.0}),
+    "top_k_distillation_loss": ((Z,), only("where", "sample_weight"), ENTRIES, {}),
+    "linear_top_k_distillation_loss": (
+        (SIDE,),
+        only("where", "sample_weight"),
+        (KERNEL, *ENTRIES),
+        {"temperature": 2.0},
+    ),
     "estimate_prior": ((Z,), only("sample_weight"), (jnp.full(4, 0.25),), {}),
     "fit_temperature": ((Z,), BY, (LABELS,), {}),
 }

@@ -17,6 +17,7 @@ from tests.helpers import GARBAGE, WRONG_NAME, compilations
 INF, NAN = np.inf, np.nan
 DENSE, LINEAR = "distillation_loss", "linear_distillation_loss"
 CLASSES = 7
+COLD = np.array([0.5, 0.8, 1.2, 2.0, 3.0])  # a temperature for each row
 
 
 def dense_arguments(*, where=None, sample_weight=False, masked=False, first=False, **options):
@@ -52,12 +53,13 @@ def dense_arguments(*, where=None, sample_weight=False, masked=False, first=Fals
     [
         ("float64", {"temperature": 2.5, "where": "rows", "sample_weight": True, "masked": True}),
         ("float64", {"temperature": 0.7, "reverse": True, "masked": True, "first": True}),
-        ("float32", {"temperature": 2.0, "where": "classes", "reverse": True}),
+        ("float64", {"temperature": COLD, "where": "rows", "sample_weight": True}),
+        ("float32", {"temperature": COLD, "where": "classes", "reverse": True}),
         ("float32", {"reduction": "mean", "sample_weight": True, "first": True}),
     ],
 )
 def test_dense(dtype, options):
-    wrt = ("temperature",) if "temperature" in options else ()
+    wrt = ("temperature",) if isinstance(options.get("temperature"), float) else ()
     truth = reference_distillation.distillation_loss
     arguments = dense_arguments(**options)
     compare(ce_jax.distillation_loss, truth, arguments, wrt, dtype=jnp.dtype(dtype), loosen=4.0)
@@ -103,13 +105,15 @@ def budget(columns, dtype="float64"):
     ("dtype", "options"),
     [
         ("float64", {"temperature": 2.5, "options": True, "padded": True, "masked": True}),
-        ("float64", {"temperature": 0.7, "given": True, "masked": True}),
+        ("float64", {"temperature": np.linspace(0.5, 2.0, 6), "given": True, "masked": True}),
         ("float32", {"reverse": True, "reduction": "mean"}),
     ],
     ids=["two layers", "logits given", "reverse"],
 )
 def test_linear(dtype, options):
-    wrt = ("temperature",) if "temperature" in options else ()
+    wrt = ("temperature",) if isinstance(options.get("temperature"), float) else ()
+    if "given" in options:  # one for each row
+        options = options | {"temperature": options["temperature"].reshape(2, 3)}
     arguments = linear_arguments(**options)
     wrt += tuple(k for k in arguments if k.endswith("soft_cap"))
     truth = reference_distillation.linear_distillation_loss
@@ -352,6 +356,8 @@ ERRORS = [
     (DENSE, "logits", np.zeros((5, 4), int), TypeError, ["int", "float"]),
     (DENSE, "teacher_logits", np.zeros((5, 3), F32), ValueError, ["(5, 3)", "(5, 4)"]),
     (DENSE, "temperature", 0.0, ValueError, ["0.0"]),
+    (DENSE, "temperature", np.ones(4, F32), ValueError, ["(4,)", "(5,)"]),
+    (LINEAR, "temperature", np.ones((5, 1), F32), ValueError, ["(5, 1)", "(5,)"]),
     (DENSE, "axis", 2, ValueError, ["2"]),
     (DENSE, "where", np.ones(5, F32), TypeError, ["float32", "bool"]),
     (DENSE, "sample_weight", np.ones(4, F32), ValueError, ["(4,)", "(5,)"]),

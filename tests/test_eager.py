@@ -34,6 +34,12 @@ LOSSES = {
     "linear distillation": lambda h: ce_jax.linear_distillation_loss(
         h, KERNEL, teacher_hidden=HIDDEN, teacher_kernel=KERNEL, **SMALL
     ),
+    "linear Jensen-Shannon": lambda h: ce_jax.linear_jensen_shannon_loss(
+        h, KERNEL, teacher_hidden=HIDDEN, teacher_kernel=KERNEL, **SMALL
+    ),
+    "linear top k": lambda h: ce_jax.linear_top_k_distillation_loss(
+        h, KERNEL, LABELS[:, None], jnp.full((len(LABELS), 1), -0.5), **SMALL
+    ),
     "contrastive": lambda h: ce_jax.clip_loss(h, 2 * h),
     "contrastive statistics": lambda h: ce_jax.clip_loss(h, 2 * h, return_statistics=True)[0],
     "preferences": lambda h: ce_jax.dpo_loss(h, -h, h, HIDDEN),

@@ -240,6 +240,20 @@ def test_products_are_asked_for_in_float32(dtype, forward_mode):
             (),
             {},
         ),
+        "Jensen-Shannon": (
+            lambda x, y, **options: ce_jax.linear_jensen_shannon_loss(
+                x, y, teacher_hidden=x, teacher_kernel=y, **options
+            ),
+            (x, y),
+            (),
+            {},
+        ),
+        "top k": (
+            ce_jax.linear_top_k_distillation_loss,
+            (x, y),
+            (labels[:, None], jnp.zeros((6, 1))),
+            {},
+        ),
         "info_nce": (ce_jax.info_nce_loss, (x, x), (), {}),
         "clip": (ce_jax.clip_loss, (x, x), (), {}),
         "siglip": (ce_jax.siglip_loss, (x, x), (), {}),

@@ -102,7 +102,7 @@ def arguments(rows=4, width=6, classes=8, **options):
         (arguments(ignore_index=1.5), TypeError, "1.5"),
         (arguments(memory_budget=0), ValueError, "memory_budget must be at least 1"),
         (arguments(class_axis=0), ValueError, r"kernel must have shape \[V, D\]"),
-        (arguments(temperature=2.0), TypeError, "unexpected keyword argument 'temperature'"),
+        (arguments(temp=2.0), TypeError, "unexpected keyword argument 'temp'"),
     ],
 )
 def test_calls(mesh, given, error, message):

@@ -24,6 +24,7 @@ NAMES = {
     "Negatives",
     "NextTokens",
     "PriorEstimate",
+    "Ratio",
     "ReliabilityBins",
     "SoftmaxStatistics",
     "backward_corrected_cross_entropy",
@@ -55,13 +56,16 @@ NAMES = {
     "init_log_variances",
     "inverse_frequency_weights",
     "ipo_loss",
+    "jensen_shannon_loss",
     "kl_divergence",
     "kl_estimate",
     "kto_loss",
     "linear_distillation_loss",
+    "linear_jensen_shannon_loss",
     "linear_sampled_softmax_cross_entropy",
     "linear_softmax_cross_entropy",
     "linear_softmax_statistics",
+    "linear_top_k_distillation_loss",
     "log_uniform_log_prob",
     "log_uniform_negatives",
     "mean_denominator",
@@ -93,6 +97,7 @@ NAMES = {
     "softmax_statistics",
     "supervised_contrastive_loss",
     "symmetric_cross_entropy",
+    "top_k_distillation_loss",
     "training_logit_offset",
     "uncertainty_weighted_loss",
     "uniform_negatives",
@@ -119,6 +124,7 @@ DEFAULTS = {
     "pos_weight": None,
     "sample_weight": None,
     "ignore_index": None,
+    "reduction_axis": None,
     "label_smoothing": 0.0,
     "z_loss": 0.0,
     "axis_name": None,
@@ -150,7 +156,7 @@ def results(annotation):
     """
     if isinstance(annotation, typing.TypeVar):
         return []
-    if typing.get_origin(annotation) in (types.UnionType, tuple):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
         return [array for part in typing.get_args(annotation) for array in results(part)]
     return [annotation]
 
@@ -207,7 +213,7 @@ from typing import assert_type
 
 import jax
 import ce_jax
-from ce_jax import SoftmaxStatistics
+from ce_jax import Ratio, SoftmaxStatistics
 
 x = jax.numpy.zeros((2, 3))
 ce_jax.huber_loss(x, x)
@@ -218,7 +224,13 @@ ce_jax.softmax_cross_entropy(x, x, forward=True)  # error
 assert_type(ce_jax.softmax_cross_entropy(x, x), jax.Array)
 assert_type(ce_jax.softmax_cross_entropy(x, x), float)  # error
 
+assert_type(ce_jax.softmax_cross_entropy(x, x, reduction="ratio"), Ratio)
+assert_type(ce_jax.clip_loss(x, x, reduction="ratio") + ce_jax.clip_loss(x, x), Ratio)  # error
+
 linear = ce_jax.linear_softmax_cross_entropy
+linear(x, x, x, reduction="ratio").mean()
+pair = linear(x, x, x, return_statistics=True, reduction="ratio")
+assert_type(pair, tuple[Ratio, SoftmaxStatistics])
 linear(x, x, x, return_statistics=True, reduction="avg")  # error
 assert_type(linear(x, x, x), jax.Array)
 assert_type(linear(x, x, x, return_statistics=True), tuple[jax.Array, SoftmaxStatistics])

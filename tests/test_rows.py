@@ -95,7 +95,7 @@ def problem(name, way):
     counts = np.random.default_rng(8).random((ROWS, LENGTH)[: len(rows)]) < 0.6
     counts.flat[:2] = [True, False]
     for key, x in arrays.items():
-        if key == "labels" and x.dtype.kind == "i":
+        if key in ("labels", "teacher_ids") and x.dtype.kind == "i":
             x[:] = np.maximum(x, 1)
             x[~counts] = -100 if way == "ignore_index" else 99
         if "c" in axes[key] and key in BANNED and not name.startswith("backward"):

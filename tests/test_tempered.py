@@ -9,6 +9,8 @@ import pytest
 
 import ce_jax
 from tests import reference, reference_linear
+from tests.calls import call, narrow, takes, truth
+from tests.catalogue import CATALOGUE
 
 
 def normal(*shape, scale=1.0, seed=0):
@@ -159,3 +161,72 @@ def test_wrong_temperatures(value, message):
         ce_jax.linear_softmax_statistics(
             jnp.zeros((2, 4)), jnp.zeros((4, 5)), jnp.array([0, 1]), temperature=value
         )
+
+
+SQUARED = ("distillation", "jensen_shannon")  # these also multiply by its square
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, entry in CATALOGUE.items()
+        if name != "on_mesh"
+        and takes(name, "temperature")
+        and "logits" in entry.draws
+        and not any(word in name for word in SQUARED)
+    ],
+)
+def test_every_loss_of_logits(name):
+    """The loss of the quotients, and its gradients by logits and temperature."""
+    exact = CATALOGUE[name].arrays()
+    found = truth(name, exact)
+    draw = np.random.default_rng(3)
+    temperature = draw.uniform(0.5, 2.0, size=found[0].shape)
+
+    def tempered(logits, temperature):
+        more = logits.ndim - temperature.ndim
+        return logits / temperature.reshape(temperature.shape + (1,) * more)
+
+    quotients = tempered(exact["logits"], temperature)
+    expected = truth(name, exact | {"logits": quotients})
+    arrays = narrow(exact)
+    cotangents = [draw.normal(size=x.shape) for x in expected]
+
+    def inner(loss):
+        return sum(
+            jnp.vdot(x, jnp.float32(g))
+            for x, g in zip(loss, cotangents, strict=True)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        )
+
+    def ours(logits, t):
+        return inner(call(name, arrays | {"logits": logits}, temperature=t))
+
+    def plain(logits, t):
+        return inner(call(name, arrays | {"logits": tempered(logits, t)}))
+
+    t = jnp.float32(temperature)
+    for a, b in zip(call(name, arrays, temperature=t), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
+    slopes, same = (jax.grad(f, (0, 1))(jnp.float32(exact["logits"]), t) for f in (ours, plain))
+    for a, b in zip(slopes, same, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_sampled_losses():
+    """A temperature comes before the correction by expected counts."""
+    draw = np.random.default_rng(0)
+    label, negatives = (jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((4,), (4, 6)))
+    counts = jnp.asarray(draw.normal(size=6), jnp.float32)
+    t = jnp.asarray(draw.uniform(0.5, 2.0, size=4), jnp.float32)
+    loss = functools.partial(ce_jax.sampled_softmax_cross_entropy, log_expected_count=counts)
+    found = loss(label, negatives, temperature=t)
+    np.testing.assert_allclose(found, loss(label / t, negatives / t[:, None]), rtol=1e-5)
+
+    hidden, kernel = (jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((4, 3), (3, 9)))
+    drawn = ce_jax.uniform_negatives(jax.random.key(0), 5, 9)
+    loss = functools.partial(ce_jax.linear_sampled_softmax_cross_entropy, negatives=drawn)
+    labels = jnp.arange(4)
+    found = loss(hidden, kernel, labels, temperature=t)
+    np.testing.assert_allclose(found, loss(hidden / t[:, None], kernel, labels), rtol=1e-5)

@@ -63,6 +63,7 @@ def layer(
     memory_budget: int | None,
     summed: bool,
     statistics: bool,
+    picked: bool = False,
 ) -> Layer:
     """Checks the arguments and divides the work."""
     hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
@@ -84,25 +85,23 @@ def layer(
         counts = checks.of_rows("where", counts, rows, "the rows of hidden")
     label = targets.maybe_class_ids(labels, rows, classes, counts, ignore_index)
     tokens = Tokens(targets.without_excluded(hidden, label.counts))
-    of_row = options.of_rows(temperature, rows, dtype)
+    of_row = options.of_rows(temperature, rows, dtype, label.counts)
     if of_row is not None:
-        if label.counts is not None:
-            of_row = jnp.where(label.counts, of_row, 1)
         tokens = tokens._replace(temperature=of_row)
     tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), tokens)
     label = jax.tree.map(jnp.ravel, label)
+    count = tokens.hidden.shape[0]
     order = None
     if label.counts is not None and _platform.is_local(hidden):
         order = order_of(label.counts)
         tokens, label = in_order(order, (tokens, label._replace(counts=None)))
-        label = label._replace(counts=jnp.arange(order.rows.size) < order.counting)
+        label = label._replace(counts=jnp.arange(count, dtype=jnp.int32) < order.counting)
 
     # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
     steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
-    steps += temperature is not None
+    steps += (temperature is not None) + picked
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
     visited = local if axis_name is not None else classes
-    count = tokens.hidden.shape[0]
     if memory_budget is None:
         sums_are_result = summed and hidden.dtype != dtype == kernel.dtype
         memory_budget = block_sizes.default_budget(

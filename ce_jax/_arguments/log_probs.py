@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from .._rows.tile import wide
 from . import checks, reductions
-from .types import ArrayLike, Reduction
+from .reductions import Reducer
+from .types import ArrayLike, Loss
 
 
 class Rows(NamedTuple):
@@ -63,6 +64,6 @@ def rows_of(
     return Rows(values, counts, weights)
 
 
-def reduced(loss: Float[Array, "*rows"], rows: Rows, reduction: Reduction) -> Float[Array, "..."]:
+def reduced(loss: Float[Array, "*rows"], rows: Rows, reducer: Reducer) -> Loss:
     """Masks, weights and reduces the losses."""
-    return reductions.reduce(loss, rows.counts, rows.weights, reduction)
+    return reductions.reduce(loss, rows.counts, rows.weights, reducer)

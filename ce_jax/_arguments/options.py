@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._rows.tile import wide
 from . import checks
@@ -52,12 +52,16 @@ def temperature(value: ArrayLike) -> Array | None:
 
 
 def of_rows(
-    temperature: Array | None, rows: tuple[int, ...], dtype: DTypeLike
+    temperature: Array | None,
+    rows: tuple[int, ...],
+    dtype: DTypeLike,
+    counts: Bool[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows"] | None:
-    """The temperature of each row."""
+    """The temperature of each row, 1 in those that do not count."""
     if temperature is None:
         return None
-    return checks.of_rows("temperature", temperature.astype(dtype), rows, "the loss")
+    given = checks.of_rows("temperature", temperature.astype(dtype), rows, "the loss")
+    return given if counts is None else jnp.where(counts, given, 1)
 
 
 def positive_int(name: str, value: int) -> int:

@@ -1,16 +1,20 @@
-"""From per-example losses to the result: masks, sample weights, and the three reductions."""
+"""From per-example losses to the result: masks, sample weights, and the reductions."""
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from .._rows.loss import weighted
+from ..ratio import Ratio
 from . import checks
-from .types import ArrayLike, Reduction
+from .types import ArrayLike, Axes, Loss, Reduction
 
 
 def weights(
@@ -31,61 +35,122 @@ def element_weights(
     return checks.broadcast(name, checks.real(name, x).astype(dtype), shape, "the loss")
 
 
-def denominator(
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
+class Reducer(NamedTuple):
+    """How losses are reduced: a constant of the compiled function.
+
+    Attributes:
+      kind: one of `Reduction`.
+      axis: the axes of the loss to reduce; None for all.
+    """
+
+    kind: Reduction
+    axis: tuple[int, ...] | None = None
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """The axes to reduce of a loss with so many."""
+        if self.axis is None:
+            return tuple(range(ndim))
+        if not all(-ndim <= a < ndim for a in self.axis):
+            raise ValueError(
+                f"reduction_axis must name axes of the loss, which has {ndim}, got {self.axis}"
+            )
+        axes = tuple(a % ndim for a in self.axis)
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"reduction_axis names an axis twice: {self.axis}")
+        return axes
+
+
+def reducer(reduction: Reduction, reduction_axis: Axes = None) -> Reducer:
+    """Checks the arguments of these names."""
+    checks.reduction(reduction)
+    if reduction_axis is None:
+        return Reducer(reduction)
+    if reduction == "none":
+        raise ValueError(
+            f"reduction_axis={reduction_axis!r} needs a reduction, which is 'none': "
+            "write reduction='sum', 'mean' or 'ratio'"
+        )
+    axes = reduction_axis if isinstance(reduction_axis, Sequence) else (reduction_axis,)
+    if not axes:
+        raise ValueError("reduction_axis names no axis; leave it out to reduce all")
+    if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in axes):
+        raise TypeError(f"reduction_axis must be an int or a tuple of ints, got {reduction_axis!r}")
+    return Reducer(reduction, tuple(map(operator.index, axes)))
+
+
+def masked(
+    loss: Float[Array, "*rows"],
     counts: Bool[Array, "*rows"] | None,
-    *weights: Float[Array, "*rows"] | None,
-) -> Float[Array, ""]:
-    """The sum, over the examples that count, of the product of the weights."""
-    total = jnp.ones(shape, dtype)
-    for weight in weights:
-        total = total if weight is None else total * weight
-    return jnp.sum(total if counts is None else jnp.where(counts, total, 0))
+    sample_weight: Float[Array, "*rows"] | None,
+) -> Float[Array, "*rows"]:
+    """The losses, weighted, and 0 where they do not count."""
+    if sample_weight is not None:
+        loss = weighted(sample_weight, loss)
+    return loss if counts is None else jnp.where(counts, loss, 0)
 
 
 def reduce(
     loss: Float[Array, "*rows"],
     counts: Bool[Array, "*rows"] | None,
     sample_weight: Float[Array, "*rows"] | None,
-    reduction: Reduction,
+    reducer: Reducer,
     label_weight: Float[Array, "*rows"] | None = None,
-) -> Float[Array, "..."]:
+) -> Loss:
     """Applies mask and sample weights, then the reduction.
 
     The mean divides by `sum(sample_weight * label_weight)` over the examples that count. If that is
     0, the mean is 0 and so is its gradient.
     """
-    if sample_weight is not None:
-        loss = weighted(sample_weight, loss)
-    if counts is not None:
-        loss = jnp.where(counts, loss, 0)
-    if reduction == "none":
-        return loss
-    total = jnp.sum(loss)
-    if reduction == "sum":
-        return total
-    return mean(total, loss.shape, counts, sample_weight, label_weight)
+    loss = masked(loss, counts, sample_weight)
+    return combined(loss, reducer, counts, sample_weight, label_weight)
 
 
-def mean(
-    total: Float[Array, ""],
-    shape: tuple[int, ...],
-    counts: Bool[Array, "*rows"] | None = None,
+def combined(
+    loss: Float[Array, "*rows"],
+    reducer: Reducer,
+    counts: Bool[Array, "*rows"] | None,
     *weights: Float[Array, "*rows"] | None,
-) -> Float[Array, ""]:
-    """The mean of losses of this shape, given their sum."""
-    size = math.prod(shape)
-    all_alike = counts is None and all(weight is None for weight in weights)
-    if all_alike and isinstance(size, int):  # may be symbolic
-        return total / max(size, 1)
-    return divide(total, denominator(shape, total.dtype, counts, *weights))
+) -> Loss:
+    """The reduction of losses that are masked and weighted already."""
+    if reducer.kind == "none":
+        return loss
+    total = jnp.sum(loss, reducer.axes(loss.ndim))
+    return of_total(total, reducer, loss.shape, counts, *weights)
 
 
-def divide(total: Float[Array, ""], by: Float[Array, ""]) -> Float[Array, ""]:
-    """`total / by`, and 0 with gradient 0 where `by` is 0, unless `total` is NaN.
+def of_total(
+    total: Float[Array, "..."],
+    reducer: Reducer,
+    shape: tuple[int, ...],
+    counts: Bool[Array, "*rows"] | None,
+    *weights: Float[Array, "*rows"] | None,
+) -> Loss:
+    """The reduction of losses of this shape, given their sums."""
+    if reducer.kind == "sum":
+        return total
+    by = denominator(shape, total.dtype, counts, *weights, axes=reducer.axes(len(shape)))
+    return finish(Ratio(total, jnp.broadcast_to(by, total.shape)), reducer)
 
-    As it is where a label is no class, which nothing must hide.
-    """
-    empty = (by == 0) & ~jnp.isnan(total)
-    return jnp.where(empty, 0, total / jnp.where(by == 0, 1, by))
+
+def finish(ratio: Ratio, reducer: Reducer) -> Loss:
+    """The ratio, or the mean if that is asked for."""
+    found: Any = ratio if reducer.kind == "ratio" else ratio.mean()
+    return cast(Loss, found)
+
+
+def denominator(
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    counts: Bool[Array, "*rows"] | None,
+    *weights: Float[Array, "*rows"] | None,
+    axes: tuple[int, ...] | None = None,
+) -> Float[Array, "..."]:
+    """The sum, over the examples that count, of the product of the weights."""
+    axes = tuple(range(len(shape))) if axes is None else axes
+    size = math.prod(shape[a] for a in axes)
+    if counts is None and all(w is None for w in weights) and isinstance(size, int):
+        return jnp.asarray(size, dtype)  # may be symbolic otherwise
+    total = jnp.ones(shape, dtype)
+    for weight in weights:
+        total = total if weight is None else total * weight
+    return jnp.sum(total if counts is None else jnp.where(counts, total, 0), axes)

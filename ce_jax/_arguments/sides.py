@@ -10,8 +10,10 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import sharded
 from .._rows.tile import wide
+from ..ratio import Ratio
 from . import checks, reductions, targets
-from .types import ArrayLike, Reduction
+from .reductions import Reducer
+from .types import ArrayLike, Loss
 
 
 class Sides(NamedTuple):
@@ -115,18 +117,18 @@ def reduced(
     counts: Bool[Array, " n"] | None,
     sample_weight: ArrayLike | None,
     axis_name: str | None,
-    reduction: Reduction,
-) -> Float[Array, "..."]:
-    """Masks, weights and reduces this device's losses; a sum or mean is over all devices."""
+    reducer: Reducer,
+) -> Loss:
+    """Masks, weights and reduces this device's losses; all but "none" is over all devices."""
     weights = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     if counts is not None:  # before the weights, whose derivative is the loss
         loss = jnp.where(counts, loss, 0)
-    loss = reductions.reduce(loss, None, weights, "none")
-    if reduction == "none":
+    loss = reductions.masked(loss, None, weights)
+    if reducer.kind == "none":
         return loss
-    denominator = reductions.denominator(loss.shape, loss.dtype, counts, weights)
-    denominator = sharded.like(denominator, loss)
     total = sharded.sum_over(jnp.sum(loss), axis_name)
-    if reduction == "sum":
+    if reducer.kind == "sum":
         return total
-    return reductions.divide(total, sharded.sum_over(denominator, axis_name))
+    by = reductions.denominator(loss.shape, loss.dtype, counts, weights)
+    by = sharded.sum_over(sharded.like(by, loss), axis_name)
+    return reductions.finish(Ratio(total, by), reducer)

@@ -33,6 +33,7 @@ class TwoHeads(NamedTuple):
       teacher: its layer or its logits.
       options: how to read both, with the teacher as the first.
       rows: the shape of the loss.
+      dtype: that of the loss.
       counts: which rows count; None if nothing excludes any.
       used: those of them whose loss has an effect, in one axis; None if nothing excludes any.
       weights: sample weights; None if there are none.
@@ -42,6 +43,7 @@ class TwoHeads(NamedTuple):
     teacher: Side
     options: Options
     rows: tuple[int, ...]
+    dtype: jnp.dtype
     counts: Bool[Array, "*rows"] | None
     used: Bool[Array, " tokens"] | None
     weights: Float[Array, "*rows"] | None
@@ -112,6 +114,7 @@ def two_heads(
         teacher=_without_unused(t.side, used),
         options=Options(of_teacher, of_student, local),
         rows=s.rows,
+        dtype=dtype,
         counts=counts,
         used=used,
         weights=weights,

@@ -1,13 +1,107 @@
-"""Types of arguments, under names that can be read in a signature."""
+"""Types of arguments and results, under names that can be read in a signature."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+    overload,
+)
 
 import jax.typing
+from jaxtyping import Array, Float
+
+from ..ratio import Ratio
 
 # What NumPy means by the name, too: an array, a number, or a nested list of numbers.
 ArrayLike: TypeAlias = jax.typing.ArrayLike | list[Any] | tuple[Any, ...]
 # A number, traced or not. A wrong shape or dtype has to reach the checks of ours.
 Scalar: TypeAlias = jax.typing.ArrayLike
-Reduction: TypeAlias = Literal["none", "sum", "mean"]
+Axes: TypeAlias = int | Sequence[int] | None
+_ToArray: TypeAlias = Literal["none", "sum", "mean"]
+Reduction: TypeAlias = Literal["none", "sum", "mean", "ratio"]
+if TYPE_CHECKING:  # `reducible` says when it is a ratio
+    Loss: TypeAlias = Float[Array, "..."]
+else:
+    Loss = Float[Array, "..."] | Ratio
+
+_P = ParamSpec("_P")
+_Statistics = TypeVar("_Statistics", covariant=True)
+
+
+class Reducible(Protocol[_P]):
+    """A loss: an array or, as a ratio, total and denominator."""
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, *args: Any, reduction: Literal["ratio"], **options: Any
+    ) -> Ratio: ...
+    @overload
+    def __call__(self, *args: _P.args, **options: _P.kwargs) -> Array: ...
+
+
+class WithStatistics(Protocol, Generic[_P, _Statistics]):
+    """A loss, and statistics beside it if they are asked for."""
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self,
+        *args: Any,
+        reduction: Literal["ratio"],
+        return_statistics: Literal[True],
+        **options: Any,
+    ) -> tuple[Ratio, _Statistics]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self,
+        *args: Any,
+        reduction: Literal["ratio"],
+        return_statistics: Literal[False] = False,
+        **options: Any,
+    ) -> Ratio: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self,
+        *args: Any,
+        reduction: _ToArray = "none",
+        return_statistics: Literal[True],
+        **options: Any,
+    ) -> tuple[Array, _Statistics]: ...
+    @overload
+    def __call__(
+        self,
+        *args: Any,
+        reduction: _ToArray = "none",
+        return_statistics: Literal[False],
+        **options: Any,
+    ) -> Array: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self,
+        *args: Any,
+        reduction: _ToArray = "none",
+        return_statistics: bool,
+        **options: Any,
+    ) -> Array | tuple[Array, _Statistics]: ...
+    @overload
+    def __call__(self, *args: _P.args, **options: _P.kwargs) -> Array: ...
+
+
+def reducible(loss: Callable[_P, Array]) -> Reducible[_P]:
+    """Tells type checkers which `reduction` of a loss gives what."""
+    return cast(Reducible[_P], loss)
+
+
+def with_statistics(
+    loss: Callable[_P, Array | tuple[Array, _Statistics]],
+) -> WithStatistics[_P, _Statistics]:
+    """The same of a loss that can return statistics."""
+    return cast(WithStatistics[_P, _Statistics], loss)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from .. import _platform
 from . import sharded, tile
 from .head import Head, Pull, Tokens, logits, over_blocks, put, read_by_all, take, take_classes
+from .picked import pick
 from .tile import ABSENT, First, Partial, Target, merge
 
 _Carry = TypeVar("_Carry")
@@ -125,6 +126,11 @@ def _target_of(target: Target, first: First, size: int) -> Target:
     return target._replace(classes=take(target.classes, first, size))
 
 
+def _by_row(target: Target) -> Target:
+    """The part that belongs to rows."""
+    return Target(labels=target.labels, picked=target.picked)
+
+
 def _rows_of(tree: Any, first: First, size: int) -> Any:
     return jax.tree.map(lambda x: take(x, first, size), tree)
 
@@ -170,17 +176,20 @@ def _partial(
         block_of_tile = _read_by_tiles(block.head, tokens)
 
         def tile_of_block(part: Partial, row: First, rows: int) -> Partial:
-            of_rows, labels, seen = _rows_of((tokens_of_tile(), target.labels, part), row, rows)
+            inputs = tokens_of_tile(), _by_row(target), part
+            of_rows, by_row, seen = _rows_of(inputs, row, rows)
             z, _ = _of_block(of_rows, block._replace(head=block_of_tile()), options.class_axis)
+            first_class = _first_class(options, head, first)
+            z, picked = pick(z, by_row.picked, first_class)
             new = _platform.read(
                 z,
-                _target_of(target, first, size)._replace(labels=labels),
+                by_row._replace(classes=_target_of(target, first, size).classes),
                 _platform.normaliser(z),
                 entropy=options.entropy,
                 argmax=options.argmax,
-                first_class=_first_class(options, head, first),
+                first_class=first_class,
             )
-            found = merge(seen, new)
+            found = merge(seen, new._replace(picked=picked))
             return jax.tree.map(lambda x, new: put(x, new, row), part, found)
 
         return _over_rows(options, tile_of_block, part, tokens.hidden.shape[0], counting)
@@ -238,13 +247,13 @@ def pulled_back(
 
         def tile_of_block(sums: tuple[Tokens, Head, Any], row: First, rows: int) -> Any:
             d_tokens, *others = sums
-            of_rows, labels, seen, g_rows = _rows_of(
-                (tokens_of_tile(), target.labels, part, g), row, rows
+            of_rows, by_row, seen, g_rows = _rows_of(
+                (tokens_of_tile(), _by_row(target), part, g), row, rows
             )
             z, pull = _of_block(of_rows, block._replace(head=block_of_tile()), options.class_axis)
             dz, d_target = tile.pullback(
                 z,
-                of_block._replace(labels=labels),
+                by_row._replace(classes=of_block.classes),
                 seen,
                 g_rows,
                 first_class=_first_class(options, head, first),

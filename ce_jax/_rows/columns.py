@@ -52,11 +52,12 @@ def over_columns(form: Form, inputs: Any, fixed: Any, *, forward_mode: bool = Fa
     """The result of a form, differentiable by `inputs`; `fixed` are constants."""
     inputs, fixed = sharded.align((inputs, fixed))
     if forward_mode:
-        return form.finish(_sums(form, inputs, fixed))
+        return form.finish(sums(form, inputs, fixed))
     return _fused(form, inputs, fixed)
 
 
-def _sums(form: Form, inputs: Any, fixed: Any) -> Any:
+def sums(form: Form, inputs: Any, fixed: Any) -> Any:
+    """The sums over all columns, those of all devices if they are to be joined."""
     inputs_of_block = read_by_all(inputs)
 
     def step(sums: Any, first: First, size: int) -> Any:
@@ -68,12 +69,12 @@ def _sums(form: Form, inputs: Any, fixed: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(form: Form, inputs: Any, fixed: Any) -> Any:
-    return form.finish(_sums(form, inputs, fixed))
+    return form.finish(sums(form, inputs, fixed))
 
 
 def _fused_fwd(form: Form, inputs: Any, fixed: Any) -> tuple[Any, Any]:
-    sums = _sums(form, inputs, fixed)
-    return form.finish(sums), (inputs, fixed, sums)
+    found = sums(form, inputs, fixed)
+    return form.finish(found), (inputs, fixed, found)
 
 
 # As a whole for those who differentiate outside `jit`, where loops would be compiled in each call.

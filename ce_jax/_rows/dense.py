@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from .. import _platform
 from . import sharded, tile
 from .numerics import tempered
+from .picked import pick
 from .tile import ABSENT, Partial, RowStatistics, Target, wide
 
 
@@ -58,6 +59,8 @@ def row_statistics(
     row_max = sharded.max_over(tile.row_maxima(logits), options.axis_name)
     relative = tempered(tile.shift(logits, row_max), temperature)
     found = _of_counting(options, relative, target, counts, forward_mode)
+    if found.picked is not None:  # which is relative to the maximum anyhow
+        return found
     ahead = tile.origin(row_max) / temperature
     ahead = ahead if counts is None else jnp.where(counts, ahead, 0)
     found = found._replace(lse=found.lse + ahead)
@@ -117,6 +120,8 @@ def _constant_unless_jvp(
 
 
 def _whole_rows(options: Options, logits: Array, target: Target, counts: Array | None) -> Partial:
+    first_class = sharded.first_class(logits.shape[-1], options.axis_name)
+    logits, picked = pick(logits, target.picked, first_class)
     if options.axis_name is None:
         normaliser = _platform.normaliser(logits)
     else:  # relative to the maximum of all devices, as the gradient's exponentials are
@@ -128,9 +133,9 @@ def _whole_rows(options: Options, logits: Array, target: Target, counts: Array |
         normaliser,
         entropy=options.entropy,
         argmax=options.argmax,
-        first_class=sharded.first_class(logits.shape[-1], options.axis_name),
+        first_class=first_class,
     )
-    part = sharded.merge_across(part, options.axis_name)
+    part = sharded.merge_across(part._replace(picked=picked), options.axis_name)
     if counts is None:
         return part
     # All but the maximum, so that the gradient finds the exponentials as they are in memory.
@@ -165,7 +170,8 @@ def _pulled_back(options: Options, residuals: _Residuals, g: RowStatistics) -> t
     logits, target, counts, part = jax.tree.map(jnp.asarray, residuals)
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
     dz, d_target = tile.pullback(logits, target, part, g, first_class=first_class)
-    d_target = jax.tree.map(sharded.with_sharding_of, d_target, target._replace(labels=ABSENT))
+    of_numbers = target._replace(labels=ABSENT, picked=ABSENT)
+    d_target = jax.tree.map(sharded.with_sharding_of, d_target, of_numbers)
     dz = dz if counts is None else _silenced(counts, dz)
     return dz.astype(logits.dtype), d_target
 

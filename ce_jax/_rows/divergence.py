@@ -26,6 +26,7 @@ from .. import _platform
 from . import class_blocks, sharded, tile
 from .columns import WHOLE, Form, over_columns
 from .head import Head, Tokens, take
+from .numerics import tempered
 from .tile import ABSENT, First, Partial, Target, merge, origin
 
 
@@ -38,11 +39,15 @@ class Side(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the divergence is a function of. An absent temperature is 1."""
+    """What a divergence is a function of. An absent temperature is 1.
+
+    `share` is that of p in the mixture that `_rows.jensen_shannon` compares both with.
+    """
 
     p: Side
     q: Side
-    temperature: Float[Array, ""] | None = None
+    temperature: Float[Array, "*rows"] | None = None
+    share: Float[Array, ""] = ABSENT
 
 
 class Options(NamedTuple):
@@ -81,7 +86,7 @@ def divergence(
         across=functools.partial(_across, options.p.axis_name),
         finish=_finish,
         pull=functools.partial(_pull, options),
-        axes=_axes(options, inputs),
+        axes=axes(options, inputs),
         columns=options.columns,
         block=options.p.block,
     )
@@ -89,7 +94,7 @@ def divergence(
     return found
 
 
-def _axes(options: Options, inputs: Inputs) -> Any:
+def axes(options: Options, inputs: Inputs) -> Any:
     """For each array the axis that holds its classes."""
 
     def of(side: Side, class_axis: int) -> list[int]:
@@ -98,30 +103,29 @@ def _axes(options: Options, inputs: Inputs) -> Any:
         head = zip(side.head, (class_axis, 0, WHOLE), strict=True)
         return [WHOLE, *(axis for x, axis in head if x is not None)]
 
-    axes = [*of(inputs.p, options.p.class_axis), *of(inputs.q, options.q.class_axis)]
-    axes += [] if inputs.temperature is None else [WHOLE]
-    return jax.tree.unflatten(jax.tree.structure(inputs), axes)
+    found = [*of(inputs.p, options.p.class_axis), *of(inputs.q, options.q.class_axis)]
+    found += [WHOLE for x in inputs[2:] if x is not None]
+    return jax.tree.unflatten(jax.tree.structure(inputs), found)
 
 
-_Used = Bool[Array, "*rows"] | None
-_Tiles = tuple[Float[Array, "*rows block"], Float[Array, "*rows block"]]
+Used = Bool[Array, "*rows"] | None
+Tiles = tuple[Float[Array, "*rows block"], Float[Array, "*rows block"]]
 
 
-def _tiles(
-    options: Options, inputs: Inputs, used: _Used, first: First, size: int
-) -> tuple[_Tiles, Callable[[_Tiles], Inputs]]:
+def tiles(
+    options: Options, inputs: Inputs, used: Used, first: First, size: int
+) -> tuple[Tiles, Callable[[Tiles], Inputs]]:
     """Logits of a block of classes of both sides, and the function that pulls cotangents back."""
     u, pull_u = _tile_of(options.p, inputs.p, first, size)
     v, pull_v = _tile_of(options.q, inputs.q, first, size)
     dtype = jnp.promote_types(u.dtype, v.dtype)
-    tempered = functools.partial(_tempered, dtype, used)
-    tiles, pull_tiles = jax.vjp(tempered, u, v, inputs.temperature)
+    both, pull_both = jax.vjp(functools.partial(_both, dtype, used), u, v, inputs.temperature)
 
-    def pull(d: _Tiles) -> Inputs:
-        du, dv, d_temperature = pull_tiles(d)
+    def pull(d: Tiles) -> Inputs:
+        du, dv, d_temperature = pull_both(d)
         return Inputs(pull_u(du), pull_v(dv), d_temperature)
 
-    return tiles, pull
+    return both, pull
 
 
 def _tile_of(
@@ -146,35 +150,33 @@ def _tile_of(
     return z, lambda dz: Side(logits=dz)
 
 
-def _tempered(
-    dtype: DTypeLike, used: _Used, u: Array, v: Array, temperature: Array | None
-) -> _Tiles:
+def _both(dtype: DTypeLike, used: Used, u: Array, v: Array, temperature: Array | None) -> Tiles:
     u, v = u.astype(dtype), v.astype(dtype)
     if used is not None:
         u, v = (jnp.where(used[..., None], z, 0) for z in (u, v))
     if temperature is None:
         return u, v
-    return _over(u, temperature), _over(v, temperature)
+    return tempered(u, temperature), tempered(v, temperature)
 
 
-def _over(z: Float[Array, "*rows block"], temperature: Float[Array, ""]) -> Array:
-    banned = z == -jnp.inf  # 0 times it would be NaN in the temperature's derivative
-    return jnp.where(banned, z, jnp.where(banned, 0, z) / temperature.astype(z.dtype))
-
-
-def _start(options: Options, inputs: Inputs, used: _Used) -> _Sums:
+def nothing(options: Options, inputs: Inputs, used: Used) -> Partial:
+    """The normaliser of no classes, of p or of q."""
     size = min(options.p.block, options.columns)
-    tile, _ = jax.eval_shape(lambda: _tiles(options, inputs, used, 0, size)[0])
+    tile, _ = jax.eval_shape(lambda: tiles(options, inputs, used, 0, size)[0])
     zero = jnp.zeros(tile.shape[:-1], tile.dtype)
-    nothing = Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
-    return _Sums(nothing, nothing, zero)
+    return Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+
+
+def _start(options: Options, inputs: Inputs, used: Used) -> _Sums:
+    part = nothing(options, inputs, used)
+    return _Sums(part, part, part.sum_exp)
 
 
 def _fold(
-    options: Options, inputs: Inputs, used: _Used, sums: _Sums, first: First, size: int
+    options: Options, inputs: Inputs, used: Used, sums: _Sums, first: First, size: int
 ) -> _Sums:
-    tiles, _ = _tiles(options, inputs, used, first, size)
-    new = _read(*tiles)
+    both, _ = tiles(options, inputs, used, first, size)
+    new = _read(*both)
     p, q = merge(sums.p, new.p), merge(sums.q, new.q)
     gap = _rebased(sums, p.base, q.base) + _rebased(new, p.base, q.base)
     return _Sums(p, q, gap)
@@ -220,13 +222,13 @@ def _finish(sums: _Sums) -> Float[Array, "*rows"]:
 def _pull(
     options: Options,
     inputs: Inputs,
-    used: _Used,
+    used: Used,
     sums: _Sums,
     g: Float[Array, "*rows"],
     first: First,
     size: int,
 ) -> Inputs:
-    (u, v), pull = _tiles(options, inputs, used, first, size)
+    (u, v), pull = tiles(options, inputs, used, first, size)
     u, v = u - origin(sums.p.base)[..., None], v - origin(sums.q.base)[..., None]
     exp = jnp.exp(u)
     p = exp / sums.p.sum_exp[..., None]

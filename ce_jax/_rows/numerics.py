@@ -81,7 +81,7 @@ def not_negative(
 def tempered(
     z: Float[Array, "*rows classes"], temperature: Float[Array, "*rows"]
 ) -> Float[Array, "*rows classes"]:
-    """`z / temperature`; a logit of -inf stays -inf, with no part in the temperature's slope.
+    """`z / temperature`; an infinite logit stays as it is and has no part in the slope of that.
 
     One division for each row: a quotient for each logit would not be computed a second time for the
     gradient, but stored.
@@ -95,7 +95,7 @@ def _tempered_jvp(
 ) -> tuple[Array, Array]:
     (z, temperature), (dz, d_temperature) = primals, tangents
     quotient = tempered(z, temperature)
-    finite = jnp.where(z == -jnp.inf, 0, quotient)
+    finite = jnp.where(jnp.isinf(z), 0, quotient)
     slope = (d_temperature / temperature)[..., None]
     return quotient, tempered(dz, temperature) - finite * slope
 

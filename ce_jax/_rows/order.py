@@ -31,8 +31,9 @@ class Order(NamedTuple):
 
 def order_of(counts: Bool[Array, " tokens"]) -> Order:
     """The order in which rows that count are the first."""
-    rows = jnp.argsort(~counts, stable=True)
-    places = jnp.zeros_like(rows).at[rows].set(jnp.arange(rows.size), unique_indices=True)
+    rows = jnp.argsort(~counts, stable=True).astype(jnp.int32)
+    every = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    places = jnp.zeros_like(rows).at[rows].set(every, unique_indices=True)
     return Order(rows, places, jnp.sum(counts, dtype=jnp.int32))
 
 

@@ -21,6 +21,10 @@ and `g_label_logit` more in the label's column. For a one-hot `t` and the loss `
 
 `lse - z` is found from logits relative to the row's maximum: the difference of two large numbers
 would lose the digits that `log p` is made of.
+
+Where a target picks classes, `lse` is that of all others, and `picked` their own logits: together
+the logits of a softmax in which all other classes are one. What those weigh is then never a
+difference, and keeps its digits where the picked classes hold nearly all.
 """
 
 from __future__ import annotations
@@ -33,14 +37,16 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
+from .dtypes import wide as wide
 from .numerics import instantiated, not_negative, product
+from .picked import First as First
+from .picked import is_label as is_label
+from .picked import label_logit, pull_picked
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
 # An `argmax` above every class: the tile does not hold the maximum of the row.
 NOWHERE = jnp.iinfo(jnp.int32).max
-# The first class of a tile, or of a block.
-First = int | Integer[Array, ""]
 
 
 class Target(NamedTuple):
@@ -51,15 +57,20 @@ class Target(NamedTuple):
       probs: a weight for every class of the tile, instead of `labels`.
       classes: coefficients `a` of the part that is the same for all rows, one per class, or one for
         all classes.
+      picked: ids of classes whose logits are wanted, alone in a target; one below 0 is no class.
     """
 
     labels: Integer[Array, "*rows"] = ABSENT
     probs: Float[Array, "*rows classes"] = ABSENT
     classes: Float[Array, " classes"] | Float[Array, ""] = ABSENT
+    picked: Integer[Array, "*rows k"] = ABSENT
 
 
 class RowStatistics(NamedTuple):
-    """The numbers that losses are made of, one each per row; those not asked for are None."""
+    """The numbers that losses are made of, one each per row; those not asked for are None.
+
+    With `picked`, that and `lse` are relative to the largest logit of the row.
+    """
 
     lse: Float[Array, "*rows"]
     cross: Float[Array, "*rows"] = ABSENT
@@ -68,6 +79,7 @@ class RowStatistics(NamedTuple):
     uniform_count: Float[Array, "*rows"] = ABSENT
     entropy: Float[Array, "*rows"] = ABSENT
     argmax: Integer[Array, "*rows"] = ABSENT
+    picked: Float[Array, "*rows k"] = ABSENT
 
 
 class Partial(NamedTuple):
@@ -77,7 +89,8 @@ class Partial(NamedTuple):
     is `sum exp(z - base)`. `label_logit` is 0 as long as the label was not seen. `cross`, `uniform`
     and `entropy` are relative to this `lse`; `target_sum`, `classes_sum`, `classes_count` are
     `sum(t)`, and `sum(a)` and the number of the classes with `z > -inf`. `argmax` counts from the
-    first class of the whole row.
+    first class of the whole row. `picked` is 0 as long as the class was not seen, and -inf if there
+    is none.
     """
 
     base: Float[Array, "*rows"]
@@ -90,6 +103,7 @@ class Partial(NamedTuple):
     classes_count: Float[Array, "*rows"] = ABSENT
     entropy: Float[Array, "*rows"] = ABSENT
     argmax: Integer[Array, "*rows"] = ABSENT
+    picked: Float[Array, "*rows k"] = ABSENT
 
 
 def nothing_seen(
@@ -107,16 +121,12 @@ def nothing_seen(
         classes_count=of_classes,
         entropy=zero if entropy else ABSENT,
         argmax=jnp.zeros(rows, jnp.int32) if argmax else ABSENT,
+        picked=ABSENT if target.picked is None else jnp.zeros(target.picked.shape, dtype),
     )
 
 
 # Adds up arrays over the classes, each by itself.
 RowSums = Callable[[dict[str, Array]], dict[str, Array]]
-
-
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype in which logits of `dtype` are accumulated: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def row_maxima(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
@@ -162,7 +172,7 @@ def read(
     out, shifted = Partial(*normaliser), shift(z, row_max)
     surprise = _log(out.sum_exp)[..., None] - shifted  # that of a class is -log p
     if target.labels is not None:
-        out = out._replace(label_logit=_label_logit(z, target.labels, first_class))
+        out = out._replace(label_logit=label_logit(z, target.labels, first_class))
     if target.probs is not None:
         probs = target.probs.astype(surprise.dtype)
         cross = product(probs, surprise)
@@ -230,6 +240,8 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 def finish(part: Partial) -> RowStatistics:
     """The statistics of a row of which all classes were seen."""
+    if part.picked is not None:
+        return _finish_picked(part)
     log_sum, base = jnp.log(part.sum_exp), origin(part.base)
     out = RowStatistics(
         lse=base + log_sum,
@@ -247,6 +259,15 @@ def finish(part: Partial) -> RowStatistics:
     if part.entropy is not None:
         out = out._replace(entropy=not_negative(part.entropy))
     return _batched_alike(out, part)
+
+
+def _finish_picked(part: Partial) -> RowStatistics:
+    """Either the classes that were picked or the others may be none."""
+    highest = jax.lax.stop_gradient(jnp.max(part.picked, -1))
+    base = origin(jnp.maximum(part.base, highest))
+    rest = part.base - base + _log(part.sum_exp)
+    lse = jnp.where(part.base == -jnp.inf, -jnp.inf, rest)
+    return RowStatistics(lse, picked=part.picked - base[..., None])
 
 
 def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
@@ -275,6 +296,9 @@ def pullback(
     `part` is that of the whole row. `z - base` and its exponential are written as in `read`, so
     that XLA finds them once where forward and backward are compiled together.
     """
+    if target.picked is not None:
+        shifted, share = shift(z, part.base), g.lse / _nonzero(part.sum_exp)
+        return pull_picked(shifted, share, target.picked, g.picked, first_class), Target()
     shifted = shift(z, part.base)
     exp = jnp.exp(shifted)
     surprise = _log(part.sum_exp)[..., None] - shifted
@@ -350,30 +374,6 @@ def _finite_exponent(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
 def _finite(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
     """The surprise, with the largest finite number for inf, to which it may overflow."""
     return jnp.minimum(surprise, jnp.finfo(surprise.dtype).max)
-
-
-def is_label(
-    labels: Integer[Array, "*rows"], z: Float[Array, "*rows classes"], first_class: First = 0
-) -> Bool[Array, "*rows classes"]:
-    """True in the column of each row's label, by comparison: a scatter is slow off the CPU."""
-    columns = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
-    return columns == (labels - first_class)[..., None]
-
-
-def _label_logit(
-    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"], first_class: First
-) -> Float[Array, "*rows"]:
-    """The logit of the label, 0 where the label is not in this tile, in the accumulation dtype."""
-    spec = jax.typeof(z).sharding.spec
-    if spec and spec[-1] is not None:
-        # JAX refuses to gather along an axis that it knows to be sharded (explicit axis types).
-        logit = jnp.sum(jnp.where(is_label(labels, z, first_class), z, 0), -1)
-        return logit.astype(wide(z.dtype))
-    local = labels - first_class
-    inside = (local >= 0) & (local < z.shape[-1])
-    column = jnp.where(inside, local, 0)[..., None]
-    found = jnp.take_along_axis(z, column, axis=-1, mode="promise_in_bounds")[..., 0]
-    return jnp.where(inside, found, 0).astype(wide(z.dtype))
 
 
 def _unwanted(probs: Array, surprise: Array) -> Bool[Array, "*rows classes"]:

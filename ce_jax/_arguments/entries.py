@@ -1,0 +1,77 @@
+"""What is known of a teacher: a few classes of each row, and their log-probabilities."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Integer
+
+from . import checks
+from .options import log_probability
+from .types import ArrayLike
+
+
+class Entries(NamedTuple):
+    """The classes that are known, and which rows have any.
+
+    Attributes:
+      ids: class ids in range; -1 where there is none.
+      log_probs: the teacher's; -inf where there is no class.
+      counts: which rows count.
+      unknown: rows that count with an id that is no class, or is there twice.
+    """
+
+    ids: Integer[Array, "*rows k"]
+    log_probs: Float[Array, "*rows k"]
+    counts: Bool[Array, "*rows"]
+    unknown: Bool[Array, "*rows"]
+
+
+def entries(
+    ids: ArrayLike,
+    log_probs: ArrayLike,
+    rows: tuple[int, ...],
+    classes: int,
+    counts: Bool[Array, "*rows"] | None,
+    ignore_index: int | None,
+    dtype: DTypeLike,
+    *,
+    normalised: bool,
+) -> Entries:
+    """Checks both arrays; rows without any class do not count.
+
+    Where they are to be `normalised` and are not, log-probabilities become NaN.
+    """
+    ids = checks.integer("teacher_ids", ids)
+    if ids.ndim != len(rows) + 1 or ids.shape[:-1] != rows or ids.shape[-1] == 0:
+        wanted = ", ".join([*map(str, rows), "k"])
+        raise ValueError(
+            f"teacher_ids must have shape ({wanted}), k > 0 class ids for each row of the loss, "
+            f"got {ids.shape}"
+        )
+    log_probs = checks.floating("teacher_log_probs", log_probs)
+    checks.shape_is("teacher_log_probs", log_probs, ids.shape, "that of teacher_ids")
+    if ids.dtype.itemsize < 4:
+        ids = ids.astype(jnp.int32)  # a number of classes may not fit into 8 or 16 bits
+    absent = _equal(ids, -1) | _equal(ids, ignore_index)
+    valid = ~absent & (ids >= 0) & (ids < classes)
+    ids = jnp.where(valid, jnp.where(valid, ids, 0).astype(jnp.int32), -1)
+    has_any = jnp.any(~absent, -1)
+    counts = has_any if counts is None else counts & has_any
+    ordered = jnp.sort(ids, -1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    unknown = counts & (jnp.any(~valid & ~absent, -1) | jnp.any(twice, -1))
+    there = valid & counts[..., None]
+    log_probs = jnp.where(there, log_probs, -jnp.inf)
+    if normalised:
+        log_probs = log_probability("teacher_log_probs", log_probs)
+    return Entries(jnp.where(there, ids, -1), log_probs.astype(dtype), counts, unknown)
+
+
+def _equal(ids: Integer[Array, "*rows k"], value: int | None) -> Bool[Array, "*rows k"]:
+    limits = jnp.iinfo(ids.dtype)
+    if value is None or not limits.min <= value <= limits.max:
+        return jnp.zeros(ids.shape, bool)  # no id of this dtype can be equal to it
+    return ids == value

@@ -1,0 +1,179 @@
+"""Jensen-Shannon divergence between two softmaxes of each row, in blocks of classes.
+
+With the mixture `m = s p + (1 - s) q` it is `s KL(p || m) + (1 - s) KL(q || m)`. What m is in a
+class takes both normalisers: blocks are read once for these and again for the sums, which then are
+plain ones, and a third time for the gradient. Of logits `u` of p and `v` of q, and with the
+cotangent `g`, that is
+
+    du = g s p (log(p / m) - KL(p || m))        dv = g (1 - s) q (log(q / m) - KL(q || m))
+
+and that of `s` is `g (KL(p || m) - KL(q || m))`.
+
+Each divergence is a sum of terms `p log(p / m) - p + m`. None is negative, and where p and q are
+nearly equal each is of second order in their difference, with all its digits: `m / p` is then found
+as `1 + (1 - s) (q / p - 1)`, and its logarithm by `log1p`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .. import _platform
+from . import sharded, tile
+from .columns import Form, over_columns, sums
+from .divergence import Inputs, Options, Tiles, Used, axes, nothing, tiles
+from .numerics import expm1_less_x
+from .tile import First, Partial, Target, merge
+
+
+class _Normalisers(NamedTuple):
+    p: Partial
+    q: Partial
+
+
+class _Sums(NamedTuple):
+    """Over the classes seen so far: KL(p || m), KL(q || m), and the two weighted with the shares.
+
+    `of` are the normalisers of whole rows.
+    """
+
+    of: _Normalisers
+    p: Float[Array, "*rows"]
+    q: Float[Array, "*rows"]
+    both: Float[Array, "*rows"]
+
+
+def jensen_shannon(
+    options: Options, inputs: Inputs, used: Used, *, forward_mode: bool
+) -> Float[Array, "*rows"]:
+    """The divergence of each row, where p has `inputs.share`; 0 in rows that are not `used`."""
+    axis_name = options.p.axis_name
+    normalisers = Form(
+        start=functools.partial(_no_classes, options),
+        fold=functools.partial(_normalise, options),
+        across=functools.partial(_merged, axis_name),
+        finish=_finish,
+        pull=functools.partial(_pull, options),
+        axes=axes(options, inputs),
+        columns=options.columns,
+        block=options.p.block,
+    )
+    form = normalisers._replace(
+        start=functools.partial(_start, normalisers),
+        fold=functools.partial(_fold, options),
+        across=functools.partial(_added, axis_name),
+    )
+    found: Array = over_columns(form, inputs, used, forward_mode=forward_mode)
+    return found
+
+
+def _no_classes(options: Options, inputs: Inputs, used: Used) -> _Normalisers:
+    part = nothing(options, inputs, used)
+    return _Normalisers(part, part)
+
+
+def _normalise(
+    options: Options, inputs: Inputs, used: Used, seen: _Normalisers, first: First, size: int
+) -> _Normalisers:
+    both, _ = tiles(options, inputs, used, first, size)
+    new = (tile.read(z, Target(), _platform.normaliser(z)) for z in both)
+    return _Normalisers(*map(merge, seen, new))
+
+
+def _merged(axis_name: str | None, of: _Normalisers) -> _Normalisers:
+    return _Normalisers(*(sharded.merge_across(x, axis_name) for x in of))
+
+
+def _start(normalisers: Form, inputs: Inputs, used: Used) -> _Sums:
+    of = sums(normalisers, inputs, used)
+    zero = jnp.zeros_like(of.p.sum_exp)
+    return _Sums(of, zero, zero, zero)
+
+
+def _fold(
+    options: Options, inputs: Inputs, used: Used, seen: _Sums, first: First, size: int
+) -> _Sums:
+    both, _ = tiles(options, inputs, used, first, size)
+    p, q = (jnp.sum(x.terms, -1) for x in _compared(both, seen.of, inputs.share))
+    share = inputs.share.astype(p.dtype)
+    weighted = share * p + (1 - share) * q
+    return seen._replace(p=seen.p + p, q=seen.q + q, both=seen.both + weighted)
+
+
+def _added(axis_name: str | None, seen: _Sums) -> _Sums:
+    p, q, both = (sharded.sum_over(x, axis_name) for x in seen[1:])
+    return seen._replace(p=p, q=q, both=both)
+
+
+def _finish(seen: _Sums) -> Float[Array, "*rows"]:
+    return seen.both
+
+
+# Where one of two probabilities is e^80 times the other, that one is nothing beside it.
+_FARTHEST = 80.0
+
+
+class _Compared(NamedTuple):
+    """A softmax `p` beside the mixture: `log(p / m)`, and the terms of KL(p || m)."""
+
+    probs: Float[Array, "*rows block"]
+    ahead: Float[Array, "*rows block"]
+    terms: Float[Array, "*rows block"]
+
+
+def _compared(
+    both: Tiles, of: _Normalisers, share: Float[Array, ""]
+) -> tuple[_Compared, _Compared]:
+    log_p, log_q = (
+        tile.shift(z, x.base) - jnp.log(x.sum_exp)[..., None] for z, x in zip(both, of, strict=True)
+    )
+    share = share.astype(log_p.dtype)
+    banned = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+    ratio = jnp.where(banned, 0, log_q) - jnp.where(banned, 0, log_p)
+    ratio = jnp.clip(ratio, -_FARTHEST, _FARTHEST)
+    p, q, more = jnp.exp(log_p), jnp.exp(log_q), jnp.expm1(ratio)
+    q_by_p, p_by_q = jnp.exp(ratio), jnp.exp(-ratio)
+    return (
+        _beside(p, q, q_by_p, more, share, 1 - share),
+        _beside(q, p, p_by_q, -more * p_by_q, 1 - share, share),
+    )
+
+
+def _beside(
+    p: Array, q: Array, q_by_p: Array, more: Array, share: Array, other: Array
+) -> _Compared:
+    """`more` is `q / p - 1`, with all digits."""
+    excess = other * more  # m / p - 1
+    precise, near = excess > -0.5, jnp.abs(excess) <= 0.5
+    log_ratio = jnp.where(
+        precise,
+        jnp.log1p(jnp.where(precise, excess, 0)),
+        jnp.log(jnp.where(precise, 1, share + other * q_by_p)),
+    )
+    of_near = p * expm1_less_x(jnp.where(near, log_ratio, 0))
+    return _Compared(p, -log_ratio, jnp.where(near, of_near, other * (q - p) - p * log_ratio))
+
+
+def _pull(
+    options: Options,
+    inputs: Inputs,
+    used: Used,
+    seen: _Sums,
+    g: Float[Array, "*rows"],
+    first: First,
+    size: int,
+) -> Inputs:
+    both, pull = tiles(options, inputs, used, first, size)
+    p, q = _compared(both, seen.of, inputs.share)
+    share = inputs.share.astype(g.dtype)
+    silent, g = g[..., None] == 0, g[..., None]
+
+    def onto(x: _Compared, share: Array, divergence: Array) -> Array:
+        return jnp.where(silent, 0, g * share * x.probs * (x.ahead - divergence[..., None]))
+
+    d_share = jnp.sum(jnp.where(silent, 0, g * (p.terms - q.terms)))
+    return pull((onto(p, share, seen.p), onto(q, 1 - share, seen.q)))._replace(share=d_share)

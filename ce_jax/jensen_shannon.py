@@ -1,0 +1,216 @@
+r"""Between two divergences of teacher and student: each compared with a mixture of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jaxtyping import Array
+
+from ._arguments import checks, reductions
+from ._arguments.options import scalar
+from ._arguments.options import temperature as of_temperature
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
+from .distillation import layers, of_layers, of_logits
+
+
+@reducible
+def jensen_shannon_loss(
+    logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    beta: Scalar = 0.5,
+    temperature: ArrayLike = 1.0,
+    axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    reduction_axis: Axes = None,
+    forward_mode: bool = False,
+) -> Loss:
+    r"""Generalized Jensen-Shannon divergence of the student's softmax and the teacher's, in nats.
+
+    With logits z of the student, z' of the teacher, and a temperature T:
+
+    .. math::
+      \ell = T^2 \left(\beta \sum_c p'_c \log \frac{p'_c}{m_c}
+        + (1 - \beta) \sum_c p_c \log \frac{p_c}{m_c}\right), \qquad m = \beta p' + (1 - \beta) p
+
+    for :math:`p = \mathrm{softmax}(z / T)` and :math:`p' = \mathrm{softmax}(z' / T)`. It is
+    symmetric for :math:`\beta = 1/2`, and finite whatever either side bans: at most
+    :math:`T^2 \log 2` then. For a small beta it comes to beta times `distillation_loss`, for one
+    near 1 to :math:`1 - \beta` times that with `reverse=True`: divide by these to keep the size of
+    gradients. Where the student comes close to the teacher, neither the loss nor its gradient loses
+    digits; where they agree, both are 0. Gradients reach both logits, temperature and beta: apply
+    `jax.lax.stop_gradient` to what is not to learn.
+
+    Args:
+      logits: the student's `[..., C]`, floating; `-inf` marks a class that is not allowed.
+      teacher_logits: the teacher's, of the same shape; their dtype may be another.
+      beta: the teacher's share of the mixture, between 0 and 1. May be traced.
+      temperature: T: a number, or one per row, with the axes of the loss (size 1 broadcasts). At
+        least 1e-6. May be traced.
+      axis: the class axis, a tuple of them, or None for all.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
+      axis_name: mapped mesh axis over which the class axis of both is sharded.
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits of one are).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> student, teacher = jnp.array([0.0, 0.0]), jnp.log(jnp.array([0.75, 0.25]))
+      >>> print(ce_jax.jensen_shannon_loss(student, teacher))
+      0.0338
+      >>> banned = jnp.array([[0.0, -jnp.inf], [-jnp.inf, 0.0]])
+      >>> print(ce_jax.jensen_shannon_loss(banned, banned[::-1]))
+      [0.6931 0.6931]
+
+    References:
+      Lin, `Divergence Measures Based on the Shannon Entropy`, 1991; Agarwal et al., `On-Policy
+      Distillation of Language Models: Learning from Self-Generated Mistakes`, 2024.
+    """
+    return of_logits(
+        logits,
+        teacher_logits,
+        where,
+        of_temperature(temperature),
+        _share(beta),
+        sample_weight,
+        axis=checks.static_axis(axis),
+        reverse=False,
+        axis_name=axis_name,
+        reduction=reductions.reducer(reduction, reduction_axis),
+        forward_mode=forward_mode,
+    )
+
+
+def _share(value: Scalar) -> Array:
+    share = scalar("beta", value, 0.0, 1.0)
+    if not isinstance(share, jax.core.Tracer) and float(share) in (0.0, 1.0):
+        raise ValueError(
+            f"beta must be between 0 and 1, where the loss is 0, got {value}; its limits, divided "
+            "by beta or 1 - beta, are distillation_loss, without and with reverse=True"
+        )
+    return share
+
+
+@reducible
+def linear_jensen_shannon_loss(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *,
+    teacher_logits: ArrayLike | None = None,
+    teacher_hidden: ArrayLike | None = None,
+    teacher_kernel: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    teacher_bias: ArrayLike | None = None,
+    class_axis: int = -1,
+    teacher_class_axis: int = -1,
+    num_classes: int | None = None,
+    logit_soft_cap: Scalar | None = None,
+    teacher_logit_soft_cap: Scalar | None = None,
+    beta: Scalar = 0.5,
+    temperature: ArrayLike = 1.0,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    reduction_axis: Axes = None,
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> Loss:
+    r"""Jensen-Shannon divergence of a linear layer's softmax, without its logits in memory.
+
+    .. math::
+      \ell = T^2 \left(\beta\, \mathrm{KL}(p' \,\|\, m) + (1 - \beta)\, \mathrm{KL}(p \,\|\, m)
+        \right), \qquad m = \beta p' + (1 - \beta) p
+
+    `jensen_shannon_loss` with the logits of `linear_softmax_cross_entropy`, of the student and, if
+    these are not given, of the teacher. The mixture takes the normalisers of both, so that blocks
+    of classes are computed twice for the loss and once more for the gradient: five matmuls for the
+    student's gradient where `linear_distillation_loss` takes four, and three for two of the
+    teacher.
+
+    Args:
+      hidden: the student's hidden states `[..., D]`, floating.
+      kernel: the student's kernel `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of
+        `hidden` or a wider one.
+      teacher_logits: the teacher's logits `[..., V]`, of any floating dtype; or instead:
+      teacher_hidden: the teacher's hidden states `[..., D']`, floating, and
+      teacher_kernel: its kernel `[D', V]`, or `[V, D']` with `teacher_class_axis=0`.
+      bias: `[V]`, of the student.
+      teacher_bias: `[V]`, of the teacher.
+      class_axis: the axis of `kernel` that holds the classes.
+      teacher_class_axis: the axis of `teacher_kernel` that holds the classes.
+      num_classes: how many classes there are; what kernels and logits hold beyond is padding, of
+        which the student may have more or less than the teacher. By default there is none.
+      logit_soft_cap: positive bound of the student's logits. May be traced.
+      teacher_logit_soft_cap: positive bound of the teacher's logits. May be traced.
+      beta: the teacher's share of the mixture, between 0 and 1. May be traced.
+      temperature: T: a number, or one per row, with the axes of the loss (size 1 broadcasts). At
+        least 1e-6. May be traced.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
+      where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
+        `next_tokens` has it.
+      axis_name: mapped mesh axis over which the classes of all arrays are sharded, alike.
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      memory_budget: bytes that the blocks of logits and their gradients may take, by default as
+        in `linear_softmax_cross_entropy`, of both kernels together.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own. A gradient taken so of a kernel in a narrow dtype is the sum of two rounded ones.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit, as hidden states wider than the kernel.
+      ValueError: for a shape, an axis or a value that does not fit, or if the teacher is not given
+        in exactly one way.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> hidden, kernel = jnp.ones((2, 3)), jnp.zeros((3, 2))
+      >>> teacher_logits = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
+      >>> loss = ce_jax.linear_jensen_shannon_loss(hidden, kernel, teacher_logits=teacher_logits)
+      >>> print(loss)
+      [0.     0.0338]
+
+    References:
+      As `jensen_shannon_loss`.
+    """
+    student, teacher = layers(
+        (hidden, kernel, bias, logit_soft_cap),
+        (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap),
+        teacher_logits,
+    )
+    return of_layers(
+        student,
+        teacher,
+        teacher_logits,
+        of_temperature(temperature),
+        _share(beta),
+        sample_weight,
+        where,
+        class_axis=checks.integer_option("class_axis", class_axis),
+        teacher_class_axis=checks.integer_option("teacher_class_axis", teacher_class_axis),
+        num_classes=checks.integer_option("num_classes", num_classes),
+        reverse=False,
+        axis_name=axis_name,
+        reduction=reductions.reducer(reduction, reduction_axis),
+        memory_budget=checks.memory_budget(memory_budget),
+        forward_mode=forward_mode,
+    )

@@ -1,0 +1,380 @@
+r"""Learning from a teacher of which the log-probabilities of k classes per row were stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._arguments import checks, options, reductions, targets
+from ._arguments.compiled import compiled
+from ._arguments.entries import Entries, entries
+from ._arguments.layer import layer
+from ._arguments.reductions import Reducer
+from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
+from ._rows import class_blocks, dense, sharded
+from ._rows.order import as_given, in_order
+from ._rows.tile import RowStatistics, Target, wide
+from ._rows.top_k import Tail, top_k_divergence
+
+
+@reducible
+def top_k_distillation_loss(
+    logits: ArrayLike,
+    teacher_ids: ArrayLike,
+    teacher_log_probs: ArrayLike,
+    *,
+    tail: Tail = "bucket",
+    axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    reduction_axis: Axes = None,
+    forward_mode: bool = False,
+) -> Loss:
+    r"""Divergence of the student from a teacher of which k classes of each row are known, in nats.
+
+    With the student's :math:`p = \mathrm{softmax}(z / T)`, the ids :math:`c_1 \dots c_k` that were
+    stored, the teacher's probabilities :math:`p'_i` of these, at the same temperature, and the
+    rests :math:`p_r = 1 - \sum_i p_{c_i}` and :math:`p'_r = 1 - \sum_i p'_i`:
+
+    .. math::
+      \ell_\text{bucket} = T^2 \left(\sum_i p'_i \log \frac{p'_i}{p_{c_i}}
+        + p'_r \log \frac{p'_r}{p_r}\right), \qquad
+      \ell_\text{drop} = T^2 \sum_i p'_i \log \frac{p'_i}{p_{c_i}}
+
+    and "renormalize" is "drop" with :math:`p'_i / \sum_j p'_j` for :math:`p'_i`. "bucket" is a
+    divergence, of the two distributions in which all other classes are one: it is 0 where the
+    student agrees, and lowers no class below what the teacher may give it. "renormalize" drives the
+    student to give all other classes nothing, "drop" has its minimum neither there nor at the
+    teacher, and may be negative. The student's rest is a sum over the other classes, not a
+    difference: it keeps its digits, and the gradient is finite, where the k hold nearly all.
+
+    Gradients of the logits are :math:`T (p_c - p'_c)` for a class that is known and, for "bucket",
+    :math:`T p_c (1 - p'_r / p_r)` for another. That of `teacher_log_probs` is true too.
+
+    Args:
+      logits: the student's `[..., C]`, floating; `-inf` marks a class that is not allowed.
+      teacher_ids: `[..., k]`, of any integer dtype: the rows of the loss, then k class ids, which
+        differ within a row. An id of -1, or of `ignore_index`, marks an entry that is absent.
+      teacher_log_probs: the teacher's log-probabilities of these, of the same shape, floating; of
+        -inf is a class to which it gives nothing. For "renormalize" they may be logits.
+      tail: "bucket", "renormalize" or "drop": what becomes of the classes that are not known.
+      axis: the class axis of `logits`, a tuple of them (ids are then flat indices), or None for
+        all.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      temperature: T, what the logits are divided by: a number, or one per row, with the axes of the
+        loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
+      ignore_index: another id of absent entries. A row of which all are absent does not count.
+      axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if logits or log-probabilities are).
+      It is +inf where the student does not allow a class that the teacher does. A row with an id
+      that is no class, or that is there twice, is NaN, as one of which log-probabilities are above
+      0 (or, for "bucket", add up to more than 1) by more than rounding explains.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape, an axis, a name or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> logits, ids = jnp.zeros((1, 4)), jnp.array([[2, 0]])
+      >>> log_probs = jnp.log(jnp.array([[0.5, 0.25]]))
+      >>> for tail in ("bucket", "renormalize", "drop"):
+      ...     print(ce_jax.top_k_distillation_loss(logits, ids, log_probs, tail=tail))
+      [0.1733]
+      [0.7498]
+      [0.3466]
+
+    References:
+      Hinton et al., `Distilling the Knowledge in a Neural Network`, 2015; of sampled and truncated
+      teachers: Anshumann et al., `Sparse Logit Sampling: Accelerating Knowledge Distillation in
+      LLMs`, 2025.
+    """
+    return _top_k(
+        logits,
+        teacher_ids,
+        teacher_log_probs,
+        where,
+        options.temperature(temperature),
+        sample_weight,
+        axis=checks.static_axis(axis),
+        tail=_checked(tail),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
+        axis_name=axis_name,
+        reduction=reductions.reducer(reduction, reduction_axis),
+        forward_mode=forward_mode,
+    )
+
+
+def _checked(tail: Tail) -> Tail:
+    if tail not in get_args(Tail):
+        raise ValueError(f"tail must be one of {get_args(Tail)}, got {tail!r}")
+    return tail
+
+
+@compiled
+def _top_k(
+    logits: Array,
+    teacher_ids: Array,
+    teacher_log_probs: Array,
+    where: Array | None,
+    temperature: Array | None,
+    sample_weight: Array | None,
+    *,
+    axis: int | tuple[int, ...] | None,
+    tail: Tail,
+    ignore_index: int | None,
+    axis_name: str | None,
+    reduction: Reducer,
+    forward_mode: bool,
+) -> Loss:
+    student = targets.rows_of("logits", logits, axis, where, axis_name)
+    *shape, local = student.values.shape
+    rows, classes = tuple(shape), sharded.all_classes(local, axis_name)
+    dtype = _dtype(student.values, teacher_log_probs)
+    teacher = entries(
+        teacher_ids,
+        teacher_log_probs,
+        rows,
+        classes,
+        student.counts,
+        ignore_index,
+        dtype,
+        normalised=tail != "renormalize",
+    )
+    weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
+    z = targets.without_excluded(student.values, teacher.counts, weights, axis_name)
+    temperature = options.of_rows(temperature, rows, wide(z.dtype))
+    if temperature is not None:
+        temperature = jnp.where(teacher.counts, temperature, 1)
+    found = dense.row_statistics(
+        dense.Options(axis_name=axis_name),
+        z,
+        Target(picked=teacher.ids),
+        temperature=temperature,
+        forward_mode=forward_mode,
+    )
+    loss = _loss(found, teacher, temperature, weights, tail)
+    return reductions.reduce(loss, teacher.counts, weights, reduction)
+
+
+def _dtype(student: ArrayLike, log_probs: ArrayLike) -> jnp.dtype:
+    both = (checks.floating("teacher_log_probs", log_probs), jnp.asarray(student))
+    return max((wide(x.dtype) for x in both), key=lambda dtype: dtype.itemsize)
+
+
+def _loss(
+    found: RowStatistics,
+    teacher: Entries,
+    temperature: Float[Array, "*rows"] | None,
+    weights: Float[Array, "*rows"] | None,
+    tail: Tail,
+) -> Float[Array, "*rows"]:
+    """Rows that do not count, or weigh nothing and have no finite loss, reach no derivative."""
+    log_probs = teacher.log_probs
+    found = found._replace(
+        lse=found.lse.astype(log_probs.dtype), picked=found.picked.astype(log_probs.dtype)
+    )
+    mute = ~teacher.counts
+    if weights is not None:
+        shown = top_k_divergence(*_harmless(mute, found, log_probs), tail)
+        mute = mute | (weights == 0) & ~jnp.isfinite(shown)
+    loss = jnp.where(mute, 0, top_k_divergence(*_harmless(mute, found, log_probs), tail))
+    loss = targets.nan_if(teacher.unknown | jnp.isnan(loss), loss, weights)
+    return loss if temperature is None else loss * jnp.square(temperature.astype(loss.dtype))
+
+
+def _harmless(
+    mute: Array, found: RowStatistics, log_probs: Float[Array, "*rows k"]
+) -> tuple[RowStatistics, Float[Array, "*rows k"]]:
+    picked = jnp.where(mute[..., None], 0, found.picked)
+    even = -jnp.log(2.0 * log_probs.shape[-1])
+    log_probs = jnp.where(mute[..., None], even.astype(log_probs.dtype), log_probs)
+    return found._replace(lse=jnp.where(mute, 0, found.lse), picked=picked), log_probs
+
+
+@reducible
+def linear_top_k_distillation_loss(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    teacher_ids: ArrayLike,
+    teacher_log_probs: ArrayLike,
+    *,
+    tail: Tail = "bucket",
+    bias: ArrayLike | None = None,
+    class_axis: int = -1,
+    num_classes: int | None = None,
+    logit_soft_cap: Scalar | None = None,
+    temperature: ArrayLike = 1.0,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    axis_name: str | None = None,
+    reduction: Reduction = "none",
+    reduction_axis: Axes = None,
+    memory_budget: int | None = None,
+    forward_mode: bool = False,
+) -> Loss:
+    r"""Distillation of a linear layer's softmax from k classes per row, without logits in memory.
+
+    For hidden states :math:`h`, kernel :math:`W` and bias :math:`b`, the loss is that of
+    `top_k_distillation_loss`, option by option, on
+
+    .. math::
+      z = \mathrm{cap} \tanh\!\left(\frac{h W + b}{\mathrm{cap}}\right)
+      \qquad (z = h W + b \text{ without a cap})
+
+    The logits are computed in blocks of classes, once for the loss and once more for the gradient,
+    and those of the k classes are read from these blocks: their columns of the kernel are never
+    gathered. Rows without any class that is known cost next to nothing, as rows that do not count.
+
+    Args:
+      hidden: `[..., D]`, floating.
+      kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden` or a wider one.
+      teacher_ids: `[..., k]`, of any integer dtype: the rows of `hidden`, then k class ids, which
+        differ within a row. An id of -1, or of `ignore_index`, marks an entry that is absent.
+      teacher_log_probs: the teacher's log-probabilities of these, of the same shape, floating, at
+        the same temperature. For "renormalize" they may be logits.
+      tail: "bucket", "renormalize" or "drop", as in `top_k_distillation_loss`.
+      bias: `[V]`. A bias of -inf bans a class.
+      class_axis: the axis of `kernel` that holds the classes.
+      num_classes: how many classes there are; what `kernel` holds beyond is padding.
+      logit_soft_cap: positive bound of the logits. May be traced.
+      temperature: T, what the logits are divided by, in float32, after bias and soft cap: a number,
+        or one per row, with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
+      where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
+        `next_tokens` has it.
+      ignore_index: another id of absent entries. A row of which all are absent does not count.
+      axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes; ids are
+        global.
+      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
+        the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      memory_budget: bytes that a block of logits and its gradient may take, by default as in
+        `linear_softmax_cross_entropy`.
+      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
+        JAX's own.
+
+    Returns:
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is); +inf and NaN as
+      `top_k_distillation_loss` has them.
+
+    Raises:
+      TypeError: for a dtype or type that does not fit, as a `hidden` wider than `kernel` does not.
+      ValueError: for a shape, an axis, a name or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> hidden, kernel, ids = jnp.ones((1, 3)), jnp.zeros((3, 4)), jnp.array([[2, 0]])
+      >>> log_probs = jnp.log(jnp.array([[0.5, 0.25]]))
+      >>> print(ce_jax.linear_top_k_distillation_loss(hidden, kernel, ids, log_probs))
+      [0.1733]
+
+    References:
+      As `top_k_distillation_loss`.
+    """
+    return _linear_top_k(
+        hidden,
+        kernel,
+        teacher_ids,
+        teacher_log_probs,
+        bias,
+        checks.soft_cap("logit_soft_cap", logit_soft_cap),
+        options.temperature(temperature),
+        sample_weight,
+        where,
+        tail=_checked(tail),
+        class_axis=checks.integer_option("class_axis", class_axis),
+        num_classes=checks.integer_option("num_classes", num_classes),
+        ignore_index=checks.integer_option("ignore_index", ignore_index),
+        axis_name=axis_name,
+        reduction=reductions.reducer(reduction, reduction_axis),
+        memory_budget=checks.memory_budget(memory_budget),
+        forward_mode=forward_mode,
+    )
+
+
+@compiled
+def _linear_top_k(
+    hidden: Array,
+    kernel: Array,
+    teacher_ids: Array,
+    teacher_log_probs: Array,
+    bias: Array | None,
+    logit_soft_cap: Array | None,
+    temperature: Array | None,
+    sample_weight: Array | None,
+    where: Array | None,
+    *,
+    tail: Tail,
+    class_axis: int,
+    num_classes: int | None,
+    ignore_index: int | None,
+    axis_name: str | None,
+    reduction: Reducer,
+    memory_budget: int | None,
+    forward_mode: bool,
+) -> Loss:
+    hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
+    axis, rows = checks.kernel_axis(hidden, kernel, class_axis), hidden.shape[:-1]
+    held = sharded.all_classes(kernel.shape[axis], axis_name)
+    dtype = _dtype(hidden, teacher_log_probs)
+    if where is not None:
+        where = checks.of_rows("where", checks.boolean("where", where), rows, "the rows of hidden")
+    teacher = entries(
+        teacher_ids,
+        teacher_log_probs,
+        rows,
+        checks.class_count(num_classes, held),
+        where,
+        ignore_index,
+        dtype,
+        normalised=tail != "renormalize",
+    )
+    x = layer(
+        hidden,
+        kernel,
+        None,
+        bias,
+        logit_soft_cap,
+        temperature,
+        teacher.counts,
+        class_axis=class_axis,
+        num_classes=num_classes,
+        ignore_index=None,
+        axis_name=axis_name,
+        memory_budget=memory_budget,
+        summed=False,
+        statistics=False,
+        picked=True,
+    )
+    weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
+    by_row = (teacher, weights)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), by_row)
+    teacher, of_row = in_order(x.order, flat)
+    tokens = x.tokens
+    if of_row is not None:
+        silent = (of_row == 0) & ~jnp.all(jnp.isfinite(tokens.hidden), -1)
+        tokens = tokens._replace(hidden=jnp.where(silent[:, None], 0, tokens.hidden))
+    target = Target(picked=teacher.ids)
+    found = class_blocks.row_statistics(
+        x.options, tokens, x.head, target, x.counting, forward_mode=forward_mode
+    )
+    loss = as_given(x.order, _loss(found, teacher, tokens.temperature, of_row, tail))
+    return reductions.reduce(loss.reshape(rows), by_row[0].counts, weights, reduction)
