@@ -1,11 +1,12 @@
 """How a platform reads a tile faster, or in less memory, than the plain way of `_rows.tile`.
 
-Two ways are left, each in the file of its platform, with what it gains:
+Three ways are left, each in the file of its platform, with what it gains:
 
     where                                        what                      way
     GPU (CUDA), a tile of more than 8 MB         maximum and normaliser    gpu.normaliser
     CPU, smoothing, or soft labels of 64         sums over the classes     cpu.read
     classes and more
+    CPU                                          argmax                    cpu.first_of
 
 Everything else is read the plain way. No way changes a result but in its last digits, and the time
 of none depends on the numbers. Formulas of losses live in `_rows`. `block_sizes` chooses how large
@@ -42,7 +43,7 @@ def read(
 ) -> tile.Partial:
     """`tile.read`, in the way of the platform."""
     plain: Any = functools.partial(tile.read, **options)
-    if not is_own(z) or not cpu.reads(z, target):
+    if not is_own(z) or not cpu.reads(z, target, argmax=options.get("argmax", False)):
         return plain(z, target, normaliser)
     on_a_cpu = functools.partial(cpu.read, **options)
     part: tile.Partial = jax.lax.platform_dependent(

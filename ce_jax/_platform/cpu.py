@@ -13,7 +13,8 @@ Value and gradient on two cores, in times of the plain way, default malloc (jax 
     smoothing                    0.48       0.33         0.71       0.57
       temporaries, MB       0 for 66  33 for 99    1 for 268  134 for 537
 
-The loss alone takes what it takes in the plain way, or less.
+The loss alone takes what it takes in the plain way, or less. The argmax beside a loss of class ids
+takes no temporaries for 138 MB in float32 and bfloat16, 4096x8192, and 0.5 of its time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import tile
 
@@ -33,8 +34,12 @@ _LONGEST = 1 << 9
 _FEWEST = 64
 
 
-def reads(z: Float[Array, "*rows classes"], target: tile.Target) -> bool:
+def reads(z: Float[Array, "*rows classes"], target: tile.Target, *, argmax: bool) -> bool:
     """Whether a tile is better read in this way than in the plain one."""
+    return argmax or _adds_several(z, target)
+
+
+def _adds_several(z: Float[Array, "*rows classes"], target: tile.Target) -> bool:
     soft = target.probs is not None and z.shape[-1] >= _FEWEST
     return soft or target.classes is not None
 
@@ -47,12 +52,21 @@ def read(
 ) -> tile.Partial:
     """As `tile.read`.
 
-    Apart from the maximum that the normaliser is made with: of what is relative to the same one XLA
-    would store the difference.
+    Sums apart from the maximum that the normaliser is made with: of what is relative to the same
+    one XLA would store the difference.
     """
+    if not _adds_several(z, target):
+        return tile.read(z, target, normaliser, first_of=first_of, **options)
     row_max, sum_exp = normaliser
     apart = jax.lax.optimization_barrier(row_max), sum_exp
-    return tile.read(z, target, apart, row_sums, **options)._replace(base=row_max)
+    return tile.read(z, target, apart, row_sums, first_of, **options)._replace(base=row_max)
+
+
+def first_of(reached: Bool[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
+    """As `tile.first_of`, of which XLA would store all ids before it takes the smallest."""
+    found = jnp.argmax(reached, -1).astype(jnp.int32)
+    exists = jnp.take_along_axis(reached, found[..., None], -1)[..., 0]
+    return jnp.where(exists, found, tile.NOWHERE)
 
 
 @jax.custom_jvp

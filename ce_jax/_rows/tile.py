@@ -125,8 +125,9 @@ def nothing_seen(
     )
 
 
-# Adds up arrays over the classes, each by itself.
+# Adds up arrays over the classes, each by itself; and finds the first class that is marked.
 RowSums = Callable[[dict[str, Array]], dict[str, Array]]
+FirstOf = Callable[[Bool[Array, "*rows classes"]], Integer[Array, "*rows"]]
 
 
 def row_maxima(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
@@ -154,11 +155,18 @@ def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
     return {name: jnp.sum(x, -1) for name, x in summands.items()}
 
 
+def first_of(reached: Bool[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
+    """The first class for which this is true, or `NOWHERE`."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, reached.shape, reached.ndim - 1)
+    return jnp.min(jnp.where(reached, ids, NOWHERE), -1)
+
+
 def read(
     z: Float[Array, "*rows classes"],
     target: Target,
     normaliser: tuple[Float[Array, "*rows"], Float[Array, "*rows"]],
     row_sums: RowSums = row_sums,
+    first_of: FirstOf = first_of,
     *,
     entropy: bool = False,
     argmax: bool = False,
@@ -192,10 +200,8 @@ def read(
         found = row_sums({"entropy": jnp.exp(shifted) * _finite_exponent(surprise)})
         out = out._replace(entropy=found["entropy"] / _nonzero(out.sum_exp))
     if argmax:
-        # Where the tile has no class with the maximum of the whole row, NOWHERE is left.
-        ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) + first_class
-        reached = z.astype(row_max.dtype) == row_max[..., None]
-        out = out._replace(argmax=jnp.min(jnp.where(reached, ids, NOWHERE), -1))
+        column = first_of(z.astype(row_max.dtype) == row_max[..., None])
+        out = out._replace(argmax=jnp.where(column == NOWHERE, column, column + first_class))
     return out
 
 
