@@ -17,6 +17,7 @@ from ._arguments import checks, placement, reductions
 from ._arguments.compiled import array
 from ._arguments.options import temperature
 from ._rows import sharded
+from ._rows.compat import psum
 from ._rows.head import with_slope_of
 
 # Of overloaded functions this keeps all signatures.
@@ -225,7 +226,7 @@ def _local(task: _Task, over: tuple[str, ...], parts: dict[str, Array]) -> Any:
     if reducer.kind == "none":
         return found
     loss, *others = found if options.get("return_statistics") else (found,)
-    loss = jax.lax.psum(loss, over)
+    loss = psum(loss, over)
     if reducer.kind == "mean":
         loss = loss.mean()
     return (loss, *others) if others else loss

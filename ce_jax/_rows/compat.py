@@ -1,14 +1,16 @@
-"""What the supported versions of JAX call by different names, each under one name here.
+"""What differs between the supported versions of JAX, each under one name here.
 
-When the oldest supported version has the newer name, its users call that and the choice goes.
+When the oldest supported version does as the newest, its users call that and the choice goes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jaxtyping import Array
+
+_Tree = TypeVar("_Tree")
 
 reshard = jax.reshard if hasattr(jax, "reshard") else jax.sharding.reshard  # before jax 0.9
 
@@ -27,3 +29,11 @@ def vary_over(x: Array, axes: tuple[Any, ...]) -> Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")
     return lax.pvary(x, axes)  # before jax 0.9
+
+
+def psum(tree: _Tree, axes: str | tuple[str, ...]) -> _Tree:
+    """The sums over devices of several arrays, not all of which need have a derivative."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.psum(tree, axes)
+    # Before jax 0.9 the transpose of one sum of several arrays wants the derivative of each.
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes), tree)

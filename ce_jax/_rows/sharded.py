@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
-from .compat import reshard, vary_over, varying
+from .compat import psum, reshard, vary_over, varying
 from .tile import ABSENT, NOWHERE, Partial, rebase, scaled_sum
 
 _Tree = TypeVar("_Tree")
@@ -86,7 +86,7 @@ def merge_across(part: Partial, axis_name: str | None) -> Partial:
         # The lowest class among those that reach the maximum, as `jnp.argmax` has it.
         argmax = jax.lax.pmin(jnp.where(part.base == row_max, argmax, NOWHERE), axis_name)
     shares = rebase(part, row_max, sum_exp)._replace(base=ABSENT, sum_exp=ABSENT, argmax=ABSENT)
-    total: Partial = jax.lax.psum(shares, axis_name)
+    total = psum(shares, axis_name)
     return total._replace(base=row_max, sum_exp=sum_exp, argmax=argmax)
 
 
