@@ -5,7 +5,8 @@
 XLA compiles for an NVIDIA H200 and a TPU v6e on any machine that has its plugins:
 `jax-cuda13-plugin` and `jax-cuda13-pjrt` (with `--no-deps`, of jax's own version, and `ptxas` from
 a CUDA toolkit), and `jax[tpu]`. Expect two minutes. Temporaries are what the program holds at once
-beside its inputs and results; reads and writes are those of arrays of the size of the logits.
+beside its inputs and results; reads and writes are those of arrays of the size of the logits;
+matmuls are of the size of hidden states times kernel.
 """
 
 import importlib.util
@@ -16,11 +17,10 @@ import shutil
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import typer
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -31,7 +31,9 @@ from experiments.benchmarking.problems import ARGUMENTS, Problem
 from experiments.errors import ExperimentError
 
 ROWS, FEATURES, CLASSES = 8192, 2304, 256000
-DENSE = ("integer", "ignored", "smoothed", "weighted", "one-hot", "sigmoid")
+DENSE = ("integer", "ignored", "smoothed", "weighted", "one-hot", "sigmoid", "statistics")
+# Bytes of a block of logits, where little memory is to be taken.
+_SMALL = 256 * 10**6
 
 _H200 = """
 gpu_device_info {
@@ -97,12 +99,12 @@ def main(
             failed = True
             continue
         console.print(f"\n{chosen}, jax {jax.__version__}, bfloat16, value and gradient\n")
-        console.print("| loss | shape | peer | temporaries | reads | writes |", markup=False)
-        console.print("| --- | --- | --- | ---: | ---: | ---: |", markup=False)
-        for problem, peer, loss in programs(rows, features, classes):
-            figures = compiled(problem, loss, sharding)
+        console.print("| loss | shape | peer | temporaries | reads | writes | matmuls |")
+        console.print("| --- | --- | --- | ---: | ---: | ---: | ---: |", markup=False)
+        for program in programs(rows, features, classes):
+            figures = compiled(program, sharding)
             console.print(
-                f"| {problem.operation} | {problem.shape} | {peer} | {figures} |",
+                f"| {program.name} | {program.problem.shape} | {program.peer} | {figures} |",
                 markup=False,
                 soft_wrap=True,
             )
@@ -129,40 +131,56 @@ def sharding_of(target: Target) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def programs(
-    rows: int, features: int, classes: int
-) -> list[tuple[Problem, str, Callable[..., Any]]]:
-    """What is compiled: the linear form in both strategies and dense, and the dense losses."""
+class Program(NamedTuple):
+    """What is compiled: a loss, and the dtype of its kernel, if it has one."""
+
+    problem: Problem
+    peer: str
+    loss: Callable[..., Any]
+    kernel_dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """The operation, and what its kernel is if not as narrow as the rest."""
+        mixed = self.kernel_dtype != self.problem.dtype and self.problem.features
+        return self.problem.operation + (f", {self.kernel_dtype} kernel" if mixed else "")
+
+
+def programs(rows: int, features: int, classes: int) -> list[Program]:
+    """The linear form with three budgets and dense, also in mixed precision; the dense losses."""
     losses = jax_peers.losses()
     linear = Problem("linear", rows, classes, "bfloat16", features)
-    # Said here, since the defaults would be those of this process's CPU: what an accelerator gets,
-    # and room for the logits of 1024 tokens in float32, bfloat16 and a copy.
-    accelerator = min(max(features * classes * 2 // 3, 256 * 10**6), 10**9)
+    # Room for the logits of 1024 tokens in float32, bfloat16 and a copy.
     tokens = 1024 * classes * 10
 
-    def dense(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
-        return losses["ce_jax"]["integer"](h @ k, y)
+    def ours(budget: int | None) -> tuple[str, Callable[..., Any]]:
+        name = "default budget" if budget is None else f"budget {budget / 1e6:.0f} MB"
+        return f"ce_jax, {name}", partial(losses["ce_jax"]["linear"], memory_budget=budget)
 
-    found: list[tuple[Problem, str, Callable[..., Any]]] = [
-        (
-            linear,
-            f"ce_jax, budget {budget / 1e6:.0f} MB",
-            partial(losses["ce_jax"]["linear"], memory_budget=budget),
+    def dense(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
+        return losses["ce_jax"]["integer"](h @ k.astype(h.dtype), y)
+
+    def optax(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
+        return losses["optax"]["linear"](h, k.astype(h.dtype), y)
+
+    found = [
+        Program(linear, name, loss, kernel_dtype)
+        for kernel_dtype in ("bfloat16", "float32")
+        for name, loss in (
+            *map(ours, (_SMALL, None, tokens)),
+            ("ce_jax, dense", dense),
+            ("optax", optax),
         )
-        for budget in (accelerator, tokens)
-    ]
-    found += [
-        (linear, "ce_jax, dense", dense),
-        (linear, "optax", losses["optax"]["linear"]),
     ]
     for operation in DENSE:
         problem = Problem(operation, rows, classes, "bfloat16")
-        found += [(problem, name, losses[name][operation]) for name in ("ce_jax", "optax")]
+        found += [Program(problem, name, losses[name][operation]) for name in ("ce_jax", "optax")]
     return found
 
 
-def compiled(problem: Problem, loss: Callable[..., Any], sharding: NamedSharding) -> str:
+def compiled(program: Program, sharding: NamedSharding) -> str:
     """Compiles value and gradient of a loss and returns the cells of the table."""
+    problem = program.problem
     names, differentiated = ARGUMENTS[problem.operation]
     n, d, v = problem.rows, problem.features, problem.classes
     shapes = {
@@ -174,20 +192,39 @@ def compiled(problem: Problem, loss: Callable[..., Any], sharding: NamedSharding
         "hidden": (n, d),
         "kernel": (d, v),
     }
-    dtypes = {"labels": jnp.int32, "weight": jnp.float32}
+    dtypes = {"labels": "int32", "weight": "float32", "kernel": program.kernel_dtype}
     struct = partial(jax.ShapeDtypeStruct, sharding=sharding)
-    args = [struct(shapes[name], dtypes.get(name, jnp.bfloat16)) for name in names]
-    function = jax.jit(jax.value_and_grad(loss, tuple(range(differentiated))))
+    args = [struct(shapes[name], dtypes.get(name, "bfloat16")) for name in names]
+    has_aux = problem.operation == "statistics"
+    step = jax.value_and_grad(program.loss, tuple(range(differentiated)), has_aux=has_aux)
     # What the library asks when it is traced; this process itself runs on a CPU.
     backend = sharding.mesh.devices.flat[0].platform
     try:
         with mock.patch.object(jax, "default_backend", return_value=backend):
-            program: Any = function.lower(*args).compile()
+            traced = jax.jit(step).trace(*args)
+            found: Any = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:  # a dense form may not fit
-        return f"{str(error).splitlines()[0][:160]} | - | -"
-    size = program.memory_analysis().temp_size_in_bytes
-    reads, writes = passes(program.as_text(), n, v)
-    return f"{size / 1e6:.2f} MB | {reads} | {writes}"
+        return f"{str(error).splitlines()[0][:160]} | - | - | -"
+    size = found.memory_analysis().temp_size_in_bytes
+    reads, writes = passes(found.as_text(), n, v)
+    matmuls = products(traced.jaxpr.jaxpr) / (n * d * v) if d else 0
+    return f"{size / 1e6:.2f} MB | {reads} | {writes} | {matmuls:.1f}"
+
+
+def products(jaxpr: Any) -> int:
+    """How many products of two numbers all matmuls of a program take, those in loops each time."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            summed = math.prod(shape[axis] for axis in contracted)
+            total += summed * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        inner = jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr"))
+        bodies = (getattr(x, "jaxpr", x) for x in inner)  # of closed ones
+        total += times * sum(products(x) for x in bodies if hasattr(x, "eqns"))
+    return total
 
 
 def passes(hlo: str, rows: int, classes: int) -> tuple[int, int]:

@@ -105,7 +105,8 @@ def layer(
     if memory_budget is None:
         sums_are_result = summed and hidden.dtype != dtype == kernel.dtype
         memory_budget = block_sizes.default_budget(
-            kernel.size * hidden.dtype.itemsize, visited * logit_bytes if sums_are_result else None
+            kernel.size * hidden.dtype.itemsize,
+            (count, visited * logit_bytes) if sums_are_result else None,
         )
     # Tiles of rows are smaller than a block of all rows, whose classes may then be more.
     at_once = count if order is None else -(-count // 2)

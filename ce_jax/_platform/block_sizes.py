@@ -34,15 +34,15 @@ _IF_UNKNOWN = 8192
 _ON_A_CPU = 17 * 10**6
 
 
-def default_budget(kernel_bytes: int, token_bytes: int | None = None) -> int:
+def default_budget(kernel_bytes: int, logits: tuple[int, int] | None = None) -> int:
     """Bytes of temporaries: a third of the kernel's, within 256 MB and 1 GB; 17 MB on a CPU.
 
     An accelerator needs blocks large enough to keep its matrix units busy; a CPU does not. On an
     H200 8192 bfloat16 tokens of width 2304 with 256000 classes take 74, 71, 68 and 66 ms in blocks
     of 1920, 3200, 6400 (the default) and 12800 classes. Blocks of 1024 and 2048 tokens take 52 and
     50, and 3.0 and 4.5 GB, of which 2.4 GB add up the kernel's gradient. Where this is the result
-    itself, it takes nothing: then the bytes of a token's logits are given, and the default has room
-    for such blocks, 1.3 GB or up to 2 GB for 1024 tokens.
+    itself, it takes nothing. Then `logits` are the tokens and the bytes of each one's logits, and
+    the default has room for a quarter of them within 1.3 GB, or for 1024 tokens within 2 GB.
 
     Where one CPU plays several devices, they share its cache.
     """
@@ -50,8 +50,10 @@ def default_budget(kernel_bytes: int, token_bytes: int | None = None) -> int:
         mesh = jax.sharding.get_abstract_mesh()
         devices = mesh.size if mesh.manual_axes else 1  # manual: inside jax.shard_map
         return max(_ON_A_CPU // devices, _ON_A_CPU // 4)
-    if token_bytes is not None and _FEWEST_TOKENS * token_bytes <= 2 * 10**9:
-        return max(13 * 10**8, _FEWEST_TOKENS * token_bytes)
+    if logits is not None and _FEWEST_TOKENS * logits[1] <= 2 * 10**9:
+        tokens, token_bytes = logits
+        quarter = (tokens if isinstance(tokens, int) else _IF_UNKNOWN) * token_bytes // 4
+        return max(min(quarter, 13 * 10**8), _FEWEST_TOKENS * token_bytes)
     return min(max(kernel_bytes // 3, 256 * 10**6), 10**9)
 
 

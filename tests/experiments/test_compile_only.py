@@ -1,5 +1,7 @@
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
@@ -27,6 +29,14 @@ ENTRY %main.3 (z: f32[4,8]) -> (f32[], f32[4,8]) {
 def test_passes_are_reads_and_writes_of_the_entry():
     assert compile_only.passes(HLO, 4, 8) == (3, 2)
     assert compile_only.passes(HLO, 4, 9) == (0, 0)
+
+
+def test_matmuls_are_counted_through_loops():
+    def looped(a, b):
+        return jax.lax.scan(lambda c, _: (jax.jit(jnp.matmul)(c, b), None), a, length=3)[0] @ b
+
+    jaxpr = jax.make_jaxpr(looped)(jnp.ones((2, 4)), jnp.ones((4, 4))).jaxpr
+    assert compile_only.products(jaxpr) == 4 * 2 * 4 * 4
 
 
 def test_what_is_missing_is_said_with_the_command_that_installs_it(monkeypatch):
