@@ -169,7 +169,9 @@ def _run(task: _Task, arrays: dict[str, Array]) -> Any:
     arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
     # Checks the whole arguments, so that errors tell their shapes, not those of a device's part.
     whole = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
-    jax.eval_shape(functools.partial(task.function, **options), **whole)
+    # They lie on no mesh, while what loops make inside would be, before jax 0.9, on the one in use.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        jax.eval_shape(functools.partial(task.function, **options), **whole)
     shapes = {name: x.shape for name, x in arrays.items()}
     if task.function in _OF_LAYER:
         specs, rows = placement.of_layer(plan, shapes, options["class_axis"])
