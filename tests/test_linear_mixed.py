@@ -183,3 +183,26 @@ def test_hidden_states_wider_than_the_kernel_are_an_error():
         ce_jax.linear_softmax_cross_entropy(
             jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.float16), jnp.array([0, 1])
         )
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_a_sum_takes_three_matmuls(statistics):
+    """With statistics beside it, too; two more read all logits again for theirs."""
+    arrays, labels, _ = problem("bfloat16")
+
+    def step(of):
+        def loss(arrays):
+            found = ce_jax.linear_softmax_cross_entropy(
+                **arrays,
+                labels=labels,
+                reduction="mean",
+                memory_budget=10**9,
+                return_statistics=statistics,
+            )
+            return of(*found) if statistics else found
+
+        return str(jax.make_jaxpr(jax.grad(loss))(arrays)).count("dot_general[")
+
+    assert step(lambda loss, found: loss) == 3
+    if statistics:
+        assert step(lambda loss, found: loss + jnp.sum(found.entropy)) > 3

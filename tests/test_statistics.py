@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ce_jax
+from experiments.compile_only import passes
 from tests import reference
 from tests.comparison import accuracy, close, result_dtype
 from tests.helpers import LAYOUTS, covering, named, softmax_arguments
@@ -133,3 +134,31 @@ def test_a_row_that_does_not_count_has_no_gradient():
         )(logits)
         np.testing.assert_array_equal(slopes[1], 0.0)
         assert np.isfinite(slopes).all()
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("one_device")
+def test_accuracy_costs_one_reading_and_no_array():
+    """The argmax beside a loss and its gradient; of an entropy that nobody uses nothing is left."""
+    rows, classes = 512, 2048
+    loss = ce_jax.softmax_cross_entropy_with_integer_labels
+
+    def plain(logits, labels):
+        return loss(logits, labels, z_loss=0.1, reduction="mean"), ()
+
+    def with_statistics(logits, labels):
+        options = {"z_loss": 0.1, "reduction": "mean", "return_statistics": True}
+        value, found = loss(logits, labels, **options)
+        return value, (jnp.sum(found.argmax == labels), jnp.sum(found.lse))
+
+    def program(function):
+        step = jax.jit(jax.value_and_grad(function, has_aux=True))
+        logits = jax.ShapeDtypeStruct((rows, classes), jnp.float32)
+        return step.lower(logits, jax.ShapeDtypeStruct((rows,), jnp.int32)).compile()
+
+    before, after = program(plain), program(with_statistics)
+    used = after.memory_analysis().temp_size_in_bytes
+    assert used - before.memory_analysis().temp_size_in_bytes <= 64 * rows
+    # To find the class, and to see that it exists.
+    reads = [passes(x.as_text(), rows, classes)[0] for x in (before, after)]
+    assert reads[1] <= reads[0] + 2
