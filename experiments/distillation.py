@@ -1,0 +1,299 @@
+"""What a small model learns from bytes, from a larger one, and from its k best classes.
+
+    python -m experiments.distillation
+
+A byte-level transformer, the teacher, learns the Python files of this package. Its predictions for
+that text are stored once, as it is done where a teacher is too large to run along.
+Students a quarter as wide learn the same text from the bytes alone, from the teacher's whole
+distribution, from its k best classes with each way to treat the others (`tail`), and by the
+Jensen-Shannon divergence. Every tenth file is held out; the measure is bits per byte on these.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import typer
+from flax import nnx
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import ce_jax
+from experiments import console as show
+from experiments.benchmarking.report import machine
+from experiments.errors import reported
+from experiments.studies import command, pictures, report
+from experiments.studies.report import Column, Outcome, Record, by_method, values_of
+from experiments.transformer import LanguageModel
+
+TEXT = Path(ce_jax.__file__).parent
+LENGTH, BATCH = 64, 16
+
+
+class Shape(NamedTuple):
+    """Of a transformer."""
+
+    width: int
+    blocks: int
+
+
+TEACHER, STUDENT = Shape(128, 3), Shape(32, 1)
+LEARNING_RATE = 3e-3
+HELD_OUT = 10  # one file in so many
+
+COLUMNS = (
+    Column("bits", "held-out bits per byte", digits=3, scale=1),
+    Column("stored", "bytes stored per token", digits=0, scale=1),
+    Column("step", "ms per step of all seeds", digits=1, scale=1),
+)
+
+
+class Budget(NamedTuple):
+    """Steps of teacher and students, and rows of text."""
+
+    teacher: int
+    students: int
+    rows: int
+
+
+FULL, QUICK = Budget(800, 500, 2048), Budget(4, 4, 64)
+
+Tail: TypeAlias = Literal["bucket", "renormalize", "drop"]
+# Of logits `[B, L, 256]`, the labels, and the teacher's log-probabilities as stored.
+Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def from_bytes(logits: jax.Array, labels: jax.Array, stored: jax.Array) -> jax.Array:
+    """Cross-entropy with the byte that follows."""
+    return ce_jax.softmax_cross_entropy_with_integer_labels(logits, labels, reduction="mean")
+
+
+def from_all(logits: jax.Array, labels: jax.Array, stored: jax.Array) -> jax.Array:
+    """Divergence from the whole distribution of the teacher."""
+    return ce_jax.distillation_loss(logits, stored, reduction="mean")
+
+
+def by_jensen_shannon(logits: jax.Array, labels: jax.Array, stored: jax.Array) -> jax.Array:
+    """Jensen-Shannon divergence between the whole distributions."""
+    return ce_jax.jensen_shannon_loss(logits, stored, reduction="mean")
+
+
+def from_top_k(
+    logits: jax.Array, labels: jax.Array, stored: jax.Array, *, k: int, tail: Tail
+) -> jax.Array:
+    """Divergence from what is known of the teacher by its k best classes."""
+    log_probs, ids = jax.lax.top_k(stored.astype(jnp.float32), k)
+    return ce_jax.top_k_distillation_loss(logits, ids, log_probs, tail=tail, reduction="mean")
+
+
+class Method(NamedTuple):
+    """A loss of the students, and the bytes of the teacher that it needs for each token."""
+
+    loss: Loss
+    stored: int
+
+
+METHODS = {
+    "bytes alone": Method(from_bytes, 0),
+    "whole teacher": Method(from_all, 2 * 256),
+    "whole teacher, Jensen-Shannon": Method(by_jensen_shannon, 2 * 256),
+    # A byte names a class, two hold its log-probability.
+    **{
+        f"top {k}, {tail}": Method(functools.partial(from_top_k, k=k, tail=tail), 3 * k)
+        for k in (1, 4, 16)
+        for tail in get_args(Tail)
+    },
+}
+
+
+def texts() -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `LENGTH + 1` bytes to learn, and rows of the files that are held out."""
+    files = sorted(TEXT.rglob("*.py"))
+    held_out = b"".join(path.read_bytes() for path in files[::HELD_OUT])
+    learnt = b"".join(p.read_bytes() for i, p in enumerate(files) if i % HELD_OUT)
+
+    def rows(text: bytes) -> np.ndarray:
+        whole = np.frombuffer(text, np.uint8).astype(np.int32)
+        count = (len(whole) - 1) // LENGTH
+        return np.lib.stride_tricks.sliding_window_view(whole, LENGTH + 1)[::LENGTH][:count]
+
+    return rows(learnt), rows(held_out)
+
+
+def model_of(shape: Shape, seed: int | jax.Array) -> LanguageModel:
+    """An untrained one."""
+    return LanguageModel(LENGTH, width=shape.width, blocks=shape.blocks, rngs=nnx.Rngs(seed))
+
+
+def logits_of(model: LanguageModel, inputs: jax.Array) -> jax.Array:
+    """`[B, L, 256]`."""
+    table, _ = model.head()
+    return model(inputs) @ table[...].T
+
+
+def trained(
+    shape: Shape, loss: Loss, text: jax.Array, stored: jax.Array, steps: int, seeds: int
+) -> tuple[nnx.GraphDef[Any], Any, float]:
+    """Models of all seeds, trained side by side, and the seconds of a step."""
+    graph = nnx.split(model_of(shape, 0))[0]
+    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+
+    def of_seed(seed: jax.Array) -> Any:
+        params = nnx.split(model_of(shape, jax.random.fold_in(key, seed)))[1]
+
+        def step(carry: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], None]:
+            params, state = carry
+            rows = jax.random.randint(key, (BATCH,), 0, len(text))
+            of_batch, known = text[rows], stored[rows]
+
+            def of_params(params: Any) -> jax.Array:
+                logits = logits_of(nnx.merge(graph, params), of_batch[:, :-1])
+                return loss(logits, of_batch[:, 1:], known)
+
+            updates, state = optimizer.update(jax.grad(of_params)(params), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(jax.random.fold_in(key, 1000 + seed), steps)
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+
+    key = jax.random.key(0)
+    run = jax.jit(jax.vmap(of_seed)).lower(jnp.arange(seeds)).compile()
+    start = time.perf_counter()
+    params = jax.block_until_ready(run(jnp.arange(seeds)))
+    return graph, params, (time.perf_counter() - start) / steps
+
+
+def bits_per_byte(graph: nnx.GraphDef[Any], params: Any, text: jax.Array) -> float:
+    """Of one model on rows that it did not see."""
+
+    @jax.jit
+    def of_rows(rows: jax.Array) -> ce_jax.Ratio:
+        logits = logits_of(nnx.merge(graph, params), rows[:, :-1])
+        return ce_jax.softmax_cross_entropy_with_integer_labels(
+            logits, rows[:, 1:], reduction="ratio"
+        )
+
+    parts = [of_rows(text[first : first + 64]) for first in range(0, len(text), 64)]
+    return float(sum(parts[1:], parts[0]).mean()) / np.log(2)
+
+
+def predictions(graph: nnx.GraphDef[Any], params: Any, text: jax.Array) -> jax.Array:
+    """Log-probabilities of the teacher for every byte of the text, in float16."""
+
+    @jax.jit
+    def of_rows(rows: jax.Array) -> jax.Array:
+        logits = logits_of(nnx.merge(graph, params), rows[:, :-1])
+        return jax.nn.log_softmax(logits).astype(jnp.float16)
+
+    return jnp.concatenate([of_rows(text[i : i + 64]) for i in range(0, len(text), 64)])
+
+
+def study(budget: Budget, seeds: int, console: Console) -> Outcome:
+    """Trains the teacher, stores what it says, and trains the students of every method."""
+    learnt, held_out = texts()
+    draw = np.random.default_rng(0)
+    learnt = learnt[draw.permutation(len(learnt))[: budget.rows]]
+    text, unseen = jnp.asarray(learnt), jnp.asarray(held_out[: budget.rows])
+    nothing = jnp.zeros((len(text), 0), jnp.float16)
+    graph, params, _ = trained(TEACHER, from_bytes, text, nothing, budget.teacher, 1)
+    teacher = jax.tree.map(lambda x: x[0], params)
+    stored = predictions(graph, teacher, text)
+    bits = bits_per_byte(graph, teacher, unseen)
+    console.print(f"teacher: {bits:.3f} held-out bits per byte")
+    records = []
+    for name, method in METHODS.items():
+        graph, params, step = trained(STUDENT, method.loss, text, stored, budget.students, seeds)
+        for seed in range(seeds):
+            own = jax.tree.map(lambda x, seed=seed: x[seed], params)
+            figures = {
+                "bits": bits_per_byte(graph, own, unseen),
+                "stored": float(method.stored),
+                "step": 1e3 * step,
+            }
+            records.append(Record({"method": name}, seed, figures))
+        found = np.mean(values_of(records, "bits", method=name))
+        console.print(f"{name}: {found:.3f}, {1e3 * step:.1f} ms per step")
+    return Outcome(
+        tuple(records),
+        by_method(records, COLUMNS),
+        {"distillation": picture(records, bits)},
+        {"teacher_bits": bits, "rows": len(text), "held_out_rows": len(unseen)},
+    )
+
+
+def picture(records: list[Record], teacher: float) -> Figure:
+    """Held-out bits per byte of every student, and of the teacher."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(name.split(",")[0] for name in METHODS))
+    for index, method in enumerate(METHODS):
+        color, marker = pictures.STYLES[kinds.index(method.split(",")[0])]
+        values = np.array(values_of(records, "bits", method=method))
+        axes.plot(values, [index] * len(values), ".", color=color, alpha=0.45)
+        axes.plot(values.mean(), index, marker, color=color, markersize=8)
+    axes.axvline(teacher, color="#777777", linestyle="--", linewidth=1, label="teacher")
+    axes.set_yticks(range(len(METHODS)), list(METHODS))
+    axes.invert_yaxis()
+    axes.set_xlabel("held-out bits per byte; small: single seeds")
+    axes.legend(frameon=False, fontsize=8.5)
+    pictures.clean(axes)
+    return figure
+
+
+def main(
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Number of students' seeds.")] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for table, plot and figures of all runs. It has to be new or empty.",
+            show_default="runs/distillation-DATE-TIME",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps, to see the study run in a minute.")
+    ] = False,
+) -> None:
+    """Compare what students learn from bytes, from a teacher, and from its k best classes.
+
+    Exit status: 0 for a finished study, 1 for a folder that cannot be used, 2 for wrong options,
+    130 for an interrupt.
+    """
+    folder = out or Path("runs") / f"distillation-{datetime.now():%Y%m%d-%H%M%S}"
+    with reported(folder, "A study writes its results at its end: start it with another --out."):
+        command.claim(folder)
+        console, budget = Console(), QUICK if quick else FULL
+        if not console.is_terminal:
+            console.width = 110  # what the table needs
+        notice = "QUICK: too little training for figures that mean anything" if quick else ""
+        if notice:
+            show.warn(console, notice, "")
+        start = time.perf_counter()
+        outcome = study(budget, seeds, console)
+        seconds = time.perf_counter() - start
+        plural = "s" if seeds > 1 else ""
+        title = f"distillation of bytes, {budget.students} steps, {seeds} seed{plural}"
+        console.print(f"[bold]{title}[/bold]; mean ± standard deviation over the seeds")
+        outcome.table.show(console)
+        about = {
+            "experiment": "distillation",
+            "notice": notice,
+            "options": {**budget._asdict(), "seeds": seeds, "length": LENGTH, "batch": BATCH},
+            "teacher": TEACHER._asdict(),
+            "student": STUDENT._asdict(),
+            "seconds": round(seconds, 1),
+            **machine(),
+        }
+        report.save(folder, outcome, about, title)
+        pictures.save_all(folder, outcome.figures, title, notice)
+        console.print(f"table, plot and the figures of every run: {folder.absolute()}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
