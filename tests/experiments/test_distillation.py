@@ -19,6 +19,7 @@ def test_texts_do_not_overlap():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("lenient")  # for Adam, which is optax's
 def test_the_study_runs(tmp_path, monkeypatch):
     """Two methods in a few steps: table, picture and figures of every run."""
     few = {name: distillation.METHODS[name] for name in ("bytes alone", "top 4, bucket")}
