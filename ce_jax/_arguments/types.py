@@ -14,6 +14,7 @@ from typing import (
     TypeVar,
     cast,
     overload,
+    runtime_checkable,
 )
 
 import jax.typing
@@ -37,6 +38,7 @@ _P = ParamSpec("_P")
 _Statistics = TypeVar("_Statistics", covariant=True)
 
 
+@runtime_checkable
 class Reducible(Protocol[_P]):
     """A loss: an array or, as a ratio, total and denominator."""
 
@@ -48,6 +50,7 @@ class Reducible(Protocol[_P]):
     def __call__(self, *args: _P.args, **options: _P.kwargs) -> Array: ...
 
 
+@runtime_checkable
 class WithStatistics(Protocol, Generic[_P, _Statistics]):
     """A loss, and statistics beside it if they are asked for."""
 
