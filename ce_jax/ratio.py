@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+if TYPE_CHECKING:
+    _Leaf: TypeAlias = Float[Array, "..."]
+else:  # operations on pytrees put other things than arrays in their places
+    _Leaf = Any
 
 
 @jax.tree_util.register_dataclass
@@ -40,8 +46,8 @@ class Ratio:
       The rule of what a mean divides by is that of `torch.nn.CrossEntropyLoss`.
     """
 
-    total: Float[Array, "..."]
-    denominator: Float[Array, "..."]
+    total: _Leaf
+    denominator: _Leaf
 
     def __add__(self, other: Ratio) -> Ratio:
         """The ratio of both parts together."""

@@ -2,7 +2,7 @@
 
 A number of tokens, or of the classes of a contrastive loss, may be symbolic (`jax.export`): it has
 no value when the program is made. The size of a block is then that for some fixed number of them,
-and how many blocks there are is left to the program. No other module has to know.
+and how many blocks there are is left to the program (`_rows.head.cut`).
 """
 
 from __future__ import annotations
@@ -106,33 +106,3 @@ def ragged_first() -> bool:
     and would copy what blocks are written to between a block before the loop and the loop.
     """
     return jax.default_backend() != "tpu"
-
-
-class Cut(NamedTuple):
-    """Blocks of some entries: their size, how many are full, and how many entries are left over.
-
-    If the number of entries is symbolic, so are these. Then there always are some left over, and
-    there are no full blocks if those are all.
-    """
-
-    size: int
-    full: int
-    rest: int
-
-
-def cut(total: int, most: int) -> Cut:
-    """Cuts `total` entries into blocks of at most `most`."""
-    if isinstance(total, int):
-        size = max(min(most, total), 1)
-        return Cut(size, *divmod(total, size))
-    from jax import export  # it would take long to import for everybody
-
-    def symbolic(expression: str) -> int:
-        (size,) = export.symbolic_shape(expression, scope=total.scope)
-        return size
-
-    # JAX has to see that a block is not empty and lies within the whole. It does if that is
-    # written down, and it takes symbolic numbers to be at least 1.
-    size = symbolic(f"min({most}, {total})")
-    full = symbolic(f"max(floordiv({total} - 1, {size}), 1)")
-    return Cut(size, full, symbolic(f"min(mod({total} - 1, {size}) + 1, {total})"))

@@ -158,7 +158,7 @@ def over_blocks(
         run = jax.checkpoint(lambda c, f: step(c, f, size), prevent_cse=False)
         return run(carry, first)
 
-    size, full, rest = block_sizes.cut(total, most)
+    size, full, rest = cut(total, most)
 
     def all_full(carry: _Carry) -> _Carry:
         firsts = jnp.arange(full, dtype=jnp.int32) * size
@@ -177,3 +177,33 @@ def over_blocks(
     if rest and not ragged_first:
         carry = one(carry, full * size, rest)
     return carry
+
+
+class Cut(NamedTuple):
+    """Blocks of some entries: their size, how many are full, and how many entries are left over.
+
+    If the number of entries is symbolic, so are these. Then there always are some left over, and
+    there are no full blocks if those are all.
+    """
+
+    size: int
+    full: int
+    rest: int
+
+
+def cut(total: int, most: int) -> Cut:
+    """Cuts `total` entries into blocks of at most `most`."""
+    if isinstance(total, int):
+        size = max(min(most, total), 1)
+        return Cut(size, *divmod(total, size))
+    from jax import export  # it would take long to import for everybody
+
+    def symbolic(expression: str) -> int:
+        (size,) = export.symbolic_shape(expression, scope=total.scope)
+        return size
+
+    # JAX has to see that a block is not empty and lies within the whole. It does if that is
+    # written down, and it takes symbolic numbers to be at least 1.
+    size = symbolic(f"min({most}, {total})")
+    full = symbolic(f"max(floordiv({total} - 1, {size}), 1)")
+    return Cut(size, full, symbolic(f"min(mod({total} - 1, {size}) + 1, {total})"))
