@@ -16,7 +16,6 @@ from ._arguments.options import positive_int
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
-from ._rows.numerics import tempered
 from ._rows.tile import wide
 from .diagnostics import log_softmax
 
@@ -288,10 +287,7 @@ def _brier_score(
     dtype = wide(rows.values.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
-    temperature = options.of_rows(temperature, shape[:-1], dtype, label.counts)
-    if temperature is not None:
-        z = tempered(z, temperature)
-    p = jnp.exp(log_softmax(z))
+    p = jnp.exp(log_softmax(options.tempered_rows(z, temperature, label.counts)))
     score = jnp.sum(jnp.square(p - jax.nn.one_hot(label.ids, shape[-1], dtype=dtype)), -1)
     score = targets.nan_if(label.unknown, score, sample_weight)
     return reductions.reduce(score, label.counts, sample_weight, reduction)

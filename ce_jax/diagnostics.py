@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._arguments import checks, targets
+from ._arguments import checks, options, targets
 from ._arguments.compiled import compiled
 from ._arguments.types import ArrayLike
 from ._rows.bins import bin_counts, bin_sums
@@ -36,6 +36,8 @@ def cross_entropy_parts(
     labels: ArrayLike,
     axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
 ) -> CrossEntropyParts:
     r"""Splits a cross-entropy into label uncertainty and model error, by example and class.
 
@@ -54,6 +56,8 @@ def cross_entropy_parts(
       labels: a non-negative number for each class, as in `softmax_cross_entropy`.
       axis: the class axis, a tuple of them, or None for all.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
+      temperature: what the logits are divided by: a number, or one per row, with the axes of the
+        rows (size 1 broadcasts). At least 1e-6. May be traced.
 
     Returns:
       A named tuple of `entropy` and `divergence` in nats, each `[..., C]` with the class axis
@@ -73,15 +77,17 @@ def cross_entropy_parts(
     References:
       Kullback and Leibler, `On Information and Sufficiency`, 1951.
     """
-    return _cross_entropy_parts(logits, labels, where, axis=checks.static_axis(axis))
+    checked = options.temperature(temperature)
+    return _cross_entropy_parts(logits, labels, where, checked, axis=checks.static_axis(axis))
 
 
 @compiled
 def _cross_entropy_parts(
-    logits: Array, labels: Array, where: Array | None, *, axis: _Axis
+    logits: Array, labels: Array, where: Array | None, temperature: Array | None, *, axis: _Axis
 ) -> CrossEntropyParts:
     rows = targets.rows_of("logits", logits, axis, where)
     z = targets.without_excluded(rows.values, rows.counts)
+    z = options.tempered_rows(z.astype(wide(z.dtype)), temperature, rows.counts)
     log_p = log_softmax(z)
     q = targets.distributions(labels, logits.shape, axis, log_p.dtype)
     q = targets.without_excluded(q, rows.counts)

@@ -14,7 +14,6 @@ from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows import sharded
-from ._rows.numerics import tempered
 from ._rows.tile import origin, wide
 from .softmax import softmax_cross_entropy
 
@@ -109,9 +108,7 @@ def _forward(
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
-    temperature = options.of_rows(temperature, shape[:-1], dtype, label.counts)
-    if temperature is not None:
-        z = tempered(z - _base(z), temperature)
+    z = options.tempered_rows(z, temperature, label.counts)
     into_label = sharded.take_rows(matrix.T, label.ids)
 
     log_into = jnp.where(

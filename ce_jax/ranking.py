@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._arguments import reductions
+from ._arguments import options, reductions
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
-from ._rows.sampled import compared
+from ._rows.sampled import compared, tempered
 from .sigmoid import sigmoid_binary_cross_entropy
 
 
@@ -20,6 +20,7 @@ def bpr_loss(
     negative_logits: ArrayLike,
     where: ArrayLike | None = None,
     *,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
@@ -35,6 +36,8 @@ def bpr_loss(
       where: bool; of the loss's number of dimensions: rows to include; of that of
         `negative_logits`: negatives to include, such as those that are not the label. A row without
         any does not count.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
         the rows that count (0 if that is 0).
@@ -62,6 +65,7 @@ def bpr_loss(
         negative_logits,
         where,
         sample_weight,
+        options.temperature(temperature),
         reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
@@ -73,11 +77,12 @@ def _bpr(
     negative_logits: Array,
     where: Array | None,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
-    x = compared(label_logits, negative_logits, where, sample_weight)
+    x = tempered(compared(label_logits, negative_logits, where, sample_weight), temperature)
     ahead = x.label[..., None] - x.negatives
     included = jnp.ones(ahead.shape, bool) if x.included is None else x.included
     losses = sigmoid_binary_cross_entropy(
@@ -97,6 +102,7 @@ def gbce_loss(
     *,
     num_items: int,
     calibration: Scalar = 0.75,
+    temperature: ArrayLike = 1.0,
     sample_weight: ArrayLike | None = None,
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
@@ -123,6 +129,8 @@ def gbce_loss(
         these alone.
       num_items: C, how many classes there are, at least 2.
       calibration: t, in [0, 1]. May be traced.
+      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
+        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
       reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
         the rows that count (0 if that is 0).
@@ -156,6 +164,7 @@ def gbce_loss(
         where,
         scalar("calibration", calibration, 0.0, 1.0),
         sample_weight,
+        options.temperature(temperature),
         items=items,
         reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
@@ -169,12 +178,13 @@ def _gbce(
     where: Array | None,
     calibration: Array,
     sample_weight: Array | None,
+    temperature: Array | None,
     *,
     items: int,
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
-    x = compared(label_logits, negative_logits, where, sample_weight)
+    x = tempered(compared(label_logits, negative_logits, where, sample_weight), temperature)
     dtype = x.label.dtype
     number = jnp.full(x.label.shape, x.negatives.shape[-1], dtype)
     if x.included is not None:

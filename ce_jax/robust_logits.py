@@ -15,7 +15,6 @@ from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dense import Options, row_statistics
 from ._rows.loss import silenced, weighted
-from ._rows.numerics import tempered
 from ._rows.tile import Target, wide
 
 
@@ -101,10 +100,7 @@ def _sigmoid_focal_loss(
     reduction: Reducer,
 ) -> Loss:
     z, y, counts = targets.elements("logits", logits, labels, where, None, sample_weight)
-    z = z.astype(y.dtype)
-    temperature = options.of_rows(temperature, y.shape, y.dtype, counts)
-    if temperature is not None:
-        z = tempered(z[..., None], temperature)[..., 0]
+    z = options.tempered_elements(z.astype(y.dtype), temperature, counts)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
     gamma = checks.broadcast("gamma", gamma.astype(y.dtype), y.shape, "the shape of the loss")
 
@@ -245,10 +241,7 @@ def _poly_loss_cross_entropy(
 
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
     top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
-    z = z - jnp.where(jnp.isneginf(top), 0, top)
-    temperature = options.of_rows(temperature, z.shape[:-1], dtype, rows.counts)
-    if temperature is not None:
-        z = tempered(z, temperature)
+    z = options.tempered_rows(z - jnp.where(jnp.isneginf(top), 0, top), temperature, rows.counts)
     statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
     missed = -jnp.expm1(z - statistics.lse[..., None])
     loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)

@@ -14,8 +14,7 @@ from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.head import Head
-from ._rows.numerics import tempered
-from ._rows.sampled import Compared, compared, layer_logits
+from ._rows.sampled import Compared, compared, layer_logits, tempered
 from ._rows.tile import wide
 from .negatives import Negatives
 from .softmax import softmax_cross_entropy_with_integer_labels
@@ -310,12 +309,7 @@ def _loss(
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
-    temperature = options.of_rows(temperature, x.label.shape, x.label.dtype, x.counts)
-    if temperature is not None:
-        x = x._replace(
-            label=tempered(x.label[..., None], temperature)[..., 0],
-            negatives=tempered(x.negatives, temperature),
-        )
+    x = tempered(x, temperature)
     negatives = _corrected(x.negatives, "log_expected_count", log_expected_count)
     label = _corrected(x.label, "label_log_expected_count", label_log_expected_count)
     if x.included is not None:

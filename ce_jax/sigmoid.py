@@ -15,7 +15,7 @@ from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.loss import silenced, weighted
-from ._rows.numerics import linear, tempered
+from ._rows.numerics import linear
 
 
 @reducible
@@ -112,9 +112,8 @@ def _loss(
     forward_mode: bool,
 ) -> Loss:
     z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
-    temperature = options.of_rows(temperature, y.shape, y.dtype, counts)
-    if temperature is not None:
-        z = tempered(z.astype(y.dtype)[..., None], temperature)[..., 0]
+    if temperature is not None:  # or narrow logits are read as they are
+        z = options.tempered_elements(z.astype(y.dtype), temperature, counts)
     pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
     if sample_weight is not None:  # an infinite slope by them times a weight of 0 would be NaN

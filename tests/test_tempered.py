@@ -182,7 +182,9 @@ def test_every_loss_of_logits(name):
     exact = CATALOGUE[name].arrays()
     found = truth(name, exact)
     draw = np.random.default_rng(3)
-    temperature = draw.uniform(0.5, 2.0, size=found[0].shape)
+    of_classes = name == "cross_entropy_parts"  # which returns a number for each class of a row
+    rows = found[0].shape[:-1] if of_classes else found[0].shape
+    temperature = draw.uniform(0.5, 2.0, size=rows)
 
     def tempered(logits, temperature):
         more = logits.ndim - temperature.ndim
@@ -223,6 +225,10 @@ def test_sampled_losses():
     loss = functools.partial(ce_jax.sampled_softmax_cross_entropy, log_expected_count=counts)
     found = loss(label, negatives, temperature=t)
     np.testing.assert_allclose(found, loss(label / t, negatives / t[:, None]), rtol=1e-5)
+
+    for ranked in (ce_jax.bpr_loss, functools.partial(ce_jax.gbce_loss, num_items=50)):
+        found = ranked(label, negatives, temperature=t)
+        np.testing.assert_allclose(found, ranked(label / t, negatives / t[:, None]), rtol=1e-5)
 
     hidden, kernel = (jnp.asarray(draw.normal(size=s), jnp.float32) for s in ((4, 3), (3, 9)))
     drawn = ce_jax.uniform_negatives(jax.random.key(0), 5, 9)

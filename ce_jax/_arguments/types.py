@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # `reducible` says when it is a ratio
 else:
     Loss = Float[Array, "..."] | Ratio
 
+# Of the overloads below the first that fits is meant. The last one takes every call, with the
+# arguments of the loss checked, which is the overlap that mypy is told to ignore.
 _P = ParamSpec("_P")
 _Statistics = TypeVar("_Statistics", covariant=True)
 

@@ -19,7 +19,18 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from .. import _platform
 from . import sharded, tile
-from .head import Head, Pull, Tokens, logits, over_blocks, put, read_by_all, take, take_classes
+from .head import (
+    Head,
+    Pull,
+    Tokens,
+    head_read_by_all,
+    logits,
+    over_blocks,
+    put,
+    read_by_all,
+    take,
+    take_classes,
+)
 from .picked import pick
 from .tile import ABSENT, First, Partial, Target, merge
 
@@ -173,7 +184,7 @@ def _partial(
 
     def step(part: Partial, first: First, size: int) -> Partial:
         block = _block(options, head, first, size)
-        block_of_tile = _read_by_tiles(block.head, tokens)
+        block_of_tile = head_read_by_all(block.head, tokens)
 
         def tile_of_block(part: Partial, row: First, rows: int) -> Partial:
             inputs = tokens_of_tile(), _by_row(target), part
@@ -200,12 +211,6 @@ def _partial(
         step, sharded.like(nothing, tokens.hidden), _visited(options, head), options.block
     )
     return sharded.merge_across(part, options.axis_name)
-
-
-def _read_by_tiles(head: Head, tokens: Tokens) -> Callable[[], Head]:
-    """How tiles find the kernel: cast once, to the dtype in which they multiply."""
-    narrow = head._replace(kernel=head.kernel.astype(tokens.hidden.dtype))
-    return read_by_all(head, narrow)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -242,7 +247,7 @@ def pulled_back(
     def step(carry: tuple[Tokens, Head, Any], first: First, size: int) -> tuple[Tokens, Head, Any]:
         d_tokens, d_head, d_classes = carry
         block = _block(options, head, first, size)
-        block_of_tile = _read_by_tiles(block.head, tokens)
+        block_of_tile = head_read_by_all(block.head, tokens)
         of_block = _target_of(target, first, size)
 
         def tile_of_block(sums: tuple[Tokens, Head, Any], row: First, rows: int) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from .._arguments import checks, reductions
+from .._arguments import checks, options, reductions
 from .._arguments.types import ArrayLike
 from . import sharded
 from .bins import number_of_run
@@ -74,6 +74,14 @@ def compared(
         label = jnp.where(kept, label, 0)
         negatives = jnp.where(kept[..., None], negatives, 0)
     return Compared(label, negatives, counts, included, weights)
+
+
+def tempered(x: Compared, temperature: Array | None) -> Compared:
+    """All logits of a row over its temperature."""
+    return x._replace(
+        label=options.tempered_elements(x.label, temperature, x.counts),
+        negatives=options.tempered_rows(x.negatives, temperature, x.counts),
+    )
 
 
 def layer_logits(

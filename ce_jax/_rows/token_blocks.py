@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
-from .head import Head, Tokens, over_blocks, put, read_by_all, take, take_classes
+from .head import Head, Tokens, head_read_by_all, over_blocks, put, take, take_classes
 from .numerics import instantiated
 from .tile import First
 
@@ -116,8 +116,7 @@ class _Residuals(NamedTuple):
 def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
     given: Any = jax.tree.map(lambda x: x.value, primals)
     tokens, head, target, rows, counting = given
-    narrow = head._replace(kernel=head.kernel.astype(tokens.hidden.dtype))
-    head_of_block = read_by_all(head, narrow)
+    head_of_block = head_read_by_all(head, tokens)
     wanted = {"entropy": options.head.entropy, "argmax": options.head.argmax}
 
     def step(
