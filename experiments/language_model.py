@@ -75,17 +75,17 @@ def tally(model: LanguageModel, text: jax.Array, mesh: Mesh) -> Tally:
     table = jax.lax.with_sharding_constraint(
         model.tokens.embedding[...], NamedSharding(mesh, PartitionSpec())
     )
-    losses, found = loss(
+    ratio, found = loss(
         model(text[:, :-1].clip(0), table),
         head[...],
         labels,
         class_axis=class_axis,
         ignore_index=PADDING,
-        reduction="sum",
+        reduction="ratio",
         return_statistics=True,
     )
     hits = jnp.sum(found.argmax == labels, dtype=jnp.int32)
-    return Tally(losses, hits, ce_jax.mean_denominator(labels, ignore_index=PADDING))
+    return Tally(ratio.total, hits, ratio.denominator)
 
 
 def gradients(model: LanguageModel, text: jax.Array, mesh: Mesh) -> tuple[Tally, Params]:
