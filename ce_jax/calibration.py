@@ -27,8 +27,8 @@ class ReliabilityBins(NamedTuple):
 
     Attributes:
       size: number of predictions in each bin.
-      confidence: mean probability they were made with; NaN in an empty bin.
-      accuracy: share of them that is right; NaN in an empty bin.
+      confidence: mean confidence of these predictions; NaN in an empty bin.
+      accuracy: share of these predictions that is right; NaN in an empty bin.
     """
 
     size: Integer[Array, " bins"]
@@ -44,7 +44,7 @@ def reliability_bins(
     adaptive: bool = False,
     where: ArrayLike | None = None,
 ) -> ReliabilityBins:
-    r"""Groups predictions by confidence, to set the mean confidence against the accuracy.
+    r"""Groups predictions by confidence, to compare the mean confidence with the accuracy.
 
     .. math::
       B_b = \{ i : (b - 1) / M < c_i \le b / M \}, \qquad
@@ -52,24 +52,25 @@ def reliability_bins(
       \mathrm{acc}_b = \frac{1}{n_b} \sum_{i \in B_b} y_i, \qquad b = 1, \ldots, M
 
     or, if adaptive, M groups of equal size (to within one) in the order of confidence. The border
-    of two groups may fall among predictions of equal confidence. No order among them means
-    anything, so each of them then counts as their mean, and the accuracy is
+    of two groups may cut a tie, that is, a set of predictions of equal confidence. Each prediction
+    of a tie then counts as the mean of the tie, and the accuracy is
 
     .. math::
       \mathrm{acc}_b = \frac{1}{n_b} \sum_{i \in B_b} \bar y(c_i), \qquad
       \bar y(c) = \text{the share of the predictions with confidence } c \text{ that is right}
 
-    which is the formula above wherever no tie is cut. The order in which predictions come has no
-    effect on an adaptive result, and on the other none but the rounding of a sum. Plot the accuracy
-    over the confidence: a calibrated model is on the diagonal.
+    Where no tie is cut, this is the formula above. The order of the predictions has no effect on
+    the adaptive result; without `adaptive` it can only change the rounding of a sum. In a plot of
+    accuracy against confidence, a calibrated model is on the diagonal.
 
     Args:
-      confidence: probability given to what was predicted, in [0, 1], floating, of any shape.
-      correct: bool, of the same shape: whether it came true.
+      confidence: probability that the model gave to its prediction, in [0, 1], floating, of any
+        shape.
+      correct: bool, of the same shape: whether the prediction was right.
       bins: number M of bins.
       adaptive: bins of equal size instead of equal width.
-      where: bool, with the axes of `confidence` (size 1 broadcasts) or none: the predictions to
-        include.
+      where: bool, a scalar or an array with the axes of `confidence` (size 1 broadcasts): the
+        predictions to include.
 
     Returns:
       A named tuple of arrays `[M]`: `size`, `confidence` and `accuracy`, the latter two float32
@@ -162,23 +163,25 @@ def expected_calibration_error(
     adaptive: bool = False,
     where: ArrayLike | None = None,
 ) -> Float[Array, ""]:
-    r"""Mean distance of the accuracy from the confidence, over the bins of `reliability_bins`.
+    r"""Mean distance between accuracy and confidence, over the bins of `reliability_bins`.
 
     .. math:: \sum_b \frac{n_b}{N} \left| \mathrm{acc}_b - \mathrm{conf}_b \right|
 
-    It depends on the number of bins, and small samples make it too large. It does not depend on the
-    order of the predictions, those of equal confidence included.
+    The error depends on the number of bins, and it is too large for small samples. It does not
+    depend on the order of the predictions.
 
     Args:
-      confidence: probability given to what was predicted, in [0, 1], floating, of any shape.
-      correct: bool, of the same shape: whether it came true.
+      confidence: probability that the model gave to its prediction, in [0, 1], floating, of any
+        shape.
+      correct: bool, of the same shape: whether the prediction was right.
       bins: number of bins.
       adaptive: bins of equal size instead of equal width.
-      where: bool, with the axes of `confidence` (size 1 broadcasts) or none: the predictions to
-        include.
+      where: bool, a scalar or an array with the axes of `confidence` (size 1 broadcasts): the
+        predictions to include.
 
     Returns:
-      The error in [0, 1], `[]`, float32 (float64 for a float64 confidence). NaN of no prediction.
+      The error in [0, 1], `[]`, float32 (float64 for a float64 confidence). NaN if there is no
+      prediction.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -224,26 +227,27 @@ def brier_score(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Squared distance of softmax(logits) from the label, a score that calibration improves.
+    r"""Squared distance between softmax(logits) and the one-hot label, in [0, 2].
 
     .. math:: \sum_c \left( \mathrm{softmax}(z)_c - [c = y] \right)^2
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating; `-inf` masks a class.
       labels: class ids `[...]`, of any integer dtype.
-      axis: the class axis, or a tuple of them: labels are then flat indices.
+      axis: the class axis, or a tuple of class axes; labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The score in [0, 2], of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A
-      label that is no class gives NaN.
+      label that is not a class gives NaN.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

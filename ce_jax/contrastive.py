@@ -1,14 +1,14 @@
-r"""Contrastive losses: tell the pairs that belong together from all others in the batch.
+r"""Contrastive losses: find the pairs that belong together among all pairs of the batch.
 
-The matrix of the logits of all pairs is never held, but computed in blocks, and computed again for
-the gradient; in one block where `jax.export` leaves the size of the batch open. With `axis_name`,
+The logits of all pairs are never in memory at once. They are computed in blocks, and again for the
+gradient. If `jax.export` leaves the size of the batch open, there is one block. With `axis_name`,
 inside `jax.shard_map`, the batch is sharded over a mesh axis: each device compares its own rows
-with the columns of all, which it gathers once. Gathering rather than passing the columns on from
-device to device costs `[N, D]` of memory, little beside a block of logits, for one collective that
-the derivative turns into one too.
+with the columns of all, which it gathers once. The gathered columns take `[N, D]` of memory, little
+beside a block of logits. In return there is one collective in the loss, and one in its derivative.
 
-The scale multiplies the products of the embeddings, which are float32 for narrower embeddings too:
-an embedding times a scale, rounded, would cost a bfloat16 loss its second digit.
+The scale multiplies the products of the embeddings, which are float32 even for narrower embeddings.
+If the scale multiplied the embeddings, rounding to bfloat16 would make the second digit of the loss
+wrong.
 """
 
 from __future__ import annotations
@@ -47,32 +47,32 @@ def info_nce_loss(
     .. math::
       \ell_i = \log \sum_j e^{z_{ij}} - z_{ii}, \qquad z_{ij} = s \langle q_i, k_j \rangle
 
-    It is the cross-entropy of a linear layer with the keys as kernel. Normalise the embeddings
-    where the cosine is wanted. A temperature is :math:`1 / s`.
+    This is the cross-entropy of a linear layer whose kernel is the keys. For cosines, normalise the
+    embeddings first. A temperature is :math:`1 / s`.
 
     Args:
       queries: embeddings `[N, D]`, floating.
-      keys: embeddings `[M, D]` of the same dtype, M at least N: key i belongs to query i, those
-        beyond N, such as hard negatives or a queue of earlier keys, to none.
-      where: bool `[N]`: the pairs that exist. Others count neither as query nor as key.
-      logit_scale: s, at least 0. May be traced, and learnt: as :math:`s = e^t`, say.
+      keys: embeddings `[M, D]` of the same dtype, M at least N. Key i belongs to query i. Keys
+        beyond N belong to no query: hard negatives, for example, or a queue of earlier keys.
+      where: bool `[N]`: the pairs that exist. Others are ignored, both as query and as key.
+      logit_scale: s, at least 0. May be traced or learnt, for example as :math:`s = e^t`.
       sample_weight: weight of each query's loss, broadcastable to `[N]`.
-      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `queries`, `keys`, `where`
-        and `sample_weight` are sharded by rows. All devices' keys are compared with.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `queries`, `keys`, `where` and
+        `sample_weight` are sharded by rows. Each query is compared with the keys of all devices.
       reduction: "none": this device's losses `[N]`; "sum", "ratio" or "mean": over all devices, the
         last divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `keys`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a shape or a value that does not fit, and for embeddings that JAX does not
-        see vary over `axis_name`.
+      ValueError: for a shape or a value that does not fit, and for embeddings that, to JAX, do not
+        vary over `axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -118,10 +118,10 @@ def _info_nce(
 
 
 class ClipStatistics(NamedTuple):
-    """What each image and each text of a batch is taken for; see `clip_loss`.
+    """The most similar text of each image, and image of each text; see `clip_loss`.
 
-    Both are ids among the pairs of all devices, so that the right one of pair i is i, and on device
-    k of a mesh axis, which holds N pairs, k N + i.
+    Ids number the pairs of all devices. For pair i the right id is i. With `axis_name` it is k N +
+    i on device k, if each device holds N pairs.
 
     Attributes:
       text_of_image: the text with the largest logit, the first of several.
@@ -146,33 +146,33 @@ def clip_loss(
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Loss | tuple[Loss, ClipStatistics]:
-    r"""Mean of the cross-entropies of finding the text of an image and the image of a text.
+    r"""Mean of two cross-entropies: the text of each image, and the image of each text.
 
     .. math::
       \ell_i = \tfrac{1}{2} \Big( \log \sum_j e^{z_{ij}} - z_{ii} \Big)
         + \tfrac{1}{2} \Big( \log \sum_j e^{z_{ji}} - z_{ii} \Big),
       \qquad z_{ij} = s \langle a_i, b_j \rangle
 
-    `info_nce_loss` in both directions, but each block of logits is computed once for both, and
-    once more for the gradient. Normalise the embeddings: :math:`z_{ij}` is then s times a cosine.
+    This is `info_nce_loss` in both directions. Each block of logits is computed once for both
+    directions, and once more for the gradient. For cosines, normalise the embeddings first.
 
     Args:
       images: embeddings `[N, D]` of one modality, floating.
       texts: embeddings `[N, D]` of the other, of the same dtype.
-      where: bool `[N]`: the pairs that exist. Others have no part in anything.
-      logit_scale: s, at least 0, the inverse of the temperature. May be traced, and learnt: CLIP
-        learns t in :math:`s = e^t` from :math:`1 / 0.07` on, and bounds s by 100.
+      where: bool `[N]`: the pairs that exist. Others are ignored.
+      logit_scale: s, at least 0, the inverse of the temperature. May be traced or learnt: CLIP
+        learns t in :math:`s = e^t`, starts at :math:`s = 1 / 0.07`, and limits s to 100.
       sample_weight: weight of each pair, broadcastable to `[N]`.
-      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `images`, `texts`, `where`
-        and `sample_weight` are sharded by rows. Pairs are told from those of all devices.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `images`, `texts`, `where` and
+        `sample_weight` are sharded by rows. Each pair is compared with the pairs of all devices.
       reduction: "none": this device's losses `[N]`; "sum", "ratio" or "mean": over all devices, the
         last divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
-      return_statistics: return also, from the same pass, which text each image is taken for, and
-        which image each text.
+      return_statistics: return also, from the same pass, the most similar text of each image and
+        the most similar image of each text.
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `texts`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings). With
@@ -182,8 +182,8 @@ def clip_loss(
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a shape or a value that does not fit, and for embeddings that JAX does not
-        see vary over `axis_name`.
+      ValueError: for a shape or a value that does not fit, and for embeddings that, to JAX, do not
+        vary over `axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -191,7 +191,7 @@ def clip_loss(
       >>> print(ce_jax.clip_loss(images, texts, logit_scale=10.0).round(4))
       [0.0091 0.0636]
 
-      Accuracy in both directions, of the same pass:
+      Accuracy in both directions, from the same pass:
 
       >>> loss, found = ce_jax.clip_loss(images, texts, return_statistics=True)
       >>> print((found.text_of_image == jnp.arange(2)).mean())
@@ -266,40 +266,40 @@ def siglip_loss(
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Binary cross-entropy of telling, for each image and text by itself, if they are a pair.
+    r"""Binary cross-entropy of each image with each text: do the two belong together?
 
     .. math::
       \ell_i = \log(1 + e^{-z_{ii}}) + \sum_{j \ne i} \log(1 + e^{z_{ij}}),
       \qquad z_{ij} = s \langle a_i, b_j \rangle + b
 
-    Each pair is judged by itself, so there is no normaliser over the batch. Normalise the
-    embeddings: :math:`z_{ij}` is then s times a cosine, plus b.
+    Each term needs one pair only, so there is no normaliser over the batch. For cosines, normalise
+    the embeddings first.
 
     Args:
       images: embeddings `[N, D]` of one modality, floating.
       texts: embeddings `[N, D]` of the other, of the same dtype.
-      where: bool `[N]`: the pairs that exist. Others have no part in anything.
-      logit_scale: s, at least 0. May be traced, and learnt: the paper learns t in
-        :math:`s = e^t` from 10 on.
-      logit_bias: b, which makes up for so many more negatives than positives. May be traced, and
-        learnt: the paper does from -10 on.
+      where: bool `[N]`: the pairs that exist. Others are ignored.
+      logit_scale: s, at least 0. May be traced or learnt: the paper learns t in :math:`s = e^t` and
+        starts at :math:`s = 10`.
+      logit_bias: b, which balances the many negatives against the few positives. May be traced or
+        learnt: the paper starts at -10.
       sample_weight: weight of each image's loss, broadcastable to `[N]`.
-      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `images`, `texts`, `where`
-        and `sample_weight` are sharded by rows. Images are paired with the texts of all devices.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `images`, `texts`, `where` and
+        `sample_weight` are sharded by rows. Each image is compared with the texts of all devices.
       reduction: "none": this device's losses `[N]`; "sum", "ratio" or "mean": over all devices, the
         last divided by `sum(sample_weight)` of the pairs that exist (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `texts`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a shape or a value that does not fit, and for embeddings that JAX does not
-        see vary over `axis_name`.
+      ValueError: for a shape or a value that does not fit, and for embeddings that, to JAX, do not
+        vary over `axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax

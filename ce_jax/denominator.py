@@ -1,4 +1,4 @@
-"""What `reduction="mean"` divides by, for sums that are put together from parts."""
+"""The denominator of `reduction="mean"`, for sums over several batches or devices."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ def mean_denominator(
     .. math::
       D = \sum_{i\ \mathrm{counts}} s_i\, w_{y_i}
 
-    with sample weights :math:`s` and, for integer labels, class weights :math:`w`. Micro-batches
-    or devices that each give a mean over their own rows can't be averaged, as their denominators
-    differ; sums of losses over sums of denominators can.
+    with sample weights :math:`s` and, for integer labels, class weights :math:`w`. The means of
+    several micro-batches or devices can't be averaged, because their denominators differ. Divide
+    the sum of all losses by the sum of all denominators.
 
     Args:
-      labels: class ids; or, for losses that take other labels, any floating array of the loss's
-        shape, of which only the shape is used.
+      labels: class ids. For losses with other labels: any floating array with the shape of the
+        loss; only its shape is used.
       weight: weight of each class `[C]`; with integer labels only.
-      sample_weight: weight of each example, with the axes of `labels` (size 1 broadcasts) or none.
-      where: bool, with the axes of `labels` (size 1 broadcasts) or none: the examples to include.
+      sample_weight: weight of each example, a scalar or an array with the axes of `labels` (size 1
+        broadcasts).
+      where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): the examples
+        to include.
       ignore_index: label of rows that do not count; with integer labels only.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `weight` is sharded by
-        classes. Rows that are sharded need nothing here: add up what each device's rows give.
+        classes. For sharded rows, add up the denominators of the devices.
 
     Returns:
-      The denominator, `[]`, in float32 (float64 if a weight or a floating `labels` is). NaN if the
-      label of a row that counts is no class, where there are weights of classes.
+      The denominator, `[]`, in float32 (float64 if a weight or a floating `labels` is float64).
+      With `weight`, NaN if the label of a row that counts is not a class.
 
     Raises:
       TypeError: for a dtype or type that does not fit, or an option that needs integer labels.
@@ -55,7 +57,7 @@ def mean_denominator(
       1.5
 
     References:
-      The rule is that of `torch.nn.CrossEntropyLoss`.
+      The rule of `torch.nn.CrossEntropyLoss`.
     """
     ignore_index = checks.integer_option("ignore_index", ignore_index)
     return _mean_denominator(

@@ -1,4 +1,4 @@
-"""What a cross-entropy is made of: label uncertainty, model error, and the pull on each logit."""
+"""The parts of a cross-entropy: label uncertainty, model error, and the gradient of each logit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CrossEntropyParts(NamedTuple):
     """The parts of a cross-entropy by example and class; see `cross_entropy_parts`.
 
     Attributes:
-      entropy: uncertainty of the labels, what a perfect model would have to pay.
+      entropy: uncertainty of the labels, which is the loss of a perfect model.
       divergence: error of the model.
     """
 
@@ -47,17 +47,17 @@ def cross_entropy_parts(
       -\sum_c q_c \log p_c = \sum_c \underbrace{-q_c \log q_c}_{\text{entropy}}
         + \sum_c \underbrace{q_c \log \frac{q_c}{p_c} - q_c + p_c}_{\text{divergence}}
 
-    Sum over the class axis for the parts of an example, over the examples for those of a class,
-    over both for the whole. The terms :math:`p_c - q_c` cancel in the sum over the classes; with
-    them every share is at least 0, and 0 only where p and q agree.
+    The sum over the class axis gives the parts of an example; the sum over the examples gives the
+    parts of a class. The terms :math:`p_c - q_c` add up to 0 over the classes. They make every part
+    of the divergence at least 0, and 0 only where p and q agree.
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating; `-inf` masks a class.
       labels: a non-negative number for each class, as in `softmax_cross_entropy`.
-      axis: the class axis, a tuple of them, or None for all.
+      axis: the class axis, a tuple of class axes, or None for all axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      temperature: what the logits are divided by: a number, or one per row, with the axes of the
-        rows (size 1 broadcasts). At least 1e-6. May be traced.
+      temperature: divides the logits. A scalar or an array with the axes of the rows (size 1
+        broadcasts). At least 1e-6. May be traced.
 
     Returns:
       A named tuple of `entropy` and `divergence` in nats, each `[..., C]` with the class axis
@@ -106,11 +106,11 @@ def _cross_entropy_parts(
 
 
 class GradientView(NamedTuple):
-    """The gradient of a cross-entropy by the logits; see `gradient_view`.
+    """The gradient of a cross-entropy with respect to the logits; see `gradient_view`.
 
     Attributes:
       per_example: `p - y` of each example.
-      by_label: their mean over the examples of each label, a row for each.
+      by_label: the mean of `p - y` over the examples of each label, one row per label.
       size: number of examples of each label.
     """
 
@@ -127,25 +127,25 @@ def gradient_view(
     *,
     ignore_index: int | None = None,
 ) -> GradientView:
-    r"""The gradient p - y of the cross-entropy by the logits: per example, and mean per label.
+    r"""The gradient p - y of the cross-entropy: of each example, and its mean for each label.
 
     .. math:: g_{nc} = \mathrm{softmax}(z_n)_c - [c = y_n]
 
-    Row i, column j of `by_label` tells how hard the examples of class i push logit j down. On the
-    diagonal is how much probability the right class still lacks, with a minus sign. A large entry
-    beside it shows a class with which class i is confused.
+    Row i, column j of `by_label` is the mean gradient of logit j over the examples of class i. An
+    entry on the diagonal is minus the probability that the model gives to wrong classes. A large
+    entry off the diagonal shows a class that the model confuses with class i.
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating; `-inf` masks a class.
       labels: class ids `[...]`, of any integer dtype.
-      axis: the class axis, or a tuple of them: labels are then flat indices.
+      axis: the class axis, or a tuple of class axes; labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
       ignore_index: label of rows that do not count.
 
     Returns:
       A named tuple of `per_example` `[..., C]`, `by_label` `[C, C]`, float32 (float64 for float64
       logits), and `size` `[C]`. Rows that do not count are 0, as are labels without examples; a
-      label that is no class makes its row NaN and is in no mean.
+      label that is not a class makes its row NaN and is left out of the means.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

@@ -1,4 +1,4 @@
-r"""Learning from a teacher: the divergence between its softmax and the student's, row by row."""
+r"""Distillation: the divergence between the softmax of a teacher and that of a student."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def distillation_loss(
     reduction_axis: Axes = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Kullback-Leibler divergence of the student's softmax from the teacher's, in nats.
+    r"""Kullback-Leibler divergence between the softmax of a teacher and of a student, in nats.
 
     With logits z of the student, z' of the teacher, and a temperature T:
 
@@ -44,32 +44,33 @@ def distillation_loss(
       \ell = T^2 \sum_c p'_c \log \frac{p'_c}{p_c}, \qquad
       p = \mathrm{softmax}(z / T), \quad p' = \mathrm{softmax}(z' / T)
 
-    and with the two exchanged for `reverse`. The factor keeps gradients of the same size for any
-    temperature: it is usual where a cross-entropy with the labels is added. The loss is the
-    cross-entropy with :math:`p'` less the entropy of :math:`p'`, but its digits do not cancel as
-    the student comes close. Gradients of the student's logits are :math:`T (p - p')`; those of the
-    teacher's are true too: apply `jax.lax.stop_gradient` to what is not to learn.
+    With `reverse`, p and p' are exchanged. The factor :math:`T^2` keeps the size of the gradients
+    the same at any temperature. The loss is accurate also when the student is close to the teacher.
+    The gradient of the student's logits is :math:`T (p - p')`. The teacher's logits get their true
+    gradient: apply `jax.lax.stop_gradient` to the teacher if it must not learn.
 
     Args:
-      logits: the student's `[..., C]`, floating; `-inf` marks a class that is not allowed.
-      teacher_logits: the teacher's, of the same shape; their dtype may be another.
-      axis: the class axis, a tuple of them, or None for all.
+      logits: the student's logits `[..., C]`, floating; `-inf` marks a class that is not allowed.
+      teacher_logits: the teacher's logits, of the same shape and of any floating dtype.
+      axis: the class axis, a tuple of class axes, or None for all axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      temperature: T: a number, or one per row, with the axes of the loss (size 1 broadcasts). At
-        least 1e-6. May be traced.
-      reverse: take the teacher's divergence from the student's: it seeks a mode of the teacher
-        rather than covers all.
-      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      axis_name: mapped mesh axis over which the class axis of both is sharded.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      temperature: T, which divides the logits of both. A scalar or an array with the axes of the
+        loss (size 1 broadcasts). At least 1e-6. May be traced.
+      reverse: exchange p and p'. The student then concentrates on a mode of the teacher instead of
+        covering all modes.
+      sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
+      axis_name: mapped mesh axis over which the class axis of both arrays is sharded.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
-      The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits of one are). It is +inf
-      where the student does not allow what the teacher does (the other way round for `reverse`).
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if either array is float64). It is
+      +inf where the teacher allows a class that the student does not allow (with `reverse`: the
+      other way round).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -206,47 +207,48 @@ def linear_distillation_loss(
       p = \mathrm{softmax}\!\left(\frac{h W + b}{T}\right), \quad
       p' = \mathrm{softmax}\!\left(\frac{h' W' + b'}{T}\right)
 
-    `distillation_loss` with the logits of `linear_softmax_cross_entropy`, of the student and, if
-    these are not given, of the teacher. Both are computed in blocks of classes, once for the loss
-    and once more for the gradient. The gradient of the teacher is true too, and costs nothing where
-    it is not asked for.
+    This is `distillation_loss` of the logits of `linear_softmax_cross_entropy`. The teacher's
+    logits come from its own linear layer or are given. The logits are computed in blocks of
+    classes, once for the loss and once more for the gradient. The teacher gets its true gradient,
+    which costs nothing if it is not used.
 
     Args:
       hidden: the student's hidden states `[..., D]`, floating.
       kernel: the student's kernel `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of
         `hidden`.
-      teacher_logits: the teacher's logits `[..., V]`, of any floating dtype; or instead:
+      teacher_logits: the teacher's logits `[..., V]`, of any floating dtype. Give either these or:
       teacher_hidden: the teacher's hidden states `[..., D']`, floating, and
       teacher_kernel: its kernel `[D', V]`, or `[V, D']` with `teacher_class_axis=0`.
       bias: `[V]`, of the student.
       teacher_bias: `[V]`, of the teacher.
       class_axis: the axis of `kernel` that holds the classes.
       teacher_class_axis: the axis of `teacher_kernel` that holds the classes.
-      num_classes: how many classes there are; what kernels and logits hold beyond is padding, of
-        which the student may have more or less than the teacher. By default there is none.
+      num_classes: number of classes; further classes of kernels and logits are padding, which is
+        ignored. Student and teacher may have different padding. By default there is no padding.
       logit_soft_cap: positive bound of the student's logits. May be traced.
       teacher_logit_soft_cap: positive bound of the teacher's logits. May be traced.
-      temperature: T: a number, or one per row, with the axes of the loss (size 1 broadcasts). At
-        least 1e-6. May be traced.
-      reverse: take the teacher's divergence from the student's.
-      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
-        `next_tokens` has it.
-      axis_name: mapped mesh axis over which the classes of all arrays are sharded, alike.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      memory_budget: bytes that the blocks of logits and their gradients may take, by default as
-        in `linear_softmax_cross_entropy`, of both kernels together.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      temperature: T, which divides the logits of both. A scalar or an array with the axes of the
+        loss (size 1 broadcasts). At least 1e-6. May be traced.
+      reverse: exchange p and p', as in `distillation_loss`.
+      sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
+      where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): rows to
+        include, such as `next_tokens(...).where`.
+      axis_name: mapped mesh axis over which the classes of all arrays are sharded in the same way.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      memory_budget: bytes that the blocks of logits and their gradients may take. The default is
+        that of `linear_softmax_cross_entropy`, for both kernels together.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is).
 
     Raises:
       TypeError: for a dtype or type that does not fit; hidden states and kernel must agree.
-      ValueError: for a shape, an axis or a value that does not fit, or if the teacher is not given
+      ValueError: for a shape, an axis or a value that does not fit, or unless the teacher is given
         in exactly one way.
 
     Example:
@@ -258,7 +260,7 @@ def linear_distillation_loss(
       [0.     0.1308]
 
     References:
-      As `distillation_loss`.
+      See `distillation_loss`.
     """
     student, teacher = layers(
         (hidden, kernel, bias, logit_soft_cap),

@@ -1,7 +1,7 @@
 """Information theory on probabilities: entropy, cross-entropy and Kullback-Leibler divergence.
 
-These take probabilities, where the losses take logits. A model's loss is better computed from its
-logits: a probability has already lost what rounding and underflow took.
+These functions take probabilities; the losses take logits. Compute a model's loss from its logits,
+because a probability has already lost digits to rounding and underflow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SERIES = tuple(1.0 / k for k in range(17, 1, -2))
 
 
 def self_information(p: ArrayLike, *, base: Scalar = math.e) -> Float[Array, "..."]:
-    r"""Information (surprise) of an outcome of probability p.
+    r"""Information (surprise) of an outcome with probability p.
 
     .. math:: I(p) = -\log_b p
 
@@ -40,7 +40,7 @@ def self_information(p: ArrayLike, *, base: Scalar = math.e) -> Float[Array, "..
       outcome (p = 0) has infinite information; a negative p gives NaN.
 
     Raises:
-      TypeError: if `p` is not of a floating dtype, or `base` is no real number.
+      TypeError: if `p` is not of a floating dtype, or `base` is not a real number.
       ValueError: if `base` is not a scalar, not positive, or 1.
 
     Example:
@@ -65,9 +65,9 @@ def entropy(
 
     .. math:: H(p) = -\sum_c p_c \log_b p_c, \qquad 0 \log 0 = 0
 
-    The gradient is :math:`-(\log p_c + 1)`, which is :math:`+\infty` at 0: for the entropy of a
-    softmax take `softmax_statistics(...).entropy`, whose gradient stays finite where
-    probabilities underflow.
+    The gradient is :math:`-(\log p_c + 1)`, which is :math:`+\infty` at 0. For the entropy of a
+    softmax use `softmax_statistics(...).entropy`: its gradient stays finite where probabilities
+    underflow.
 
     Args:
       p: probabilities, which sum to 1 over `axis`; they are not normalised here.
@@ -76,8 +76,8 @@ def entropy(
         but 1. It may be a traced value.
 
     Returns:
-      An array of the shape of `p` without `axis`: float64 for float64 input, otherwise float32.
-      A negative p (say, a log-probability passed by mistake) gives NaN.
+      An array of the shape of `p` without `axis`: float64 for float64 input, otherwise float32. A
+      negative p (a log-probability passed by mistake, for example) gives NaN.
 
     Raises:
       TypeError: if `p` is not of a floating dtype, `axis` no integer, or `base` no real number.
@@ -98,7 +98,7 @@ def entropy(
 
 
 def binary_entropy(p: ArrayLike, *, base: Scalar = math.e) -> Float[Array, "..."]:
-    r"""Entropy of a coin that shows heads with probability p.
+    r"""Entropy of a binary outcome with probability p.
 
     .. math:: H(p) = -p \log_b p - (1 - p) \log_b (1 - p)
 
@@ -115,7 +115,7 @@ def binary_entropy(p: ArrayLike, *, base: Scalar = math.e) -> Float[Array, "..."
       [0, 1] gives NaN.
 
     Raises:
-      TypeError: if `p` is not of a floating dtype, or `base` is no real number.
+      TypeError: if `p` is not of a floating dtype, or `base` is not a real number.
       ValueError: if `base` is not a scalar, not positive, or 1.
 
     Example:
@@ -137,7 +137,7 @@ def cross_entropy(
     *,
     base: Scalar = math.e,
 ) -> Float[Array, "..."]:
-    r"""Mean information when outcomes follow p and are coded as if they followed q.
+    r"""Mean information of outcomes drawn from p, measured with the probabilities q.
 
     .. math:: H(p, q) = -\sum_c p_c \log_b q_c, \qquad 0 \log 0 = 0
 
@@ -183,14 +183,14 @@ def kl_divergence(
     *,
     base: Scalar = math.e,
 ) -> Float[Array, "..."]:
-    r"""Information lost when q stands in for p (relative entropy).
+    r"""Kullback-Leibler divergence (relative entropy): information lost when q is used for p.
 
     .. math:: D(p \| q) = \sum_c p_c \log_b \frac{p_c}{q_c}, \qquad 0 \log 0 = 0
 
     Both arguments are probabilities, the true ones first. `optax.losses.kl_divergence` takes
-    `(log_predictions, targets)` instead: `kl_divergence(targets, jnp.exp(log_predictions))` is
-    its value. Accurate where p is close to q too: the terms of first order, which cancel, are
-    summed apart. Inputs that sum to 1 only up to rounding may give a value just below 0.
+    `(log_predictions, targets)` instead: `kl_divergence(targets, jnp.exp(log_predictions))` is its
+    value. It is accurate also where p is close to q. Inputs whose sum is 1 only up to rounding may
+    give a value just below 0.
 
     Args:
       p: the true probabilities.

@@ -1,4 +1,4 @@
-r"""Between two divergences of teacher and student: each compared with a mixture of both."""
+r"""Jensen-Shannon divergence of teacher and student: each is compared with a mixture of both."""
 
 from __future__ import annotations
 
@@ -37,32 +37,34 @@ def jensen_shannon_loss(
       \ell = T^2 \left(\beta \sum_c p'_c \log \frac{p'_c}{m_c}
         + (1 - \beta) \sum_c p_c \log \frac{p_c}{m_c}\right), \qquad m = \beta p' + (1 - \beta) p
 
-    for :math:`p = \mathrm{softmax}(z / T)` and :math:`p' = \mathrm{softmax}(z' / T)`. It is
-    symmetric for :math:`\beta = 1/2`, and finite whatever either side bans: at most
-    :math:`T^2 \log 2` then. For a small beta it comes to beta times `distillation_loss`, for one
-    near 1 to :math:`1 - \beta` times that with `reverse=True`: divide by these to keep the size of
-    gradients. Where the student comes close to the teacher, neither the loss nor its gradient loses
-    digits; where they agree, both are 0. Gradients reach both logits, temperature and beta: apply
-    `jax.lax.stop_gradient` to what is not to learn.
+    for :math:`p = \mathrm{softmax}(z / T)` and :math:`p' = \mathrm{softmax}(z' / T)`. For
+    :math:`\beta = 1/2` the divergence is symmetric and at most :math:`T^2 \log 2`. It is finite
+    also where one side masks a class. For beta near 0 it is about :math:`\beta` times
+    `distillation_loss`; for beta near 1 it is about :math:`1 - \beta` times `distillation_loss`
+    with `reverse=True`. Divide by these factors to keep the size of the gradients. Loss and
+    gradient are accurate also when the student is close to the teacher. Both logits, temperature
+    and beta get their true gradient: apply `jax.lax.stop_gradient` to the teacher if it must not
+    learn.
 
     Args:
-      logits: the student's `[..., C]`, floating; `-inf` marks a class that is not allowed.
-      teacher_logits: the teacher's, of the same shape; their dtype may be another.
+      logits: the student's logits `[..., C]`, floating; `-inf` marks a class that is not allowed.
+      teacher_logits: the teacher's logits, of the same shape and of any floating dtype.
       beta: the teacher's share of the mixture, between 0 and 1. May be traced.
-      temperature: T: a number, or one per row, with the axes of the loss (size 1 broadcasts). At
-        least 1e-6. May be traced.
-      axis: the class axis, a tuple of them, or None for all.
+      temperature: T, which divides the logits of both. A scalar or an array with the axes of the
+        loss (size 1 broadcasts). At least 1e-6. May be traced.
+      axis: the class axis, a tuple of class axes, or None for all axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      axis_name: mapped mesh axis over which the class axis of both is sharded.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
+      axis_name: mapped mesh axis over which the class axis of both arrays is sharded.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
-      The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits of one are).
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if either array is float64).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -137,48 +139,50 @@ def linear_jensen_shannon_loss(
       \ell = T^2 \left(\beta\, \mathrm{KL}(p' \,\|\, m) + (1 - \beta)\, \mathrm{KL}(p \,\|\, m)
         \right), \qquad m = \beta p' + (1 - \beta) p
 
-    `jensen_shannon_loss` with the logits of `linear_softmax_cross_entropy`, of the student and, if
-    these are not given, of the teacher. The mixture takes the normalisers of both, so that blocks
-    of classes are computed twice for the loss and once more for the gradient: five matmuls for the
-    student's gradient where `linear_distillation_loss` takes four, and three for two of the
-    teacher.
+    This is `jensen_shannon_loss` of the logits of `linear_softmax_cross_entropy`. The teacher's
+    logits come from its own linear layer or are given. The mixture needs both normalisers, so each
+    block of classes is computed twice for the loss and once more for the gradient. Value and
+    gradient take five matmuls of the student (`linear_distillation_loss`: four) and three of the
+    teacher (`linear_distillation_loss`: two).
 
     Args:
       hidden: the student's hidden states `[..., D]`, floating.
       kernel: the student's kernel `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of
         `hidden` or a wider one.
-      teacher_logits: the teacher's logits `[..., V]`, of any floating dtype; or instead:
+      teacher_logits: the teacher's logits `[..., V]`, of any floating dtype. Give either these or:
       teacher_hidden: the teacher's hidden states `[..., D']`, floating, and
       teacher_kernel: its kernel `[D', V]`, or `[V, D']` with `teacher_class_axis=0`.
       bias: `[V]`, of the student.
       teacher_bias: `[V]`, of the teacher.
       class_axis: the axis of `kernel` that holds the classes.
       teacher_class_axis: the axis of `teacher_kernel` that holds the classes.
-      num_classes: how many classes there are; what kernels and logits hold beyond is padding, of
-        which the student may have more or less than the teacher. By default there is none.
+      num_classes: number of classes; further classes of kernels and logits are padding, which is
+        ignored. Student and teacher may have different padding. By default there is no padding.
       logit_soft_cap: positive bound of the student's logits. May be traced.
       teacher_logit_soft_cap: positive bound of the teacher's logits. May be traced.
       beta: the teacher's share of the mixture, between 0 and 1. May be traced.
-      temperature: T: a number, or one per row, with the axes of the loss (size 1 broadcasts). At
-        least 1e-6. May be traced.
-      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
-        `next_tokens` has it.
-      axis_name: mapped mesh axis over which the classes of all arrays are sharded, alike.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      memory_budget: bytes that the blocks of logits and their gradients may take, by default as
-        in `linear_softmax_cross_entropy`, of both kernels together.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own. A gradient taken so of a kernel in a narrow dtype is the sum of two rounded ones.
+      temperature: T, which divides the logits of both. A scalar or an array with the axes of the
+        loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
+      where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): rows to
+        include, such as `next_tokens(...).where`.
+      axis_name: mapped mesh axis over which the classes of all arrays are sharded in the same way.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      memory_budget: bytes that the blocks of logits and their gradients may take. The default is
+        that of `linear_softmax_cross_entropy`, for both kernels together.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules. The gradient of a kernel in a
+        narrow dtype is then the sum of two rounded gradients.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is).
 
     Raises:
-      TypeError: for a dtype or type that does not fit, as hidden states wider than the kernel.
-      ValueError: for a shape, an axis or a value that does not fit, or if the teacher is not given
+      TypeError: for a dtype or type that does not fit, such as hidden states wider than the kernel.
+      ValueError: for a shape, an axis or a value that does not fit, or unless the teacher is given
         in exactly one way.
 
     Example:
@@ -190,7 +194,7 @@ def linear_jensen_shannon_loss(
       [0.     0.0338]
 
     References:
-      As `jensen_shannon_loss`.
+      See `jensen_shannon_loss`.
     """
     student, teacher = layers(
         (hidden, kernel, bias, logit_soft_cap),

@@ -82,15 +82,16 @@ def linear_softmax_cross_entropy(
       labels: class ids `[...]`, of any integer dtype.
       bias: `[V]`. A bias of -inf bans a class.
       class_axis: the axis of `kernel` that holds the classes.
-      num_classes: how many classes there are; what `kernel` holds beyond is padding that has no
-        part in anything. By default there is no padding.
+      num_classes: number of classes; further classes of `kernel` are padding, which is ignored. By
+        default there is no padding.
       logit_soft_cap: positive bound of the logits. May be traced.
-      temperature: what the logits are divided by, in float32, after bias and soft cap: a number, or
-        one per row, with the axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
+      temperature: divides the logits, in float32, after bias and soft cap. A scalar or an array
+        with the axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
       weight: weight of each class `[V]`.
-      sample_weight: weight of each example, with the axes of `labels` (size 1 broadcasts) or none.
-      where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include. (Classes
-        are excluded by `bias`.)
+      sample_weight: weight of each example, a scalar or an array with the axes of `labels` (size 1
+        broadcasts).
+      where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): rows to
+        include. (Classes are excluded by `bias`.)
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
@@ -102,18 +103,19 @@ def linear_softmax_cross_entropy(
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `kernel`, `bias` and `weight`
         are sharded by classes. Labels are ids among all classes, `hidden` is the same on all
         devices of that axis, and so is the loss.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", over `sum(sample_weight *
-        weight[label])` of the rows that count (0 if that is 0; see `mean_denominator`).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight * weight[label])` of the rows that count (0 if that is 0; see
+        `mean_denominator`).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
       return_statistics: return `(loss, statistics)` from one pass, the latter as from
         `linear_softmax_statistics`: accuracy is the mean of `statistics.argmax == labels`.
       memory_budget: bytes that a block of logits and its gradient may take. By default a third
         of the kernel's bytes, but at least 256 MB and at most 1 GB; for a sum or mean of narrow
         `hidden` and a float32 kernel a quarter of all logits within 1.3 GB, or what 1024 tokens
         need within 2 GB; 17 MB on a CPU, less on each of several devices that it plays.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
-        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
-        JAX's own, in the same memory.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
+        then differentiates by its own rules, in the same memory.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 inputs), and the
@@ -121,7 +123,7 @@ def linear_softmax_cross_entropy(
       loss and its gradient NaN.
 
     Raises:
-      TypeError: for a dtype or type that does not fit, as a `hidden` wider than `kernel` does not.
+      TypeError: for a dtype or type that does not fit, such as a `hidden` wider than `kernel`.
       ValueError: for a shape, an axis or a value that does not fit.
 
     Example:

@@ -55,24 +55,25 @@ def linear_softmax_statistics(
       labels: class ids `[...]`, of any integer dtype. Without them two fields are None.
       bias: `[V]`.
       class_axis: the axis of `kernel` that holds the classes.
-      num_classes: how many classes there are; what `kernel` holds beyond is padding.
+      num_classes: number of classes; further classes of `kernel` are padding.
       logit_soft_cap: positive bound of the logits. May be traced.
-      temperature: what the logits are divided by, in float32, after bias and soft cap: a number, or
-        one per row, with the axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
-      where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include.
+      temperature: divides the logits, in float32, after bias and soft cap. A scalar or an array
+        with the axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
+      where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): rows to
+        include.
       ignore_index: label of rows that do not count.
       axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes.
       memory_budget: bytes that a block of logits and its gradient may take.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 inputs), and
       `argmax`, int32. A row that does not count is 0 throughout; `label_logit` and `log_prob` are
-      NaN for a label that is no class.
+      NaN for a label that is not a class.
 
     Raises:
-      TypeError: for a dtype or type that does not fit, as a `hidden` wider than `kernel` does not.
+      TypeError: for a dtype or type that does not fit, such as a `hidden` wider than `kernel`.
       ValueError: for a shape, an axis or a value that does not fit.
 
     Example:

@@ -47,19 +47,20 @@ def forward_corrected_cross_entropy(
       logits: unnormalised log-probabilities of the true class `[..., C]`, floating.
       labels: noisy class ids `[...]`, of any integer dtype.
       transition: T `[C, C]`; rows sum to 1.
-      axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
+      axis: the class axis, or a tuple of class axes; labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A label that is
-      no class makes its row NaN; one that no allowed class can turn into, +inf.
+      not a class makes its row NaN; one that no allowed class can turn into, +inf.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -164,22 +165,23 @@ def backward_corrected_cross_entropy(
       logits: unnormalised log-probabilities of the true class `[..., C]`, floating.
       labels: noisy class ids `[...]`, of any integer dtype.
       transition: T `[C, C]`; rows sum to 1.
-      axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
+      axis: the class axis, or a tuple of class axes; labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
-        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
-        JAX's own.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
+        then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A label that is
-      no class makes its row NaN.
+      not a class makes its row NaN.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

@@ -51,15 +51,17 @@ def ppo_clip_loss(
     Args:
       log_prob: log-probability of the token that was drawn `[...]`, in nats.
       old_log_prob: that by the policy that drew it, of the same shape.
-      advantage: A, with the axes of `log_prob` (size 1 broadcasts) or none: `[B, 1]` for one
-        advantage of each sequence.
-      where: bool: the tokens that count, with the axes of `log_prob` (size 1 broadcasts) or none.
+      advantage: A, a scalar or an array with the axes of `log_prob` (size 1 broadcasts): `[B, 1]`
+        for one advantage of each sequence.
+      where: bool: the tokens that count, a scalar or an array with the axes of `log_prob` (size 1
+        broadcasts).
       low: how far below 1 the ratio pays, in [0, 1]. May be traced.
       high: how far above 1 the ratio pays, at least 0. May be traced.
-      sample_weight: weight of each token, with the axes of `log_prob` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the tokens that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      sample_weight: weight of each token, a scalar or an array with the axes of `log_prob` (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the tokens that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of the shape of `log_prob` or `[]`, in float32 (float64 if any of the first three
@@ -143,12 +145,14 @@ def kl_estimate(
     Args:
       log_prob: log-probability of the token that was drawn `[...]`, in nats.
       reference_log_prob: that by the reference, of the same shape.
-      where: bool: the tokens that count, with the axes of `log_prob` (size 1 broadcasts) or none.
+      where: bool: the tokens that count, a scalar or an array with the axes of `log_prob` (size 1
+        broadcasts).
       kind: "k1", "k2" or "k3".
-      sample_weight: weight of each token, with the axes of `log_prob` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the tokens that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      sample_weight: weight of each token, a scalar or an array with the axes of `log_prob` (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the tokens that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The estimate in nats, of the shape of `log_prob` or `[]`, in float32 (float64 if either array

@@ -48,14 +48,16 @@ def dpo_loss(
       rejected: that of the worse one, of the same shape.
       reference_chosen: log-probability of the better answer by the reference, of the same shape.
       reference_rejected: that of the worse one, of the same shape.
-      where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
+      where: bool: the pairs that count, a scalar or an array with the axes of `chosen` (size 1
+        broadcasts).
       beta: :math:`\beta`, at least 0: what a nat of difference is worth. May be traced.
       label_smoothing: :math:`\epsilon`, in [0, 1]: the share of pairs whose answers are thought to
         be exchanged. May be traced.
-      sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the pairs that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      sample_weight: weight of each pair, a scalar or an array with the axes of `chosen` (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the pairs that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
@@ -135,12 +137,14 @@ def ipo_loss(
       rejected: that of the worse one, of the same shape.
       reference_chosen: log-probability of the better answer by the reference, of the same shape.
       reference_rejected: that of the worse one, of the same shape.
-      where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
+      where: bool: the pairs that count, a scalar or an array with the axes of `chosen` (size 1
+        broadcasts).
       beta: :math:`\beta`, at least 1e-6 (:math:`\tau` in the paper). May be traced.
-      sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the pairs that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      sample_weight: weight of each pair, a scalar or an array with the axes of `chosen` (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the pairs that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
@@ -217,19 +221,21 @@ def kto_loss(
       log_prob: log-probability of the answer `[...]`, in nats, summed over its tokens.
       reference_log_prob: that by the reference, of the same shape.
       desirable: bool, of the same shape: whether the answer is a good one.
-      kl: estimate of the divergence of policy and reference, in nats, with the axes of `log_prob`
-        (size 1 broadcasts) or none: the mean of r over answers that belong to other prompts. As in
-        the paper and in TRL it is taken as 0 where it is below, and as a constant: no gradient
-        reaches it.
-      where: bool: the answers that count, with the axes of `log_prob` (size 1 broadcasts) or none.
+      kl: estimate of the divergence of policy and reference, in nats, a scalar or an array with the
+        axes of `log_prob` (size 1 broadcasts): the mean of r over answers that belong to other
+        prompts. As in the paper and in TRL it is taken as 0 where it is below, and as a constant:
+        no gradient reaches it.
+      where: bool: the answers that count, a scalar or an array with the axes of `log_prob` (size 1
+        broadcasts).
       beta: :math:`\beta`, at least 0. May be traced.
       desirable_weight: :math:`\lambda_D`, at least 0. May be traced.
       undesirable_weight: :math:`\lambda_U`, at least 0. May be traced.
-      sample_weight: weight of each answer, with the axes of `log_prob` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the answers that count (0 if that is 0): as in TRL, the two weights have no part in the
-        denominator.
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      sample_weight: weight of each answer, a scalar or an array with the axes of `log_prob` (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the answers that count (0 if that is 0): as in TRL, the two weights
+        have no part in the denominator.
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of the shape of `log_prob` or `[]`, in float32 (float64 if any of the three floating

@@ -44,15 +44,17 @@ def nll_loss(
     Args:
       log_probs: log-probabilities `[..., C]`, floating.
       labels: class ids `[...]`, of any integer dtype.
-      axis: the class axis, or a tuple of them: labels are then flat indices.
+      axis: the class axis, or a tuple of class axes; labels are then flat indices into these axes.
       where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
       weight: weight of each class `[C]`.
-      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+      sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread over the allowed classes, in [0, 1].
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight *
-        weight[label])` of the rows that count (0 if that is 0, where torch gives NaN).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight * weight[label])` of the rows that count (0 if that is 0, where torch
+        gives NaN).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 log-probabilities). A
@@ -149,11 +151,12 @@ def binary_cross_entropy(
       labels: numbers in [0, 1], of any real dtype; broadcastable to `probs`.
       weight: weight of each element, broadcastable to the loss.
       sample_weight: the same, but it also counts in the denominator of the mean.
-      where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
+      where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): elements to
+        include.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1].
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the elements that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the elements that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of the shape of `probs` or `[]`, in float32 (float64 for float64 probabilities).
@@ -220,10 +223,10 @@ def smooth_labels(
     Args:
       labels: target distributions `[..., C]`, floating.
       alpha: share of the uniform distribution, in [0, 1]. May be traced.
-      axis: the class axis, a tuple of them, or None for all.
-      where: bool, with the axes of `labels` (size 1 broadcasts) or none: the `K` classes of each
-        row that take a share of `alpha`. The others get none (optax gives them `alpha / K` as
-        well).
+      axis: the class axis, a tuple of class axes, or None for all axes.
+      where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): the `K`
+        classes of each row that take a share of `alpha`. The others get none (optax gives them
+        `alpha / K` as well).
 
     Returns:
       The smoothed labels, of the shape and dtype of `labels`.

@@ -33,17 +33,17 @@ def bpr_loss(
     Args:
       label_logits: score of the label `[...]`, floating.
       negative_logits: scores of the negatives `[..., S]`, floating.
-      where: bool; of the loss's number of dimensions: rows to include; of that of
-        `negative_logits`: negatives to include, such as those that are not the label. A row without
-        any does not count.
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      where: bool; rows to include (shape of the loss) or negatives to include (shape of
+        `negative_logits`), such as those that are not the label. A row without any does not count.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).
@@ -124,19 +124,19 @@ def gbce_loss(
     Args:
       label_logits: score of the label `[...]`, floating.
       negative_logits: scores of the negatives `[..., S]`, floating.
-      where: bool; of the loss's number of dimensions: rows to include; of that of
-        `negative_logits`: negatives to include, such as those that are not the label. S counts
-        these alone.
+      where: bool; rows to include (shape of the loss) or negatives to include (shape of
+        `negative_logits`), such as those that are not the label. S counts these alone.
       num_items: C, how many classes there are, at least 2.
       calibration: t, in [0, 1]. May be traced.
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).

@@ -41,14 +41,16 @@ def simpo_loss(
       chosen: mean log-probability of the tokens of the better answer `[...]`, in nats:
         `sequence_log_prob(..., mean=True)`.
       rejected: that of the worse one, of the same shape.
-      where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
+      where: bool: the pairs that count, a scalar or an array with the axes of `chosen` (size 1
+        broadcasts).
       beta: :math:`\beta`, at least 0. May be traced.
       gamma: :math:`\gamma`, the margin that is asked for, at least 0. The paper recommends its
         ratio to :math:`\beta`. May be traced.
-      sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the pairs that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      sample_weight: weight of each pair, a scalar or an array with the axes of `chosen` (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the pairs that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
@@ -118,11 +120,13 @@ def orpo_loss(
       chosen: mean log-probability of the tokens of the better answer `[...]`, in nats, at most 0:
         `sequence_log_prob(..., mean=True)`.
       rejected: that of the worse one, of the same shape.
-      where: bool: the pairs that count, with the axes of `chosen` (size 1 broadcasts) or none.
-      sample_weight: weight of each pair, with the axes of `chosen` (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the pairs that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      where: bool: the pairs that count, a scalar or an array with the axes of `chosen` (size 1
+        broadcasts).
+      sample_weight: weight of each pair, a scalar or an array with the axes of `chosen` (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the pairs that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).

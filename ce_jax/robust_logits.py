@@ -49,15 +49,15 @@ def sigmoid_focal_loss(
       alpha: weight of the positive class, in [0, 1], the negative one having `1 - alpha`;
         broadcastable to the loss (`[C]`: one for each class). None: both have 1. May be traced.
       gamma: exponent, at least 0, broadcastable to the loss. May be traced.
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each element, with the axes of the loss (size 1 broadcasts) or none.
-        A weight of 0 silences a loss of inf or NaN.
-      where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
-        Others are 0, also in gradient.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the elements that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each element, a scalar or an array with the axes of the loss (size 1
+        broadcasts). A weight of 0 silences a loss of inf or NaN.
+      where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): elements to
+        include. Others are 0, also in gradient.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the elements that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of the shape of `logits` or `[]`, in float32 (float64 for float64 logits).
@@ -171,19 +171,19 @@ def poly_loss_cross_entropy(
         excluded by `where`: `labels * where` gives its number).
       labels: a non-negative number for each class, as in `softmax_cross_entropy`.
       epsilon: what is added to the first coefficient of the series in 1 - p. May be traced.
-      axis: the class axis, a tuple of them, or None for all.
-      where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
-        dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
-        A weight of 0 silences the row, even if its loss is inf or NaN.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
-        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
-        JAX's own.
+      axis: the class axis, a tuple of class axes, or None for all axes.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`). A
+        row that does not count has loss 0 and gradient 0.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
+        broadcasts). A weight of 0 silences the row, even if its loss is inf or NaN.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
+        then differentiates by its own rules.
 
     Returns:
       The loss, of the shape of `logits` less the class axes or `[]`, in float32 (float64 for

@@ -49,21 +49,23 @@ def sampled_softmax_cross_entropy(
     Args:
       label_logits: logit of the label `[...]`, floating.
       negative_logits: logits of the negatives `[..., S]`, floating.
-      where: bool; of the loss's number of dimensions: rows to include; of that of
-        `negative_logits`: negatives to include. A row without any negative has loss 0.
+      where: bool; rows to include (shape of the loss) or negatives to include (shape of
+        `negative_logits`). A row without any negative has loss 0.
       log_expected_count: :math:`\log m` of the negatives, broadcastable to `negative_logits`. None
         stands for 0: no correction.
-      label_log_expected_count: what is taken off the label's logit likewise, with the axes of
-        `label_logits` (size 1 broadcasts) or none. With it, as Yi et al. and TensorFlow have it,
-        label and negatives are treated alike, and the expectation of the normaliser is another.
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      label_log_expected_count: what is taken off the label's logit likewise, a scalar or an array
+        with the axes of `label_logits` (size 1 broadcasts). With it, as Yi et al. and TensorFlow
+        have it, label and negatives are treated alike, and the expectation of the normaliser is
+        another.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits are).
@@ -158,16 +160,18 @@ def linear_sampled_softmax_cross_entropy(
       class_axis: the axis of `kernel` that holds the classes.
       logit_soft_cap: positive bound of the logits. May be traced.
       label_log_expected_count: as in `sampled_softmax_cross_entropy`.
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each row, with the axes of `labels` (size 1 broadcasts) or none.
-      where: bool, with the axes of `labels` (size 1 broadcasts) or none: rows to include.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each row, a scalar or an array with the axes of `labels` (size 1
+        broadcasts).
+      where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): rows to
+        include.
       ignore_index: label of rows that do not count.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 inputs). An id outside
@@ -186,7 +190,7 @@ def linear_sampled_softmax_cross_entropy(
       [9.2104 9.2104]
 
     References:
-      As `sampled_softmax_cross_entropy`.
+      See `sampled_softmax_cross_entropy`.
     """
     return _linear_sampled_softmax(
         hidden,

@@ -60,8 +60,8 @@ def next_tokens(
         needs it, since L - s positions do not divide among the devices.
       segment_ids: document of each token `[..., L]`, of any integer dtype; 0 is padding. No label
         is taken from beyond the end of a document.
-      where: bool, with the axes of `tokens` (size 1 broadcasts) or none: the tokens to learn to
-        predict, such as those of an answer and not of its question.
+      where: bool, a scalar or an array with the axes of `tokens` (size 1 broadcasts): the tokens to
+        learn to predict, such as those of an answer and not of its question.
       pad_id: token that is padding, and so not predicted. Don't give it where the same id also
         ends a document: use `where` or `segment_ids`.
 
@@ -169,8 +169,9 @@ def sequence_log_prob(
     Args:
       log_prob: log-probabilities of the tokens `[..., T]` in nats, floating, such as
         `linear_softmax_statistics(...).log_prob`.
-      where: bool, with the axes of `log_prob` (size 1 broadcasts) or none: the tokens to include,
-        such as those of an answer. Others may hold anything, NaN and infinities included.
+      where: bool, a scalar or an array with the axes of `log_prob` (size 1 broadcasts): the tokens
+        to include, such as those of an answer. Others may hold anything, NaN and infinities
+        included.
       mean: divide by the number of tokens included, as losses that normalise by length ask for.
         The mean over no token is 0, and so is its gradient.
 
@@ -221,8 +222,8 @@ def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:
 
     Args:
       total: sum of the cross-entropies in nats, of any shape.
-      count: number of tokens that count, with the axes of `total` (size 1 broadcasts) or none;
-        `mean_denominator`.
+      count: number of tokens that count, a scalar or an array with the axes of `total` (size 1
+        broadcasts); `mean_denominator`.
 
     Returns:
       The perplexity, of the shape of `total`, in float32 (float64 for a float64 total). NaN where
@@ -252,8 +253,8 @@ def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]
 
     Args:
       total: sum of the cross-entropies of all tokens in nats, of any shape.
-      num_bytes: number of bytes of the text, in UTF-8 as a rule; with the axes of `total` (size 1
-        broadcasts) or none.
+      num_bytes: number of bytes of the text, in UTF-8 as a rule; a scalar or an array with the axes
+        of `total` (size 1 broadcasts).
 
     Returns:
       The number of bits, of the shape of `total`, in float32 (float64 for a float64 total). NaN

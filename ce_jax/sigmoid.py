@@ -49,21 +49,21 @@ def sigmoid_binary_cross_entropy(
       labels: numbers in [0, 1], of any real dtype; broadcastable to `logits`.
       weight: weight of each element, broadcastable to the loss (`[C]`: one for each class).
       pos_weight: weight of the positive part, broadcastable to the loss.
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one with
-        the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each element, with the axes of the loss (size 1 broadcasts) or none;
-        unlike `weight` it also counts in the denominator of the mean. A weight of 0 silences a loss
-        of inf or NaN.
-      where: bool, with the axes of the loss (size 1 broadcasts) or none: elements to include.
-        Others are 0, also in gradient.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each element, a scalar or an array with the axes of the loss (size 1
+        broadcasts); unlike `weight` it also counts in the denominator of the mean. A weight of 0
+        silences a loss of inf or NaN.
+      where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): elements to
+        include. Others are 0, also in gradient.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1]. May
         be traced.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the elements that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
-        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
-        JAX's own.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the elements that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
+        then differentiates by its own rules.
 
     Returns:
       The loss, of the shape of `logits` or `[]`, in float32 (float64 for float64 logits).

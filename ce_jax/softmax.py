@@ -60,31 +60,31 @@ def softmax_cross_entropy_with_integer_labels(
       logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
         allowed.
       labels: class ids `[...]`, of any integer dtype; the shape of `logits` less the class axis.
-      axis: the class axis, or a tuple of them: labels are then flat indices into these axes.
-      where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
-        dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
+      axis: the class axis, or a tuple of class axes; labels are then flat indices into these axes.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`). A
+        row that does not count has loss 0 and gradient 0.
       weight: weight of each class `[C]`.
-      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
-        A weight of 0 silences the row, even if its loss is inf or NaN.
+      sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
+        broadcasts). A weight of 0 silences the row, even if its loss is inf or NaN.
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one per
-        row, with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded.
         `logits`, `weight` and a `where` over classes hold this device's classes, labels are ids
         among all classes, and the loss is the same on all devices of that axis.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight *
-        weight[label])` of the rows that count (0 if that is 0, where torch gives NaN; see
-        `mean_denominator`).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight * weight[label])` of the rows that count (0 if that is 0, where torch
+        gives NaN; see `mean_denominator`).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
       return_statistics: return `(loss, statistics)` from one pass, the latter as from
         `softmax_statistics`: accuracy is the mean of `statistics.argmax == labels`. What is not
         used of them (the entropy, for example) is not computed under `jit`.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
-        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
-        JAX's own.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
+        then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits), and the
@@ -217,25 +217,25 @@ def softmax_cross_entropy(
       labels: a non-negative number for each class, floating or bool (one-hot), broadcastable to
         `logits` but in the class axis. Integers, such as counts, need the shape of `logits`, so
         that class ids cannot be taken for a distribution.
-      axis: the class axis, a tuple of them, or None for all.
-      where: bool; of the loss's number of dimensions: rows to include; of the logits' number of
-        dimensions: classes to include. A row that does not count has loss 0 and gradient 0.
+      axis: the class axis, a tuple of class axes, or None for all axes.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`). A
+        row that does not count has loss 0 and gradient 0.
       weight: weight of each class `[C]`.
-      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
-        A weight of 0 silences the row, even if its loss is inf or NaN.
+      sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
+        broadcasts). A weight of 0 silences the row, even if its loss is inf or NaN.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
-      temperature: what the logits are divided by, in the dtype of the loss: a number, or one per
-        row, with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded, of
         `logits` as of `labels` and `weight`.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0, where torch gives NaN).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: without it JAX says
-        "can't apply forward-mode autodiff (jvp) to a custom_vjp function". The derivative is then
-        JAX's own.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0, where torch gives NaN).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
+        then differentiates by its own rules.
 
     Returns:
       The loss, of the shape of `logits` less the class axes or `[]`, in float32 (float64 for

@@ -59,19 +59,20 @@ def softmax_statistics(
     Args:
       logits: `[..., C]`, floating; `-inf` marks a class that is not allowed.
       labels: class ids `[...]`, of any integer dtype. Without them two fields are None.
-      axis: the class axis, or a tuple of them: labels and `argmax` are then flat indices.
+      axis: the class axis, or a tuple of class axes; labels and `argmax` are then flat indices into
+        these axes.
       where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
       ignore_index: label of rows that do not count.
-      temperature: what the logits are divided by, in the dtype of the result: a number, or one per
-        row, with the axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
+      temperature: divides the logits, in the dtype of the result. A scalar or an array with the
+        axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
       axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 logits), and
       `argmax`, int32: the first of the largest. A row that does not count is 0 throughout;
-      `label_logit` and `log_prob` are NaN for a label that is no class.
+      `label_logit` and `log_prob` are NaN for a label that is not a class.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

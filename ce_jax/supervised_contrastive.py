@@ -42,7 +42,7 @@ def supervised_contrastive_loss(
     Args:
       embeddings: `[N, D]`, floating.
       labels: class ids `[N]`, of any integer dtype and any value.
-      where: bool `[N]`: the examples that exist. Others have no part in anything.
+      where: bool `[N]`: the examples that exist. Others are ignored.
       logit_scale: s, at least 0, the inverse of the temperature: the paper's is 10. May be traced.
       sample_weight: weight of each example's loss, broadcastable to `[N]`.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which all arrays are sharded by
@@ -51,16 +51,16 @@ def supervised_contrastive_loss(
         last divided by `sum(sample_weight)` of the examples that count (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third
         of the bytes of `embeddings`, but at least 256 MB and at most 1 GB; 17 MB on a CPU.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a shape or a value that does not fit, and for embeddings that JAX does not
-        see vary over `axis_name`.
+      ValueError: for a shape or a value that does not fit, and for embeddings that, to JAX, do not
+        vary over `axis_name`.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax

@@ -42,9 +42,10 @@ def fit_temperature(
     Args:
       logits: logits `[..., C]` of data that the model was not trained on; `-inf` masks a class.
       labels: class ids `[...]`, of any integer dtype.
-      axis: the class axis, or a tuple of them: labels are then flat indices.
+      axis: the class axis, or a tuple of class axes; labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      sample_weight: weight of each example, with the axes of the loss (size 1 broadcasts) or none.
+      sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
       ignore_index: label of rows that do not count.
       low: the least temperature; the result where every prediction is right, and so the best
         temperature 0. May be traced.
@@ -56,7 +57,7 @@ def fit_temperature(
       `low` and `high` is the best, it is that bound itself, to the last bit (in the dtype of the
       result): `T == high` is the sign that there was no optimum to find. 1, or the bound next to
       it, if no row counts. Rows whose label is masked are left out: their loss is infinite at every
-      temperature. A label that is no class and logits without a softmax give NaN. It is found in
+      temperature. A label that is not a class and logits without a softmax give NaN. It is found in
       a loop of unknown length, so there is no reverse-mode derivative of it.
 
     Raises:

@@ -69,22 +69,23 @@ def top_k_distillation_loss(
       axis: the class axis of `logits`, a tuple of them (ids are then flat indices), or None for
         all.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
-      temperature: T, what the logits are divided by: a number, or one per row, with the axes of the
-        loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
+      temperature: T, which divides the logits. A scalar or an array with the axes of the loss (size
+        1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
       ignore_index: another id of absent entries. A row of which all are absent does not count.
       axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if logits or log-probabilities are).
       It is +inf where the student does not allow a class that the teacher does. A row with an id
-      that is no class, or that is there twice, is NaN, as one of which log-probabilities are above
-      0 (or, for "bucket", add up to more than 1) by more than rounding explains.
+      that is not a class, or that is there twice, is NaN, as one of which log-probabilities are
+      above 0 (or, for "bucket", add up to more than 1) by more than rounding explains.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -253,30 +254,31 @@ def linear_top_k_distillation_loss(
       tail: "bucket", "renormalize" or "drop", as in `top_k_distillation_loss`.
       bias: `[V]`. A bias of -inf bans a class.
       class_axis: the axis of `kernel` that holds the classes.
-      num_classes: how many classes there are; what `kernel` holds beyond is padding.
+      num_classes: number of classes; further classes of `kernel` are padding.
       logit_soft_cap: positive bound of the logits. May be traced.
-      temperature: T, what the logits are divided by, in float32, after bias and soft cap: a number,
-        or one per row, with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      sample_weight: weight of each row, with the axes of the loss (size 1 broadcasts) or none.
-      where: bool, with the axes of the loss (size 1 broadcasts) or none: rows to include, such as
-        `next_tokens` has it.
+      temperature: T, which divides the logits, in float32, after bias and soft cap. A scalar or an
+        array with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
+        broadcasts).
+      where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): rows to
+        include, such as `next_tokens(...).where`.
       ignore_index: another id of absent entries. A row of which all are absent does not count.
       axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes; ids are
         global.
-      reduction: "none"; "sum"; "ratio", a `Ratio`; or "mean", the sum over `sum(sample_weight)` of
-        the rows that count (0 if that is 0).
-      reduction_axis: the axis or axes of the loss that the reduction takes; all by default.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the rows that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
       memory_budget: bytes that a block of logits and its gradient may take, by default as in
         `linear_softmax_cross_entropy`.
-      forward_mode: needed by `jax.jvp`, `jax.jacfwd` and `jax.linearize`: the derivative is then
-        JAX's own.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
+        custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is); +inf and NaN as
       `top_k_distillation_loss` has them.
 
     Raises:
-      TypeError: for a dtype or type that does not fit, as a `hidden` wider than `kernel` does not.
+      TypeError: for a dtype or type that does not fit, such as a `hidden` wider than `kernel`.
       ValueError: for a shape, an axis, a name or a value that does not fit.
 
     Example:
@@ -287,7 +289,7 @@ def linear_top_k_distillation_loss(
       [0.1733]
 
     References:
-      As `top_k_distillation_loss`.
+      See `top_k_distillation_loss`.
     """
     return _linear_top_k(
         hidden,

@@ -136,7 +136,8 @@ def focal_alpha(positives: ArrayLike, total: ArrayLike) -> Float[Array, "..."]:
 
     Args:
       positives: number of positive examples of each class, of any shape.
-      total: number of examples, with the axes of `positives` (size 1 broadcasts) or none.
+      total: number of examples, a scalar or an array with the axes of `positives` (size 1
+        broadcasts).
 
     Returns:
       The weight of the positive label, of the shape of `positives`, float32 (float64 for float64
