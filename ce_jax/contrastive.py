@@ -124,8 +124,8 @@ class ClipStatistics(NamedTuple):
     i on device k, if each device holds N pairs.
 
     Attributes:
-      text_of_image: the text with the largest logit, the first of several.
-      image_of_text: the image with the largest logit, the first of several.
+      text_of_image: the text with the largest logit; the first one if several are equal.
+      image_of_text: the image with the largest logit; the first one if several are equal.
     """
 
     text_of_image: Integer[Array, " n"]
@@ -177,8 +177,7 @@ def clip_loss(
     Returns:
       The loss, `[N]` or `[]`, in float32 (float64 for float64 embeddings). With
       `return_statistics`, a tuple of the loss and a `ClipStatistics` of int32 arrays `[N]`: ids
-      among the pairs of all devices, the first of the largest logits. A pair that does not exist
-      has 0.
+      among the pairs of all devices; 0 for a pair that does not exist.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

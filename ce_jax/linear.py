@@ -64,21 +64,22 @@ def linear_softmax_cross_entropy(
       z = \mathrm{cap} \tanh\!\left(\frac{h W + b}{\mathrm{cap}}\right)
       \qquad (z = h W + b \text{ without a cap})
 
-    The logits are computed a block at a time, in float32, and their gradient is rounded to the
-    dtype of `hidden` before it meets `kernel` and `hidden`. Gradients reach `hidden`, `kernel`,
-    `bias`, `weight`, `sample_weight` and all float options.
+    The logits are computed in float32, one block at a time. Their gradient is rounded to the dtype
+    of `hidden` before it is multiplied with `kernel` and `hidden`. `hidden`, `kernel`, `bias`,
+    `weight`, `sample_weight` and all float options get their true gradient.
 
-    Two ways of dividing the work serve, and give the same result. Blocks of classes, recomputed for
-    the gradient (four matmuls), are the rule. Blocks of tokens (three matmuls) serve a "sum" or
-    "mean" without `return_statistics`, `axis_name` and `forward_mode` (nor, inside `jax.shard_map`,
-    a `log_prob_loss` with a traced parameter), if the budget has room for the logits of 1024
-    tokens, or of all. Where the value alone is wanted, both take one matmul.
+    The work is divided in one of two ways, which give the same result. The default is blocks of
+    classes, which are recomputed for the gradient (four matmuls). Blocks of tokens (three matmuls)
+    are used for a "sum" or "mean" if the budget has room for the logits of 1024 tokens, or of all
+    tokens if there are fewer. They are not used with `return_statistics`, `axis_name` or
+    `forward_mode`, nor with a `log_prob_loss` that has a traced parameter inside `jax.shard_map`.
+    The value alone takes one matmul in both ways.
 
     Args:
       hidden: `[..., D]`, floating.
-      kernel: `[D, V]`; or `[V, D]` with `class_axis=0`, as a tied embedding has it: no transposed
-        copy is made. Of the dtype of `hidden` or a wider one: the matmuls are in that of `hidden`,
-        and the gradient of a wider kernel is not rounded to it.
+      kernel: `[D, V]`; or `[V, D]` with `class_axis=0`, the layout of a tied embedding (no
+        transposed copy is made). Its dtype is that of `hidden` or a wider one. The matmuls run in
+        the dtype of `hidden`; the gradient of a wider kernel keeps the kernel's dtype.
       labels: class ids `[...]`, of any integer dtype.
       bias: `[V]`. A bias of -inf bans a class.
       class_axis: the axis of `kernel` that holds the classes.
@@ -96,31 +97,32 @@ def linear_softmax_cross_entropy(
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
-      log_prob_loss: what replaces the negative log-probability: a function of the array of
-        log-probabilities of the labels, element by element, such as `ce_jax.focal_loss`. Class
-        weight and smoothing apply to it as to the plain loss. Outside `jit`, each new function
-        object compiles anew: keep it at module level.
+      log_prob_loss: replaces the negative log-probability: an elementwise function of the array of
+        the labels' log-probabilities, such as `ce_jax.focal_loss`. Class weights and smoothing
+        apply to it as to the plain loss. Outside `jit`, each new function object is compiled again:
+        define it at module level.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `kernel`, `bias` and `weight`
-        are sharded by classes. Labels are ids among all classes, `hidden` is the same on all
-        devices of that axis, and so is the loss.
+        are sharded by classes. Labels are ids among all classes. `hidden` and the loss are the same
+        on all devices of that axis.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight * weight[label])` of the rows that count (0 if that is 0; see
         `mean_denominator`).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
-      return_statistics: return `(loss, statistics)` from one pass, the latter as from
-        `linear_softmax_statistics`: accuracy is the mean of `statistics.argmax == labels`.
-      memory_budget: bytes that a block of logits and its gradient may take. By default a third
-        of the kernel's bytes, but at least 256 MB and at most 1 GB; for a sum or mean of narrow
-        `hidden` and a float32 kernel a quarter of all logits within 1.3 GB, or what 1024 tokens
-        need within 2 GB; 17 MB on a CPU, less on each of several devices that it plays.
+      return_statistics: return `(loss, statistics)` from one pass, with the statistics of
+        `linear_softmax_statistics`. The accuracy is the mean of `statistics.argmax == labels`.
+      memory_budget: bytes that a block of logits and its gradient may take. The default is a third
+        of the kernel's bytes, but at least 256 MB and at most 1 GB. For a sum or mean with a narrow
+        `hidden` and a float32 kernel it is a quarter of all logits, up to 1.3 GB, or the bytes of
+        1024 tokens, up to 2 GB. On a CPU it is 17 MB, and less if the CPU simulates several
+        devices.
       forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
         custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
         then differentiates by its own rules, in the same memory.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 inputs), and the
-      statistics if asked for. A label outside `[0, V)` that is not `ignore_index` makes its row's
-      loss and its gradient NaN.
+      statistics if asked for. A label outside `[0, V)` that is not `ignore_index` makes loss and
+      gradient of its row NaN.
 
     Raises:
       TypeError: for a dtype or type that does not fit, such as a `hidden` wider than `kernel`.

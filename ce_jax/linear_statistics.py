@@ -1,4 +1,4 @@
-"""What one pass over a linear layer's logits tells about each row, without the logits in memory."""
+"""Statistics of each row of a linear layer's logits, without the logits in memory."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ def linear_softmax_statistics(
       z = \mathrm{cap} \tanh\!\left(\frac{h W + b}{\mathrm{cap}}\right)
       \qquad (z = h W + b \text{ without a cap})
 
-    computed in blocks of classes that never stand in memory together. All but `argmax` are
-    differentiable: token log-probabilities and entropies for reinforcement learning, for example,
-    at the memory of a few numbers per token.
+    computed in blocks of classes: the logits are never in memory at once. All statistics but
+    `argmax` are differentiable. One use is reinforcement learning, which needs log-probability and
+    entropy of each token: the result takes a few numbers per token.
 
     Args:
       hidden: `[..., D]`, floating.
       kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden` or a wider one.
-      labels: class ids `[...]`, of any integer dtype. Without them two fields are None.
+      labels: class ids `[...]`, of any integer dtype. Without labels, `label_logit` and `log_prob`
+        are None.
       bias: `[V]`.
       class_axis: the axis of `kernel` that holds the classes.
       num_classes: number of classes; further classes of `kernel` are padding.
@@ -69,8 +70,8 @@ def linear_softmax_statistics(
 
     Returns:
       A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 inputs), and
-      `argmax`, int32. A row that does not count is 0 throughout; `label_logit` and `log_prob` are
-      NaN for a label that is not a class.
+      `argmax`, int32. All statistics of a row that does not count are 0. `label_logit` and
+      `log_prob` are NaN for a label that is not a class.
 
     Raises:
       TypeError: for a dtype or type that does not fit, such as a `hidden` wider than `kernel`.

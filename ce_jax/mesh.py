@@ -59,44 +59,44 @@ def on_mesh(
     classes: str | None = None,
     width: str | tuple[str, ...] | None = None,
 ) -> _Function:
-    r"""A softmax loss, or its statistics, of global arrays spread over a mesh of devices.
+    r"""Runs a softmax loss, or its statistics, on global arrays that are sharded over a mesh.
 
-    With :math:`\mathcal{D}` the devices, each of which holds some rows and some classes,
+    Let :math:`\mathcal{D}` be the devices. Each device holds some rows and some classes:
 
     .. math::
       \mathrm{lse}_i = \log \sum_{d \in \mathcal{D}} \sum_{c \in d} e^{z_{ic}}, \qquad
       L = \sum_{d \in \mathcal{D}} \sum_{i \in d} \ell_i
 
-    and so on for every option: the result is that of `function` on one device. Rows alone are data
-    (or sequence) parallelism, classes are tensor (vocabulary) parallelism, and rows with `width`
-    are FSDP of the kernel; all of them go together. Each device computes on its part inside one
-    `jax.shard_map`; the devices exchange a few numbers per row, and for the linear form besides
-    what the table of costs in the documentation says. Nothing is exchanged inside a loop over
-    blocks. Parts of a gradient are added up in the dtype of its argument.
+    With every option the result is that of `function` on one device. Sharded rows are data (or
+    sequence) parallelism, sharded classes are tensor (vocabulary) parallelism, and `rows` with
+    `width` is FSDP of the kernel. All three can be combined. Each device computes its part inside
+    one `jax.shard_map`. The devices exchange a few numbers per row; for the linear form see also
+    the table of costs in the documentation. Nothing is exchanged inside a loop over blocks. The
+    parts of a gradient are added up in the dtype of its argument.
 
     Args:
       function: `softmax_cross_entropy_with_integer_labels`, `softmax_cross_entropy`,
         `softmax_statistics`, `linear_softmax_cross_entropy` or `linear_softmax_statistics`.
-      mesh: its axes may be of type Auto or Explicit. None: that of `jax.set_mesh` when the result
-        is called.
-      rows: mesh axis or axes over which the rows are spread: a name or a tuple of names for the
+      mesh: its axes may be of type Auto or Explicit. None: the mesh of `jax.set_mesh` at the time
+        of the call.
+      rows: mesh axis or axes over which the rows are sharded: a name or a tuple of names for the
         first axis of the loss, or a `PartitionSpec` for its leading axes.
-      classes: mesh axis over which the classes are spread: those of the logits (the first class
-        axis, if there are several) or of the kernel, and with them labels that give every class a
-        number, bias, class weights, and a `where` over classes.
-      width: for the linear form, mesh axis or axes, of those in `rows`, over which the kernel's
-        other axis, D, is spread. The kernel is gathered along it once, in its own dtype, and its
-        gradient is reduced and scattered.
+      classes: mesh axis over which the classes are sharded: the classes of the logits (the first
+        class axis, if there are several) or of the kernel. Bias, class weights, a `where` over
+        classes, and labels that hold a number for each class are sharded with them.
+      width: for the linear form: mesh axis or axes over which the kernel's other axis, D, is
+        sharded. They must be among those of `rows`. The kernel is gathered along this axis once, in
+        the dtype of `hidden`. Its gradient is reduced and scattered in the dtype of the kernel.
 
     Returns:
-      A function with the arguments of `function`, but for `axis_name`. It takes whole (global)
+      A function with the arguments of `function` except `axis_name`. It takes whole (global)
       arrays, also under `jit`, `grad` and `vmap`; outside `jit` it runs one cached executable.
-      Losses and statistics of rows are spread as `rows` says, a sum or mean is on all devices, and
-      gradients are spread as the arguments of this function: place those likewise, or JAX moves
-      them at each call.
+      Losses and statistics of rows are sharded like the rows, and a sum or mean is on all devices.
+      Arguments and gradients are sharded as described above; JAX moves arguments that are placed
+      differently at each call.
 
     Raises:
-      TypeError: for another function, or what is no mesh or no name of a mesh axis.
+      TypeError: for another function, a `mesh` that is not a mesh, or an axis that is not a name.
       ValueError: for an axis that the mesh does not have, or that is named twice; when called, for
         `axis_name`, and for rows, classes or a width that do not divide evenly among the devices.
 

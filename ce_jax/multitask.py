@@ -1,4 +1,4 @@
-"""Several losses in one, with weights that are learnt."""
+"""The sum of several losses, with learnt weights."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _LOWEST = -30.0
 
 
 def init_log_variances(losses: PyTree, *, value: Scalar = 0.0) -> PyTree:
-    r"""The parameters of `uncertainty_weighted_loss`: :math:`s_i = \log \sigma_i^2` of each task.
+    r"""Initial parameters :math:`s_i = \log \sigma_i^2` of `uncertainty_weighted_loss`.
 
     Args:
       losses: any pytree with one leaf for each task, such as the losses or zeros.
-      value: where all of them start: 0 gives each task the weight 1.
+      value: initial value of all parameters: 0 gives each task the weight 1.
 
     Returns:
-      A pytree of the same structure of scalars, in float32 (float64 for a float64 leaf): part of
-      the parameters that optax updates.
+      A pytree of scalars with the same structure, in float32 (float64 for a float64 leaf). Train
+      them together with the parameters of the model.
 
     Raises:
-      TypeError: for a leaf or value that is not real.
-      ValueError: for a leaf that is not a scalar, or a value that is not a finite one.
+      TypeError: for a leaf or value that is not a real number.
+      ValueError: for a leaf that is not a scalar, or a value that is not a finite scalar.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -50,26 +50,26 @@ def init_log_variances(losses: PyTree, *, value: Scalar = 0.0) -> PyTree:
 
 
 def uncertainty_weighted_loss(log_variances: PyTree, losses: PyTree) -> Float[Array, ""]:
-    r"""Sum of the losses of several tasks, weighted by how noisy each task turns out to be.
+    r"""Sum of the losses of several tasks, weighted by the learnt noise of each task.
 
     .. math:: \sum_i \left( e^{-s_i} \ell_i + \tfrac{1}{2} s_i \right), \qquad s_i = \log \sigma_i^2
 
-    For :math:`\ell_i` a cross-entropy, or for a regression half the squared error, this is the
-    negative log-likelihood (for the cross-entropy in the paper's approximation). For a fixed loss
-    the best weight :math:`e^{-s_i}` is :math:`1 / (2 \ell_i)`. A loss that reaches 0 has none, and
-    :math:`s_i` sinks on and on: below -30 the exponential continues as its tangent, so that value
-    and gradient stay finite and a loss that rises again brings the weight back.
+    If :math:`\ell_i` is half a squared error, this is a negative log-likelihood; for a
+    cross-entropy the paper uses it as an approximation. For a fixed loss the best weight
+    :math:`e^{-s_i}` is :math:`1 / (2 \ell_i)`. For a loss of 0 there is no best weight, and
+    :math:`s_i` decreases without end. So below -30 the exponential is continued by its tangent:
+    value and gradient stay finite, and the weight decreases again when the loss rises.
 
     Args:
       log_variances: parameters :math:`s_i`, from `init_log_variances`.
-      losses: scalar losses, a pytree of the same structure. A sum over examples, or a mean; the
-        second gives weights that don't depend on the batch size.
+      losses: scalar losses, a pytree of the same structure. Each is a sum or a mean over examples;
+        with a mean, the weights do not depend on the batch size.
 
     Returns:
       The weighted sum, `[]`, in float32 (float64 if a leaf is).
 
     Raises:
-      TypeError: for a leaf that is not real.
+      TypeError: for a leaf that is not a real number.
       ValueError: for a leaf that is not a scalar, structures that differ, or no leaf at all.
 
     Example:

@@ -1,4 +1,4 @@
-"""Negatives for losses over a sample of the classes: what is drawn, and how often to expect it."""
+"""Negatives for losses over a sample of the classes, with their expected counts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ._rows.tile import First, wide
 
 
 class Negatives(NamedTuple):
-    """Classes drawn with replacement, shared by all rows or each row's own; see the samplers.
+    """Classes drawn with replacement, for all rows or for each row; see the samplers.
 
     Attributes:
       ids: class ids `[S]` or `[..., S]`.
-      log_expected_count: of each of them, the logarithm of the number of times a whole draw is
-        expected to hold it: S times its probability. Where it is +inf, there is no negative.
+      log_expected_count: for each id, the logarithm of its expected number in a draw of S classes:
+        S times the probability of the class. +inf marks an entry that is not a negative.
     """
 
     ids: Integer[Array, "*batch samples"]
@@ -32,21 +32,22 @@ class Negatives(NamedTuple):
 def uniform_negatives(
     key: PRNGKeyArray, num_samples: int, num_items: int, *, shape: tuple[int, ...] = ()
 ) -> Negatives:
-    r"""Draws classes, all of them equally likely, with replacement.
+    r"""Draws classes with replacement from the uniform distribution.
 
     .. math:: q_k = \frac{1}{C}
 
     Args:
       key: a key of `jax.random`.
-      num_samples: S, how many.
-      num_items: C, out of how many.
-      shape: leading axes: as many draws of S. None are needed where all rows share the negatives.
+      num_samples: S, the number of classes to draw.
+      num_items: C, the number of classes.
+      shape: leading axes of the result, each entry with its own S classes. Leave it empty if all
+        rows share the negatives.
 
     Returns:
       The ids `[*shape, S]`, int32, and their log expected counts :math:`\log (S q_k)`.
 
     Raises:
-      TypeError: for a number that is no int.
+      TypeError: for a number that is not an int.
       ValueError: for a number below 1.
 
     Example:
@@ -74,25 +75,25 @@ def _uniform_negatives(
 def log_uniform_negatives(
     key: PRNGKeyArray, num_samples: int, num_items: int, *, shape: tuple[int, ...] = ()
 ) -> Negatives:
-    r"""Draws classes by Zipf's law, with replacement: class ids must go by falling frequency.
+    r"""Draws classes by Zipf's law, with replacement. Class 0 must be the most frequent one.
 
     .. math:: q_k = \frac{\log (k + 2) - \log (k + 1)}{\log (C + 1)}
 
-    Every class is drawn with its probability, but for rounding errors, for any C below 2^31:
-    the interval of ids is halved until one is left. (A power of a uniform number, rounded, would
-    leave out ids from a million on.)
+    Class ids must be sorted by decreasing frequency. Every class is drawn with its probability, up
+    to rounding errors, for any C below 2^31.
 
     Args:
       key: a key of `jax.random`.
-      num_samples: S, how many.
-      num_items: C, out of how many.
-      shape: leading axes: as many draws of S. None are needed where all rows share the negatives.
+      num_samples: S, the number of classes to draw.
+      num_items: C, the number of classes.
+      shape: leading axes of the result, each entry with its own S classes. Leave it empty if all
+        rows share the negatives.
 
     Returns:
       The ids `[*shape, S]`, int32, and their log expected counts :math:`\log (S q_k)`.
 
     Raises:
-      TypeError: for a number that is no int.
+      TypeError: for a number that is not an int.
       ValueError: for a number below 1.
 
     Example:
@@ -137,7 +138,7 @@ def log_uniform_log_prob(ids: ArrayLike, num_items: int) -> Float[Array, "..."]:
 
     Args:
       ids: class ids of any integer dtype and shape.
-      num_items: C, how many classes there are.
+      num_items: C, the number of classes.
 
     Returns:
       Log-probabilities of the shape of `ids`; NaN for an id outside `[0, C)`.
@@ -172,17 +173,17 @@ def in_batch_negatives(
     *,
     where: ArrayLike | None = None,
 ) -> Negatives:
-    r"""The labels of a batch as negatives of one another.
+    r"""The labels of the other rows of the batch as negatives of each row.
 
     .. math:: \log (\mathrm{expected\ count\ of\ } y_j) = \log \left( (N - 1)\, q_{y_j} \right)
 
-    For each row, the labels of the other N - 1 rows are a sample of the classes, drawn as often as
-    they occur. Its own label is no negative: sampled losses leave out what equals the label.
+    The labels of the other N - 1 rows are a sample of the classes, drawn with the frequency of the
+    classes in the data. A row's own label is not a negative: the sampled losses leave out negatives
+    that equal the label.
 
     Args:
       labels: class ids `[N]`, of any integer dtype.
-      log_prob: log-probability `[N]` with which an example has that label, as counted over the
-        data.
+      log_prob: log-probability `[N]` of each of these labels in the data, from counts for example.
       where: bool `[N]`: the rows that exist.
 
     Returns:

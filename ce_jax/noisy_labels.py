@@ -1,4 +1,4 @@
-"""Cross-entropy corrected for labels that are wrong at known rates."""
+"""Cross-entropy corrected for label noise with a known transition matrix."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ def forward_corrected_cross_entropy(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Cross-entropy between noisy class ids and what the noise makes of softmax(logits).
+    r"""Cross-entropy between noisy class ids and softmax(logits) with the same noise.
 
     With the transition matrix :math:`T_{cy} = P(\text{label } y \mid \text{true class } c)`:
 
     .. math:: \ell = -\log \sum_c T_{cy}\, \mathrm{softmax}(z)_c
 
-    Its minimiser is the true class distribution, while the labels are those of the noise. With
-    the identity for T it is the cross-entropy. JAX derives the derivatives, also by T.
+    The minimum is at the distribution of the true class, although the labels are noisy. If T is the
+    identity, this is the cross-entropy. JAX differentiates it by its own rules, also with respect
+    to T.
 
     Args:
       logits: unnormalised log-probabilities of the true class `[..., C]`, floating.
@@ -60,7 +61,8 @@ def forward_corrected_cross_entropy(
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits). A label that is
-      not a class makes its row NaN; one that no allowed class can turn into, +inf.
+      not a class makes its row NaN. A label that T makes impossible for all allowed classes gives
+      +inf.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -150,7 +152,7 @@ def backward_corrected_cross_entropy(
     reduction_axis: Axes = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Cross-entropy whose mean over the label noise is that of the true class.
+    r"""Cross-entropy whose mean over the label noise is the cross-entropy of the true class.
 
     With the transition matrix :math:`T_{cy} = P(\text{label } y \mid \text{true class } c)`:
 
@@ -158,8 +160,8 @@ def backward_corrected_cross_entropy(
       \ell = -\sum_c (T^{-1})_{yc} \log \mathrm{softmax}(z)_c,
       \qquad \sum_y T_{cy}\, \ell_y = -\log \mathrm{softmax}(z)_c
 
-    It is unbiased, but some of its terms are negative, so that it has no lower bound. With a T far
-    from the identity it is unstable, with a singular T it is not finite.
+    The loss is unbiased, but some terms are negative, so it has no lower bound. It is unstable if T
+    is far from the identity, and not finite if T is singular.
 
     Args:
       logits: unnormalised log-probabilities of the true class `[..., C]`, floating.

@@ -1,9 +1,9 @@
-r"""Losses of a policy: what a sampled token's advantage and a reference ask of its log-probability.
+r"""Losses of a policy in reinforcement learning, from log-probabilities of sampled tokens.
 
-They take log-probabilities of tokens, as `softmax_statistics` and `linear_softmax_statistics` give
-them. They are plain functions: JAX differentiates them, in any mode and order. Advantages and the
-log-probabilities of the policy that drew the samples are constants as a rule: stop their gradient,
-or compute them outside of the function that is differentiated.
+They take log-probabilities of tokens, for example from `softmax_statistics` or
+`linear_softmax_statistics`. JAX differentiates them by its own rules, in any mode and order.
+Advantages and the log-probabilities of the sampling policy are usually constants: use
+`jax.lax.stop_gradient`, or compute them outside of the differentiated function.
 """
 
 from __future__ import annotations
@@ -38,25 +38,26 @@ def ppo_clip_loss(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Proximal policy optimisation: the advantage times the ratio, which pays no more when far.
+    r"""Proximal policy optimisation (PPO): the clipped policy-gradient loss of each token.
 
     .. math::
       \ell = -\min \big( r A, \; \mathrm{clip}(r, 1 - \mathrm{low}, 1 + \mathrm{high}) \, A \big),
       \qquad r = \frac{p(y)}{p_\mathrm{old}(y)}
 
-    Where the bound holds, no gradient reaches the policy, even where r itself overflows. A ratio
-    is not bounded where it makes the loss worse: above :math:`1 + \mathrm{high}` with a negative
-    advantage.
+    Where the clipped term is the smaller one, the gradient is 0, also if r overflows. Where the
+    unclipped term is the smaller one, for example above :math:`1 + \mathrm{high}` with a negative
+    advantage, the ratio is not clipped.
 
     Args:
       log_prob: log-probability of the token that was drawn `[...]`, in nats.
-      old_log_prob: that by the policy that drew it, of the same shape.
+      old_log_prob: log-probability of the same token under the policy that drew it, of the same
+        shape.
       advantage: A, a scalar or an array with the axes of `log_prob` (size 1 broadcasts): `[B, 1]`
-        for one advantage of each sequence.
+        for one advantage per sequence.
       where: bool: the tokens that count, a scalar or an array with the axes of `log_prob` (size 1
         broadcasts).
-      low: how far below 1 the ratio pays, in [0, 1]. May be traced.
-      high: how far above 1 the ratio pays, at least 0. May be traced.
+      low: the ratio is clipped below at `1 - low`; in [0, 1]. May be traced.
+      high: the ratio is clipped above at `1 + high`; at least 0. May be traced.
       sample_weight: weight of each token, a scalar or an array with the axes of `log_prob` (size 1
         broadcasts).
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
@@ -65,7 +66,7 @@ def ppo_clip_loss(
 
     Returns:
       The loss, of the shape of `log_prob` or `[]`, in float32 (float64 if any of the first three
-      arrays is).
+      arrays is float64).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -78,8 +79,8 @@ def ppo_clip_loss(
       [-1.2  1.5]
 
     References:
-      Schulman et al., `Proximal Policy Optimization Algorithms`, 2017; with a bound above that
-      differs: Yu et al., `DAPO: An Open-Source LLM Reinforcement Learning System at Scale`, 2025.
+      Schulman et al., `Proximal Policy Optimization Algorithms`, 2017; with different bounds: Yu et
+      al., `DAPO: An Open-Source LLM Reinforcement Learning System at Scale`, 2025.
     """
     return _ppo_clip(
         log_prob,
@@ -128,23 +129,22 @@ def kl_estimate(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Estimate of the divergence of a policy and a reference, from tokens the policy drew.
+    r"""Estimate of the divergence of a policy from a reference, by tokens of the policy.
 
     .. math::
       k_1 = -\log r, \qquad k_2 = \tfrac{1}{2} (\log r)^2, \qquad k_3 = r - 1 - \log r,
       \qquad r = \frac{q(y)}{p(y)}
 
-    for a token drawn from the policy p, beside the reference q. The mean of :math:`k_1` and of
-    :math:`k_3` is :math:`D(p \| q)`; :math:`k_2` is off by little where both are close. The last
-    two are never negative and vary less.
+    for a token drawn from the policy p, with the reference q. The means of :math:`k_1` and
+    :math:`k_3` are :math:`D(p \| q)`; the mean of :math:`k_2` is close to it if p and q are close.
+    :math:`k_2` and :math:`k_3` are never negative and have less variance.
 
-    As a part of a loss their gradients are another matter, as the tokens are held constant. In
-    the mean that of :math:`k_1` is 0, that of :math:`k_2` is the gradient of :math:`D(p \| q)`, and
-    that of :math:`k_3` is the gradient of :math:`D(q \| p)`.
+    Their gradients, for fixed tokens, have other means: 0 for :math:`k_1`, the gradient of
+    :math:`D(p \| q)` for :math:`k_2`, and the gradient of :math:`D(q \| p)` for :math:`k_3`.
 
     Args:
       log_prob: log-probability of the token that was drawn `[...]`, in nats.
-      reference_log_prob: that by the reference, of the same shape.
+      reference_log_prob: log-probability of the same token under the reference, of the same shape.
       where: bool: the tokens that count, a scalar or an array with the axes of `log_prob` (size 1
         broadcasts).
       kind: "k1", "k2" or "k3".
@@ -156,7 +156,7 @@ def kl_estimate(
 
     Returns:
       The estimate in nats, of the shape of `log_prob` or `[]`, in float32 (float64 if either array
-      is). Accurate where both are close: no digits of :math:`k_3` cancel.
+      is float64). :math:`k_3` is accurate also where both are close.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

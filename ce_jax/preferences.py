@@ -1,9 +1,8 @@
-r"""Losses of preferences beside a reference model: of pairs of answers, or of single answers.
+r"""Preference losses with a reference model: of pairs of answers, or of single answers.
 
-They take log-probabilities of whole sequences, one number for each answer, as `sequence_log_prob`
-makes them of those of the tokens; a reference model's come from a pass without gradient. They are
-plain functions: JAX differentiates them, in any mode and order, and no gradient is stopped but
-where it is said.
+They take the log-probability of each answer, for example from `sequence_log_prob`. Those of the
+reference model come from a pass without gradient. JAX differentiates these losses by its own rules,
+in any mode and order. No gradient is stopped unless the docstring says so.
 """
 
 from __future__ import annotations
@@ -35,9 +34,10 @@ def dpo_loss(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Direct preference optimisation: cross-entropy of telling the chosen answer by its reward.
+    r"""Direct preference optimisation (DPO): binary cross-entropy of the difference of rewards.
 
-    The reward of an answer is how much likelier the policy finds it than the reference does:
+    The reward of an answer is its log-probability minus its log-probability under the reference
+    model:
 
     .. math::
       \ell = -(1 - \epsilon) \log \sigma(\beta h) - \epsilon \log \sigma(-\beta h), \qquad
@@ -45,14 +45,16 @@ def dpo_loss(
 
     Args:
       chosen: log-probability of the better answer `[...]`, in nats, summed over its tokens.
-      rejected: that of the worse one, of the same shape.
-      reference_chosen: log-probability of the better answer by the reference, of the same shape.
-      reference_rejected: that of the worse one, of the same shape.
+      rejected: log-probability of the worse answer, of the same shape.
+      reference_chosen: log-probability of the better answer under the reference model, of the same
+        shape.
+      reference_rejected: log-probability of the worse answer under the reference model, of the same
+        shape.
       where: bool: the pairs that count, a scalar or an array with the axes of `chosen` (size 1
         broadcasts).
-      beta: :math:`\beta`, at least 0: what a nat of difference is worth. May be traced.
-      label_smoothing: :math:`\epsilon`, in [0, 1]: the share of pairs whose answers are thought to
-        be exchanged. May be traced.
+      beta: :math:`\beta`, coefficient of the difference of rewards h, at least 0. May be traced.
+      label_smoothing: :math:`\epsilon`, in [0, 1]: the assumed share of pairs whose answers are
+        exchanged by mistake. May be traced.
       sample_weight: weight of each pair, a scalar or an array with the axes of `chosen` (size 1
         broadcasts).
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
@@ -60,7 +62,8 @@ def dpo_loss(
       reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
-      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
+      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is
+      float64).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -125,18 +128,20 @@ def ipo_loss(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Identity preference optimisation: the margin of the rewards shall be a number, not grow.
+    r"""Identity preference optimisation (IPO): squared distance of the margin from a target.
 
     .. math::
       \ell = \left( h - \frac{1}{2 \beta} \right)^2, \qquad
       h = \log \frac{p(y_w)}{p_\mathrm{ref}(y_w)} - \log \frac{p(y_l)}{p_\mathrm{ref}(y_l)}
 
     Args:
-      chosen: log-probability of the better answer `[...]`, in nats. The paper sums it over the
-        tokens; TRL gives the loss the mean over them, for this loss alone.
-      rejected: that of the worse one, of the same shape.
-      reference_chosen: log-probability of the better answer by the reference, of the same shape.
-      reference_rejected: that of the worse one, of the same shape.
+      chosen: log-probability of the better answer `[...]`, in nats. The paper uses the sum over the
+        tokens; TRL uses the mean, for this loss only.
+      rejected: log-probability of the worse answer, of the same shape.
+      reference_chosen: log-probability of the better answer under the reference model, of the same
+        shape.
+      reference_rejected: log-probability of the worse answer under the reference model, of the same
+        shape.
       where: bool: the pairs that count, a scalar or an array with the axes of `chosen` (size 1
         broadcasts).
       beta: :math:`\beta`, at least 1e-6 (:math:`\tau` in the paper). May be traced.
@@ -147,7 +152,8 @@ def ipo_loss(
       reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
-      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
+      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is
+      float64).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -209,7 +215,7 @@ def kto_loss(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Kahneman-Tversky optimisation: single answers, each known to be good or bad.
+    r"""Kahneman-Tversky optimisation (KTO): single answers, each labelled good or bad.
 
     .. math::
       \ell = \begin{cases}
@@ -219,12 +225,13 @@ def kto_loss(
 
     Args:
       log_prob: log-probability of the answer `[...]`, in nats, summed over its tokens.
-      reference_log_prob: that by the reference, of the same shape.
+      reference_log_prob: log-probability of the answer under the reference model, of the same
+        shape.
       desirable: bool, of the same shape: whether the answer is a good one.
-      kl: estimate of the divergence of policy and reference, in nats, a scalar or an array with the
-        axes of `log_prob` (size 1 broadcasts): the mean of r over answers that belong to other
-        prompts. As in the paper and in TRL it is taken as 0 where it is below, and as a constant:
-        no gradient reaches it.
+      kl: estimate of the divergence of the policy from the reference, in nats, a scalar or an array
+        with the axes of `log_prob` (size 1 broadcasts): the mean of r over answers that belong to
+        other prompts. As in the paper and in TRL, a negative value counts as 0, and its gradient is
+        stopped.
       where: bool: the answers that count, a scalar or an array with the axes of `log_prob` (size 1
         broadcasts).
       beta: :math:`\beta`, at least 0. May be traced.
@@ -233,13 +240,13 @@ def kto_loss(
       sample_weight: weight of each answer, a scalar or an array with the axes of `log_prob` (size 1
         broadcasts).
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
-        `sum(sample_weight)` of the answers that count (0 if that is 0): as in TRL, the two weights
-        have no part in the denominator.
+        `sum(sample_weight)` of the answers that count (0 if that is 0): as in TRL, the denominator
+        does not contain the two weights.
       reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
       The loss, of the shape of `log_prob` or `[]`, in float32 (float64 if any of the three floating
-      arrays is).
+      arrays is float64).
 
     Raises:
       TypeError: for a dtype or type that does not fit.

@@ -1,4 +1,4 @@
-"""The class shares of unlabelled data, from a model's predictions on it."""
+"""Class shares of unlabelled data, estimated from a model's predictions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from ._rows.tile import wide
 
 
 class PriorEstimate(NamedTuple):
-    """What `estimate_prior` found.
+    """The result of `estimate_prior`.
 
     Attributes:
       prior: share of each class.
       steps: number of steps taken.
-      change: largest change of a share in the last step: at most the tolerance if it converged.
+      change: largest change of a share in the last step: at most the tolerance if the method
+        converged.
     """
 
     prior: Float[Array, " classes"]
@@ -37,17 +38,17 @@ def estimate_prior(
     tolerance: Scalar = 1e-6,
     max_steps: int = 1000,
 ) -> PriorEstimate:
-    r"""Maximum-likelihood class shares of data on which only a model's predictions are known.
+    r"""Maximum-likelihood class shares of unlabelled data, from a model's predictions.
 
-    Expectation and maximisation in turn, from the training prior :math:`\pi` on, for a model
-    whose posterior is :math:`p = \mathrm{softmax}(z)`:
+    The EM algorithm, which starts from the training prior :math:`\pi`, for a model with the
+    posterior :math:`p = \mathrm{softmax}(z)`:
 
     .. math::
       g_{nc} = \frac{p_{nc}\, \pi'_c / \pi_c}{\sum_k p_{nk}\, \pi'_k / \pi_k},
       \qquad \pi'_c \leftarrow \frac{\sum_n s_n g_{nc}}{\sum_n s_n}
 
-    The model must be calibrated under the training prior, and only the class shares may have
-    changed, not what the classes look like.
+    The model must be calibrated under the training prior. The class shares may differ from the
+    training data, but not the distribution within a class.
 
     Args:
       logits: logits or log-probabilities of unlabelled data `[N, C]`, floating.
@@ -59,8 +60,8 @@ def estimate_prior(
 
     Returns:
       A named tuple of the shares `[C]` in float32 (float64 for float64 logits), the number of
-      steps, and the last change. Without any example the training prior itself. The steps are
-      a loop of unknown length: the result has no reverse-mode derivative.
+      steps, and the last change. Without any example, the shares are the training prior. The result
+      has no reverse-mode derivative, because the number of steps is not known in advance.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

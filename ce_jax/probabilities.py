@@ -1,4 +1,4 @@
-"""Cross-entropy of models that already give probabilities or log-probabilities."""
+"""Cross-entropy of given probabilities or log-probabilities."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def nll_loss(
     .. math::
       \ell = -(1 - \epsilon)\, w_y l_y - \frac{\epsilon}{K} \sum_c w_c l_c
 
-    Nothing is normalised: on the output of `jax.nn.log_softmax` this is
-    `softmax_cross_entropy_with_integer_labels`, on anything else it is what the formula says.
+    The log-probabilities are not normalised here. For the output of `jax.nn.log_softmax`, this loss
+    equals `softmax_cross_entropy_with_integer_labels`.
 
     Args:
       log_probs: log-probabilities `[..., C]`, floating.
       labels: class ids `[...]`, of any integer dtype.
       axis: the class axis, or a tuple of class axes; labels are then flat indices into these axes.
-      where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `log_probs`).
       weight: weight of each class `[C]`.
       sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
         broadcasts).
@@ -142,9 +142,9 @@ def binary_cross_entropy(
     .. math::
       \ell = -w \left( y \log p + (1 - y) \log(1 - p) \right)
 
-    Each logarithm is at least -100, as in torch. Where one is held there, it is constant and its
-    derivative is 0 (torch instead divides by `max(p (1 - p), 1e-12)`). Logits lose fewer digits:
-    prefer `sigmoid_binary_cross_entropy` where there are any.
+    Each logarithm is at least -100, as in torch. A logarithm that is replaced by -100 has
+    derivative 0 (torch instead divides by `max(p (1 - p), 1e-12)`). If you have logits, use
+    `sigmoid_binary_cross_entropy`, which is more accurate.
 
     Args:
       probs: numbers in [0, 1], floating, of any shape. Outside that range the loss is NaN.
@@ -225,8 +225,8 @@ def smooth_labels(
       alpha: share of the uniform distribution, in [0, 1]. May be traced.
       axis: the class axis, a tuple of class axes, or None for all axes.
       where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): the `K`
-        classes of each row that take a share of `alpha`. The others get none (optax gives them
-        `alpha / K` as well).
+        classes of each row that take a share of `alpha`. Excluded classes get no share (optax gives
+        them `alpha / K` as well).
 
     Returns:
       The smoothed labels, of the shape and dtype of `labels`.

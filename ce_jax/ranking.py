@@ -1,4 +1,4 @@
-"""Losses that rank a label above a sample of the other classes."""
+"""Losses that rank the label above a sample of other classes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bpr_loss(
     reduction_axis: Axes = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Bayesian personalised ranking: cross-entropy of ranking the label above each negative.
+    r"""Bayesian personalised ranking (BPR): cross-entropy of ranking the label above negatives.
 
     .. math:: \ell = -\frac{1}{S} \sum_{s=1}^{S} \log \sigma(z_y - z_{k_s})
 
@@ -34,7 +34,8 @@ def bpr_loss(
       label_logits: score of the label `[...]`, floating.
       negative_logits: scores of the negatives `[..., S]`, floating.
       where: bool; rows to include (shape of the loss) or negatives to include (shape of
-        `negative_logits`), such as those that are not the label. A row without any does not count.
+        `negative_logits`), for example those that differ from the label. A row without any negative
+        does not count.
       temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
         of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
@@ -46,7 +47,7 @@ def bpr_loss(
         custom gradient; JAX then differentiates by its own rules.
 
     Returns:
-      The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 scores).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -108,7 +109,7 @@ def gbce_loss(
     reduction_axis: Axes = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Binary cross-entropy that makes up for the negatives that were not drawn.
+    r"""Binary cross-entropy, corrected for the negatives that were not drawn (gBCE).
 
     With S negatives, drawn uniformly from the C - 1 classes that are not the label, and the
     calibration t:
@@ -118,15 +119,17 @@ def gbce_loss(
         + \sum_{s=1}^{S} \log (1 - \sigma(z_{k_s})) \Big), \qquad
       \beta = 1 - t (1 - \alpha), \quad \alpha = \frac{S}{C - 1}
 
-    With t = 0 this is the binary cross-entropy, from which a model learns probabilities that are
-    too high, and more so with fewer negatives. With t = 1 it learns the probabilities themselves.
+    With t = 0 this is the binary cross-entropy: the model then learns probabilities that are too
+    high, the more so the fewer negatives there are. With t = 1 the model learns the right
+    probabilities.
 
     Args:
       label_logits: score of the label `[...]`, floating.
       negative_logits: scores of the negatives `[..., S]`, floating.
       where: bool; rows to include (shape of the loss) or negatives to include (shape of
-        `negative_logits`), such as those that are not the label. S counts these alone.
-      num_items: C, how many classes there are, at least 2.
+        `negative_logits`), for example those that differ from the label. S is the number of
+        included negatives.
+      num_items: C, the number of classes, at least 2.
       calibration: t, in [0, 1]. May be traced.
       temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
         of the loss (size 1 broadcasts). At least 1e-6. May be traced.
@@ -139,7 +142,7 @@ def gbce_loss(
         custom gradient; JAX then differentiates by its own rules.
 
     Returns:
-      The loss, of shape `[...]` or `[]`, in float32 (float64 if the scores are).
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 scores).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -153,7 +156,7 @@ def gbce_loss(
 
     References:
       Petrov and Macdonald, `gSASRec: Reducing Overconfidence in Sequential Recommendation Trained
-      with Negative Sampling`, 2023, whose default of the calibration is this one.
+      with Negative Sampling`, 2023, with the same default of `calibration`.
     """
     items = positive_int("num_items", num_items)
     if items < 2:

@@ -1,4 +1,4 @@
-"""What a mean divides and by what, for means that are put together from parts."""
+"""A mean as a total and a denominator, for means over several batches or devices."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ else:  # operations on pytrees put other things than arrays in their places
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    r"""The sum of losses and what their mean divides it by: what `reduction="ratio"` returns.
+    r"""Total and denominator of a mean: the result of `reduction="ratio"`.
 
     .. math::
       \bar\ell = \frac{\sum_k t_k}{\sum_k d_k}
 
-    Micro-batches or devices that each give a mean over their own rows can't be averaged, as what
-    these divide by differs. Their totals :math:`t_k` and denominators :math:`d_k` add up: by `+`,
-    `sum`, `jax.lax.psum` or in the carry of `jax.lax.scan`, as it is a pytree of two arrays.
+    The means of several micro-batches or devices can't be averaged, because their denominators
+    differ. Instead, add up their totals :math:`t_k` and denominators :math:`d_k`: by `+`, `sum`,
+    `jax.lax.psum`, or in the carry of `jax.lax.scan`. A `Ratio` is a pytree of two arrays.
 
     Attributes:
       total: the sum of the losses.
-      denominator: what the mean divides it by, of the same shape.
+      denominator: the denominator of the mean, of the same shape.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -43,7 +43,7 @@ class Ratio:
       0.4904
 
     References:
-      The rule of what a mean divides by is that of `torch.nn.CrossEntropyLoss`.
+      The denominator follows `torch.nn.CrossEntropyLoss`.
     """
 
     total: _Leaf
@@ -60,9 +60,9 @@ class Ratio:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def mean(self) -> Float[Array, "..."]:
-        """The total over the denominator; 0 with gradient 0 where that is 0.
+        """The total divided by the denominator; 0 with gradient 0 where the denominator is 0.
 
-        Unless the total is NaN, as it is where a label is no class, which nothing must hide.
+        A total of NaN, which shows a label that is not a class, stays NaN.
         """
         empty = (self.denominator == 0) & ~jnp.isnan(self.total)
         quotient = self.total / jnp.where(self.denominator == 0, 1, self.denominator)

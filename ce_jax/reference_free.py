@@ -1,7 +1,8 @@
-r"""Losses of preferences without a reference model: mean log-probabilities of pairs of answers.
+r"""Preference losses without a reference model, of pairs of answers.
 
-They take one number for each answer, which `sequence_log_prob(..., mean=True)` makes of those of
-its tokens. They are plain functions: JAX differentiates them, in any mode and order.
+They take the mean log-probability of the tokens of each answer, for example from
+`sequence_log_prob(..., mean=True)`. JAX differentiates these losses by its own rules, in any mode
+and order.
 """
 
 from __future__ import annotations
@@ -30,22 +31,21 @@ def simpo_loss(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Simple preference optimisation: mean log-probabilities as rewards, and no reference.
+    r"""Simple preference optimisation (SimPO): the rewards are mean log-probabilities.
 
     .. math:: \ell = -\log \sigma \big( \beta (w - l) - \gamma \big)
 
-    where w and l are the log-probabilities of the better and the worse answer, each divided by its
-    number of tokens.
+    where w and l are the mean log-probabilities of the tokens of the better and the worse answer.
 
     Args:
       chosen: mean log-probability of the tokens of the better answer `[...]`, in nats:
         `sequence_log_prob(..., mean=True)`.
-      rejected: that of the worse one, of the same shape.
+      rejected: the same for the worse answer, of the same shape.
       where: bool: the pairs that count, a scalar or an array with the axes of `chosen` (size 1
         broadcasts).
       beta: :math:`\beta`, at least 0. May be traced.
-      gamma: :math:`\gamma`, the margin that is asked for, at least 0. The paper recommends its
-        ratio to :math:`\beta`. May be traced.
+      gamma: :math:`\gamma`, the target margin, at least 0. The paper recommends values of
+        :math:`\gamma / \beta`. May be traced.
       sample_weight: weight of each pair, a scalar or an array with the axes of `chosen` (size 1
         broadcasts).
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
@@ -53,7 +53,8 @@ def simpo_loss(
       reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
-      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
+      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is
+      float64).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -106,7 +107,7 @@ def orpo_loss(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Odds ratio preference optimisation: the better answer shall have the higher odds.
+    r"""Odds ratio preference optimisation (ORPO): the log odds ratio of the two answers.
 
     .. math::
       \ell = -\log \sigma \left( \log \frac{\mathrm{odds}(w)}{\mathrm{odds}(l)} \right), \qquad
@@ -119,7 +120,7 @@ def orpo_loss(
     Args:
       chosen: mean log-probability of the tokens of the better answer `[...]`, in nats, at most 0:
         `sequence_log_prob(..., mean=True)`.
-      rejected: that of the worse one, of the same shape.
+      rejected: the same for the worse answer, of the same shape.
       where: bool: the pairs that count, a scalar or an array with the axes of `chosen` (size 1
         broadcasts).
       sample_weight: weight of each pair, a scalar or an array with the axes of `chosen` (size 1
@@ -129,10 +130,10 @@ def orpo_loss(
       reduction_axis: the axis or axes of the loss to reduce; all by default.
 
     Returns:
-      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is).
-      It is 0 for a better answer of probability 1, infinite for a worse one, and log 2 for both. A
-      log-probability above 0 counts as 0 as far as rounding explains it (1e-3), and gives NaN
-      beyond.
+      The loss, of the shape of `chosen` or `[]`, in float32 (float64 if any log-probability is
+      float64). It is 0 if the better answer has probability 1, +inf if the worse answer has, and
+      log 2 if both have. A log-probability between 0 and 1e-3, which rounding can produce, counts
+      as 0; a larger one gives NaN.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

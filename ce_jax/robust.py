@@ -1,9 +1,9 @@
-r"""Losses of an example that are functions of the log-probability of its label.
+r"""Losses that are functions of the log-probability of the label.
 
-Each takes `log_prob` and returns the loss of the same shape, so that it works on every form of
-softmax that can tell this number, such as `softmax_statistics(logits, labels).log_prob`; a weight
-or a mean is up to the caller. A row that does not count has `log_prob` 0, and there every one of
-these losses is 0. They are plain functions: JAX differentiates them, in any mode and order.
+Each function takes `log_prob`, for example from `softmax_statistics(logits, labels)`, and returns
+the loss of the same shape. Weights and means are up to the caller. A row that does not count has
+`log_prob` 0, and its loss is 0 in each function. JAX differentiates these losses by its own rules,
+in any mode and order.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ _FAR = -100.0
 
 
 def focal_loss(log_prob: ArrayLike, *, gamma: Scalar = 2.0) -> Float[Array, "..."]:
-    r"""Cross-entropy that counts less where the model is right already.
+    r"""Cross-entropy that counts less for examples which the model already predicts well.
 
     .. math:: \ell = -(1 - p)^\gamma \log p
 
-    With :math:`\gamma = 0` it is the cross-entropy. Derivatives at p = 1 are the limits, the first
-    being 0 for every :math:`\gamma > 0`. For :math:`\gamma` between 0 and 1 the second is infinite
-    there and taken as 0, so that the Hessian by the logits has its limit, which is 0.
+    With :math:`\gamma = 0` it is the cross-entropy. Derivatives at p = 1 are the limits; the first
+    derivative is 0 for every :math:`\gamma > 0`. For :math:`\gamma` between 0 and 1, the second
+    derivative at p = 1 is infinite and is replaced by 0, so that the Hessian with respect to the
+    logits has its limit, which is 0.
 
     Args:
       log_prob: log-probability of the label, in nats, at most 0, of any shape.
       gamma: exponent, at least 0. May be traced.
 
     Returns:
-      The loss, of the shape of `log_prob`, in float32 (float64 for float64). A `log_prob` above 0
-      counts as 0 as far as rounding explains it (1e-3), and gives NaN beyond.
+      The loss, of the shape of `log_prob`, in float32 (float64 for float64). A `log_prob` between 0
+      and 1e-3, which rounding can produce, counts as 0; a larger one gives NaN.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a `gamma` that is negative or no scalar.
+      ValueError: for a `gamma` that is negative or not a scalar.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -68,21 +69,22 @@ def _focal_loss(log_prob: Array, gamma: Array) -> Array:
 
 
 def poly_loss(log_prob: ArrayLike, *, epsilon: Scalar = 2.0) -> Float[Array, "..."]:
-    r"""Cross-entropy with another coefficient of the first term of its series in 1 - p.
+    r"""Cross-entropy in which the first term of the series in 1 - p has another coefficient.
 
     .. math:: \ell = -\log p + \epsilon (1 - p)
 
     Args:
       log_prob: log-probability of the label, in nats, at most 0, of any shape.
-      epsilon: what is added to the first coefficient; -1 removes that term. May be traced.
+      epsilon: number added to the first coefficient, which is 1; -1 removes the term. May be
+        traced.
 
     Returns:
-      The loss, of the shape of `log_prob`, in float32 (float64 for float64). A `log_prob` above 0
-      counts as 0 as far as rounding explains it (1e-3), and gives NaN beyond.
+      The loss, of the shape of `log_prob`, in float32 (float64 for float64). A `log_prob` between 0
+      and 1e-3, which rounding can produce, counts as 0; a larger one gives NaN.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for an `epsilon` that is not finite or no scalar.
+      ValueError: for an `epsilon` that is not finite or not a scalar.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -107,20 +109,21 @@ def generalized_cross_entropy(log_prob: ArrayLike, *, q: Scalar = 0.7) -> Float[
 
     .. math:: \ell = \frac{1 - p^q}{q}, \qquad \frac{d \ell}{d \log p} = -p^q
 
-    An example the model finds impossible, as wrong labels are, costs :math:`1 / q` and pulls no
-    more. Accurate for any small q, with the limit :math:`-\log p` at 0.
+    A label to which the model gives probability 0, for example a wrong label, costs :math:`1 / q`
+    and has gradient 0. The function is accurate for any small q, and gives :math:`-\log p` for q =
+    0.
 
     Args:
       log_prob: log-probability of the label, in nats, at most 0, of any shape.
       q: order, in [0, 1]. May be traced.
 
     Returns:
-      The loss, of the shape of `log_prob`, in float32 (float64 for float64). A `log_prob` above 0
-      counts as 0 as far as rounding explains it (1e-3), and gives NaN beyond.
+      The loss, of the shape of `log_prob`, in float32 (float64 for float64). A `log_prob` between 0
+      and 1e-3, which rounding can produce, counts as 0; a larger one gives NaN.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a `q` that is not in [0, 1] or no scalar.
+      ValueError: for a `q` that is not in [0, 1] or not a scalar.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -154,27 +157,27 @@ def symmetric_cross_entropy(
     beta: Scalar = 1.0,
     log_zero: Scalar = -4.0,
 ) -> Float[Array, "..."]:
-    r"""Cross-entropy of label and prediction, plus that with the two exchanged.
+    r"""Cross-entropy of label and prediction, plus the cross-entropy of prediction and label.
 
     .. math:: \ell = -\alpha \log p - \beta A (1 - p)
 
-    The second part, :math:`-\sum_c p_c \log y_c` with a one-hot :math:`y` whose
-    :math:`\log 0` is taken as :math:`A`, is bounded and so robust to wrong labels; the first helps
-    to converge.
+    The second part, :math:`-\sum_c p_c \log y_c` with a one-hot :math:`y` whose :math:`\log 0` is
+    taken as :math:`A`, is bounded and so robust to wrong labels. The first part makes training
+    converge faster.
 
     Args:
       log_prob: log-probability of the label, in nats, at most 0, of any shape.
       alpha: coefficient of the cross-entropy, at least 0. May be traced.
       beta: coefficient of the reverse cross-entropy, at least 0. May be traced.
-      log_zero: A, what stands for the logarithm of 0; at most 0. May be traced.
+      log_zero: A, used for the logarithm of 0; at most 0. May be traced.
 
     Returns:
-      The loss, of the shape of `log_prob`, in float32 (float64 for float64). A `log_prob` above 0
-      counts as 0 as far as rounding explains it (1e-3), and gives NaN beyond.
+      The loss, of the shape of `log_prob`, in float32 (float64 for float64). A `log_prob` between 0
+      and 1e-3, which rounding can produce, counts as 0; a larger one gives NaN.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for an option that is out of range or no scalar.
+      ValueError: for an option that is out of range or not a scalar.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -183,7 +186,7 @@ def symmetric_cross_entropy(
 
     References:
       Wang et al., `Symmetric Cross Entropy for Robust Learning with Noisy Labels`, 2019; the
-      defaults are theirs for CIFAR-10.
+      defaults are those of the paper for CIFAR-10.
     """
     return _symmetric_cross_entropy(
         log_prob,
@@ -206,13 +209,13 @@ def soft_bootstrapped_cross_entropy(
     *,
     beta: Scalar = 0.95,
 ) -> Float[Array, "..."]:
-    r"""Cross-entropy with a target that is in part the model's own distribution.
+    r"""Cross-entropy with a target that mixes the label and the model's own distribution.
 
-    The target :math:`\beta y + (1 - \beta) p` lets a sure model outvote a wrong label:
+    With the target :math:`\beta y + (1 - \beta) p`, a confident model can overrule a wrong label:
 
     .. math:: \ell = -\beta \log p_y + (1 - \beta) H(p)
 
-    The gradient is that of this formula: the target's share of p is not held constant.
+    The gradient is that of this formula: p in the target is not held constant.
 
     Args:
       log_prob: log-probability of the label, in nats, at most 0, of any shape.
@@ -224,7 +227,7 @@ def soft_bootstrapped_cross_entropy(
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for shapes that differ, or a `beta` that is not in [0, 1] or no scalar.
+      ValueError: for shapes that differ, or a `beta` that is not in [0, 1] or not a scalar.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -246,14 +249,14 @@ def hard_bootstrapped_cross_entropy(
     *,
     beta: Scalar = 0.8,
 ) -> Float[Array, "..."]:
-    r"""Cross-entropy with a target that is in part the class the model predicts.
+    r"""Cross-entropy with a target that mixes the label and the class that the model predicts.
 
     .. math:: \ell = -\beta \log p_y - (1 - \beta) \log \max_c p_c
 
     Args:
       log_prob: log-probability of the label, in nats, at most 0, of any shape.
-      argmax_log_prob: log-probability of the predicted class, of the same shape. From any form of
-        the statistics it is their `log_prob` with their own `argmax` as labels.
+      argmax_log_prob: log-probability of the predicted class, of the same shape. It is the
+        `log_prob` of the statistics with their `argmax` as labels.
       beta: trust in the label, in [0, 1]. May be traced.
 
     Returns:
@@ -261,7 +264,7 @@ def hard_bootstrapped_cross_entropy(
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for shapes that differ, or a `beta` that is not in [0, 1] or no scalar.
+      ValueError: for shapes that differ, or a `beta` that is not in [0, 1] or not a scalar.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax

@@ -1,4 +1,4 @@
-"""Focal loss of binary logits and poly loss of target distributions, named as in optax."""
+"""Focal loss of binary logits, and poly loss with target distributions, named as in optax."""
 
 from __future__ import annotations
 
@@ -31,30 +31,31 @@ def sigmoid_focal_loss(
     reduction: Reduction = "none",
     reduction_axis: Axes = None,
 ) -> Loss:
-    r"""Binary cross-entropy that counts less where the model is right already.
+    r"""Binary cross-entropy that counts less for elements which the model already predicts well.
 
-    For logits :math:`z`, labels :math:`y`, :math:`p = \sigma(z)`, and the probability
-    :math:`p_t = y p + (1 - y) (1 - p)` of what is the case:
+    For logits :math:`z`, labels :math:`y`, :math:`p = \sigma(z)`, and the probability of the label
+    :math:`p_t = y p + (1 - y) (1 - p)`:
 
     .. math::
       \ell = \left( \alpha y + (1 - \alpha) (1 - y) \right) (1 - p_t)^\gamma
         \left( -y \log p - (1 - y) \log(1 - p) \right)
 
-    Value and derivatives hold at any logit, infinite ones included. JAX derives them, in every
-    mode, so there is no `forward_mode` to set.
+    Value and derivatives are right at any logit, also at infinite ones. JAX differentiates the loss
+    by its own rules, in any mode and order, so there is no `forward_mode`.
 
     Args:
       logits: log-odds of the positive class, floating, of any shape.
       labels: numbers in [0, 1], of any real dtype; broadcastable to `logits`.
-      alpha: weight of the positive class, in [0, 1], the negative one having `1 - alpha`;
-        broadcastable to the loss (`[C]`: one for each class). None: both have 1. May be traced.
+      alpha: weight of the positive class, in [0, 1]; the negative class has the weight `1 - alpha`.
+        Broadcastable to the loss (`[C]`: one for each class). None: both weights are 1. May be
+        traced.
       gamma: exponent, at least 0, broadcastable to the loss. May be traced.
       temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
         of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each element, a scalar or an array with the axes of the loss (size 1
-        broadcasts). A weight of 0 silences a loss of inf or NaN.
+        broadcasts). With weight 0 the loss is 0, even if it would be inf or NaN.
       where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): elements to
-        include. Others are 0, also in gradient.
+        include. Loss and gradient of the others are 0.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the elements that count (0 if that is 0).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
@@ -157,27 +158,28 @@ def poly_loss_cross_entropy(
     reduction_axis: Axes = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Cross-entropy with target distributions, and a linear term of the probability missed.
+    r"""Cross-entropy with target distributions, plus a term linear in 1 - p.
 
     For logits :math:`z`, labels :math:`q` and :math:`p = \mathrm{softmax}(z)`:
 
     .. math:: \ell = \sum_c q_c \left( -\log p_c + \epsilon (1 - p_c) \right)
 
-    For class ids, `poly_loss` of their log-probability is the same with less work.
+    For class ids, `poly_loss` of the label's log-probability gives the same with less work.
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
-        allowed; a label of 0 there costs nothing, any other is +inf (optax drops what is on classes
-        excluded by `where`: `labels * where` gives its number).
+        allowed; if such a class has a label other than 0, the loss is +inf. (optax ignores labels
+        of classes that `where` excludes; `labels * where` gives the same value.)
       labels: a non-negative number for each class, as in `softmax_cross_entropy`.
-      epsilon: what is added to the first coefficient of the series in 1 - p. May be traced.
+      epsilon: number added to the first coefficient of the series in 1 - p. May be traced.
       axis: the class axis, a tuple of class axes, or None for all axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`). A
         row that does not count has loss 0 and gradient 0.
       temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
         of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
-        broadcasts). A weight of 0 silences the row, even if its loss is inf or NaN.
+        broadcasts). With weight 0, loss and gradient of the row are 0, even if they would be inf or
+        NaN.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the rows that count (0 if that is 0).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
@@ -186,7 +188,7 @@ def poly_loss_cross_entropy(
         then differentiates by its own rules.
 
     Returns:
-      The loss, of the shape of `logits` less the class axes or `[]`, in float32 (float64 for
+      The loss, of the shape of `logits` without the class axes or `[]`, in float32 (float64 for
       float64 logits).
 
     Raises:

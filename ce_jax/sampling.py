@@ -1,4 +1,4 @@
-"""Losses over the label and a sample of the other classes, where there are too many to see all."""
+"""Losses over the label and a sample of the other classes, for very many classes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sampled_softmax_cross_entropy(
     reduction_axis: Axes = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Softmax cross-entropy with the normaliser estimated from the label and a sample.
+    r"""Softmax cross-entropy whose normaliser is estimated from the label and a sample.
 
     With expected counts :math:`m_k` of the classes that were drawn:
 
@@ -42,9 +42,10 @@ def sampled_softmax_cross_entropy(
       \ell = \log \hat Z - z_y, \qquad
       \hat Z = e^{z_y} + \sum_{s: k_s \ne y} \frac{e^{z_{k_s}}}{m_{k_s}}
 
-    The expectation of :math:`\hat Z` is the sum over all classes, if all are drawn with replacement
-    and negatives that equal the label, accidental hits, are left out by `where`. (The loss is a
-    logarithm of it and so too small on average; the more are drawn, the less.)
+    The expectation of :math:`\hat Z` is the sum over all classes, if classes are drawn with
+    replacement and `where` excludes negatives that equal the label. (The loss is a logarithm of
+    :math:`\hat Z`, so it is too small on average; the error decreases with the number of
+    negatives.)
 
     Args:
       label_logits: logit of the label `[...]`, floating.
@@ -52,11 +53,10 @@ def sampled_softmax_cross_entropy(
       where: bool; rows to include (shape of the loss) or negatives to include (shape of
         `negative_logits`). A row without any negative has loss 0.
       log_expected_count: :math:`\log m` of the negatives, broadcastable to `negative_logits`. None
-        stands for 0: no correction.
-      label_log_expected_count: what is taken off the label's logit likewise, a scalar or an array
-        with the axes of `label_logits` (size 1 broadcasts). With it, as Yi et al. and TensorFlow
-        have it, label and negatives are treated alike, and the expectation of the normaliser is
-        another.
+        means 0, no correction.
+      label_log_expected_count: :math:`\log m` of the label, subtracted from its logit; a scalar or
+        an array with the axes of `label_logits` (size 1 broadcasts). Yi et al. and TensorFlow do
+        this. :math:`\hat Z` then has another expectation.
       temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
         of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
@@ -68,7 +68,7 @@ def sampled_softmax_cross_entropy(
         custom gradient; JAX then differentiates by its own rules.
 
     Returns:
-      The loss, of shape `[...]` or `[]`, in float32 (float64 if the logits are).
+      The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -142,20 +142,21 @@ def linear_sampled_softmax_cross_entropy(
     reduction_axis: Axes = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Sampled softmax cross-entropy of a linear layer, of whose classes only those drawn are read.
+    r"""Sampled softmax cross-entropy of a linear layer, which reads the drawn classes only.
 
     .. math::
       \ell = \log \Big( e^{z_y} + \sum_{s: k_s \ne y} \frac{e^{z_{k_s}}}{m_{k_s}} \Big) - z_y,
       \qquad z_k = \mathrm{cap} \tanh\!\left(\frac{h w_k + b_k}{\mathrm{cap}}\right)
 
-    `sampled_softmax_cross_entropy` with the logits of `linear_softmax_cross_entropy`; negatives
-    that equal the row's label are left out. The gradient of the kernel is 0 in all other classes.
+    This is `sampled_softmax_cross_entropy` of the logits of `linear_softmax_cross_entropy`.
+    Negatives that equal the row's label are left out. The gradient of the kernel is 0 for all
+    classes that are neither a label nor a negative.
 
     Args:
       hidden: `[..., D]`, floating.
       kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden`.
       labels: class ids `[...]`, of any integer dtype.
-      negatives: from a sampler: `[S]`, shared by all rows, or each row's own, `[..., S]`.
+      negatives: the result of a sampler: `[S]` for all rows, or `[..., S]` for each row.
       bias: `[V]`.
       class_axis: the axis of `kernel` that holds the classes.
       logit_soft_cap: positive bound of the logits. May be traced.

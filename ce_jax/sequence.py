@@ -17,12 +17,12 @@ from ._rows.tile import wide
 
 
 class NextTokens(NamedTuple):
-    """What a language model reads and what it is to predict; see `next_tokens`.
+    """Inputs and labels of a language model; see `next_tokens`.
 
     Attributes:
       inputs: tokens the model reads.
-      labels: for each of them the token to predict there.
-      where: which of the labels count.
+      labels: for each of these tokens, the token to predict.
+      where: bool; the labels that count.
     """
 
     inputs: Integer[Array, "*batch positions"]
@@ -39,35 +39,35 @@ def next_tokens(
     where: ArrayLike | None = None,
     pad_id: int | None = None,
 ) -> NextTokens:
-    r"""Inputs, labels and mask with which a sequence is learnt token by token.
+    r"""Inputs, labels and mask of next-token prediction.
 
     .. math::
       x_t = \mathrm{token}_t, \qquad y_t = \mathrm{token}_{t+s}, \qquad t = 0, \ldots, L - 1 - s
 
-    Where several documents are packed into one sequence, the first token of the next one is
-    nothing to be predicted from the last of this one: `segment_ids` tell them apart. Keeping
-    attention inside a document is up to the model.
+    If several documents are packed into one sequence, `segment_ids` tell which token belongs to
+    which document, so that no token is predicted from another document. The model itself must keep
+    its attention inside a document.
 
-    Several heads that predict the next token, the one after it and so on take their labels from
-    calls with a `shift` of 1, 2 and so on, all with `keep_length`, so that they fit one array of
-    hidden states.
+    For several heads (the first predicts the next token, the second the token after it, and so on)
+    call this function with a `shift` of 1, 2 and so on. With `keep_length` all labels fit one array
+    of hidden states.
 
     Args:
       tokens: token ids `[..., L]`, of any integer dtype, L at least 1.
-      shift: s, how many tokens ahead a label is. At least 1.
+      shift: s, the number of tokens between an input and its label. At least 1.
       keep_length: return as many positions as there are tokens. The last s of each row have no
-        label: there `labels` is 0 and `where` False. A sequence that is sharded over a mesh axis
-        needs it, since L - s positions do not divide among the devices.
-      segment_ids: document of each token `[..., L]`, of any integer dtype; 0 is padding. No label
-        is taken from beyond the end of a document.
+        label: there `labels` is 0 and `where` False. Needed for a sequence that is sharded over a
+        mesh axis, because L - s positions do not divide among the devices.
+      segment_ids: document of each token `[..., L]`, of any integer dtype; 0 is padding. A label
+        never comes from another document than its input.
       where: bool, a scalar or an array with the axes of `tokens` (size 1 broadcasts): the tokens to
-        learn to predict, such as those of an answer and not of its question.
-      pad_id: token that is padding, and so not predicted. Don't give it where the same id also
-        ends a document: use `where` or `segment_ids`.
+        predict, for example those of an answer but not those of its question.
+      pad_id: id of the padding token, which is not predicted. If the same id also ends a document,
+        use `where` or `segment_ids` instead.
 
     Returns:
-      A named tuple of arrays `[..., L - s]`, or `[..., L]` with `keep_length`; its `labels` and
-      `where` are those of the losses.
+      A named tuple of arrays `[..., L - s]`, or `[..., L]` with `keep_length`; `labels` and `where`
+      are arguments of the losses.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -162,7 +162,7 @@ def sequence_log_prob(
     *,
     mean: bool = False,
 ) -> Float[Array, "..."]:
-    r"""Log-probability of each sequence, from those of its tokens.
+    r"""Log-probability of each sequence, from the log-probabilities of its tokens.
 
     .. math:: \log p(y) = \sum_t \log p(y_t \mid y_{<t})
 
@@ -170,10 +170,10 @@ def sequence_log_prob(
       log_prob: log-probabilities of the tokens `[..., T]` in nats, floating, such as
         `linear_softmax_statistics(...).log_prob`.
       where: bool, a scalar or an array with the axes of `log_prob` (size 1 broadcasts): the tokens
-        to include, such as those of an answer. Others may hold anything, NaN and infinities
-        included.
-      mean: divide by the number of tokens included, as losses that normalise by length ask for.
-        The mean over no token is 0, and so is its gradient.
+        to include, for example those of an answer. Others are ignored, even if they are NaN or
+        infinite.
+      mean: divide by the number of included tokens, for losses that normalise by length. Without
+        any token, result and gradient are 0.
 
     Returns:
       An array `[...]` in float32 (float64 for float64).
@@ -213,12 +213,13 @@ def _sequence_log_prob(log_prob: Array, where: Array | None, *, mean: bool) -> A
 
 
 def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:
-    r"""Perplexity, from the sum of the losses and their number.
+    r"""Perplexity, from the sum of the losses and the number of tokens.
 
     .. math:: e^{L / N}
 
-    Of a corpus it has to be taken from the sums over all of it: a mean of the perplexities of
-    batches is not it, nor is the exponential of a mean of means of batches of unequal size.
+    For the perplexity of a corpus, take L and N over the whole corpus. The mean of the perplexities
+    of batches is a different number; so is the exponential of a mean of batch means if the batches
+    have unequal sizes.
 
     Args:
       total: sum of the cross-entropies in nats, of any shape.
@@ -245,15 +246,15 @@ def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:
 
 
 def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]:
-    r"""Length of the text's encoding by the model, in bits for each byte of the text.
+    r"""Number of bits per byte that the model needs to encode a text.
 
     .. math:: \frac{L}{B \ln 2}
 
-    Unlike perplexity it can be compared between tokenizers.
+    Unlike perplexity, it can be compared between tokenizers.
 
     Args:
       total: sum of the cross-entropies of all tokens in nats, of any shape.
-      num_bytes: number of bytes of the text, in UTF-8 as a rule; a scalar or an array with the axes
+      num_bytes: number of bytes of the text, usually in UTF-8; a scalar or an array with the axes
         of `total` (size 1 broadcasts).
 
     Returns:

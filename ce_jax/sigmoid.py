@@ -41,8 +41,8 @@ def sigmoid_binary_cross_entropy(
     .. math::
       \ell = w \left( v\, y \log(1 + e^{-z}) + (1 - y) \log(1 + e^{z}) \right)
 
-    With no option set the gradient is :math:`\sigma(z) - y`. Infinite logits give 0 or +inf, as
-    the label has it, never NaN.
+    With no option set the gradient is :math:`\sigma(z) - y`. An infinite logit gives 0 or +inf,
+    depending on the label, never NaN.
 
     Args:
       logits: log-odds of the positive class, floating, of any shape.
@@ -52,10 +52,10 @@ def sigmoid_binary_cross_entropy(
       temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
         of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each element, a scalar or an array with the axes of the loss (size 1
-        broadcasts); unlike `weight` it also counts in the denominator of the mean. A weight of 0
-        silences a loss of inf or NaN.
+        broadcasts); unlike `weight` it also counts in the denominator of the mean. With weight 0
+        the loss is 0, even if it would be inf or NaN.
       where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): elements to
-        include. Others are 0, also in gradient.
+        include. Loss and gradient of the others are 0.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1]. May
         be traced.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by

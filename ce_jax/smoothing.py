@@ -1,7 +1,7 @@
-"""Another convention of label smoothing: a share for the other classes, and a loss from 0 on.
+"""Another convention of label smoothing: a share for the other classes, and a minimum of 0.
 
-Losses of this package spread `label_smoothing` over all classes. What follows translates from code
-that spreads a share over all classes but the label, and subtracts the least value of the loss.
+The losses of this package spread `label_smoothing` over all classes. Other code spreads a share
+over all classes except the label, and subtracts the minimum of the loss. These functions convert.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from ._rows.tile import wide
 
 
 def smoothing_over_others(eps: Scalar, num_classes: int) -> Float[Array, ""]:
-    r"""The `label_smoothing` that equals a share spread over all classes but the label.
+    r"""The `label_smoothing` that equals a share spread over all classes except the label.
 
     .. math:: \frac{\epsilon C}{C - 1}
 
-    With it the label keeps :math:`1 - \epsilon` and each of the others gets
-    :math:`\epsilon / (C - 1)`: the targets of T5X and of Flax' examples.
+    The label then keeps :math:`1 - \epsilon`, and each other class gets :math:`\epsilon / (C - 1)`:
+    the targets of T5X and of Flax' examples.
 
     Args:
-      eps: share of the other classes, in [0, 1 - 1 / C]: with the largest all classes have the
-        same. May be traced.
-      num_classes: C, how many classes there are; the allowed ones, where some are masked. Of one
-        class there are no others: the result is 0, for any `eps` in [0, 1].
+      eps: share of the other classes, in [0, 1 - 1 / C]. With 1 - 1 / C, all classes have the same
+        share. May be traced.
+      num_classes: C, the number of classes; if some are masked, the number of allowed classes. With
+        one class the result is 0 for any `eps` in [0, 1].
 
     Returns:
       A scalar in [0, 1], in float32 (float64 for float64).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for an `eps` that is out of range or no scalar, or a `num_classes` below 1.
+      ValueError: for an `eps` that is out of range or not a scalar, or a `num_classes` below 1.
 
     Example:
       >>> import ce_jax
@@ -61,28 +61,27 @@ def _over_others(eps: Array, *, classes: int) -> Array:
 
 
 def smoothed_label_entropy(label_smoothing: Scalar, num_classes: int) -> Float[Array, ""]:
-    r"""Entropy of a smoothed label, which is the least value of the cross-entropy with it.
+    r"""Entropy of a smoothed label: the minimum of the cross-entropy with this label.
 
     .. math::
       H = -p \log p - (C - 1)\, q \log q, \qquad
       q = \frac{\mathrm{label\_smoothing}}{C}, \quad p = 1 - (C - 1)\, q
 
-    T5X and Flax' examples subtract it, so that a perfect prediction costs 0. The gradient of the
-    loss by the logits does not see it. It is that of a label without class weights, all of whose
-    classes are allowed.
+    T5X and Flax' examples subtract it, so that a perfect prediction has loss 0. It is a constant
+    for the gradient of the logits. It holds without class weights and without masked classes.
 
     Args:
-      label_smoothing: that of the losses of this package, in [0, 1]; `smoothing_over_others`
-        gives it for a share of the others. May be traced. At 0 the derivative is
+      label_smoothing: `label_smoothing` of the losses of this package, in [0, 1]; see
+        `smoothing_over_others` for the other convention. May be traced. At 0 the derivative is
         :math:`+\infty`.
-      num_classes: C, how many classes there are.
+      num_classes: C, the number of classes.
 
     Returns:
       A scalar in nats, in float32 (float64 for float64).
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a `label_smoothing` that is out of range or no scalar, or a `num_classes`
+      ValueError: for a `label_smoothing` that is out of range or not a scalar, or a `num_classes`
         below 1.
 
     Example:

@@ -59,13 +59,14 @@ def softmax_cross_entropy_with_integer_labels(
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
         allowed.
-      labels: class ids `[...]`, of any integer dtype; the shape of `logits` less the class axis.
+      labels: class ids `[...]`, of any integer dtype; the shape of `logits` without the class axis.
       axis: the class axis, or a tuple of class axes; labels are then flat indices into these axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`). A
         row that does not count has loss 0 and gradient 0.
       weight: weight of each class `[C]`.
       sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
-        broadcasts). A weight of 0 silences the row, even if its loss is inf or NaN.
+        broadcasts). With weight 0, loss and gradient of the row are 0, even if they would be inf or
+        NaN.
       ignore_index: label of rows that do not count.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
@@ -73,24 +74,23 @@ def softmax_cross_entropy_with_integer_labels(
       temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
         of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded.
-        `logits`, `weight` and a `where` over classes hold this device's classes, labels are ids
-        among all classes, and the loss is the same on all devices of that axis.
+        `logits`, `weight` and a `where` over classes hold the classes of this device. Labels are
+        ids among all classes. The loss is the same on all devices of that axis.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight * weight[label])` of the rows that count (0 if that is 0, where torch
         gives NaN; see `mean_denominator`).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
-      return_statistics: return `(loss, statistics)` from one pass, the latter as from
-        `softmax_statistics`: accuracy is the mean of `statistics.argmax == labels`. What is not
-        used of them (the entropy, for example) is not computed under `jit`.
+      return_statistics: return `(loss, statistics)` from one pass, with the statistics of
+        `softmax_statistics`. The accuracy is the mean of `statistics.argmax == labels`. Under
+        `jit`, statistics that are not used are not computed.
       forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
         custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
         then differentiates by its own rules.
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 for float64 logits), and the
-      statistics if asked for.
-      A label outside `[0, C)` that is not `ignore_index` makes its row's loss and gradient NaN; a
-      label on a class that is not allowed, +inf.
+      statistics if asked for. A label outside `[0, C)` that is not `ignore_index` makes loss and
+      gradient of its row NaN. A label on a class that is not allowed gives the loss +inf.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -207,29 +207,30 @@ def softmax_cross_entropy(
       \ell = T\, \mathrm{lse}(z) - \langle t, z \rangle + \zeta\, \mathrm{lse}(z)^2,
       \qquad \mathrm{lse}(z) = \log \sum_c e^{z_c}
 
-    and the gradient is :math:`(T + 2 \zeta\, \mathrm{lse}(z))\, \mathrm{softmax}(z) - t`. Labels
-    need not sum to 1, and their own gradient is :math:`\mathrm{lse}(z) - z` (where unweighted).
+    The gradient is :math:`(T + 2 \zeta\, \mathrm{lse}(z))\, \mathrm{softmax}(z) - t`. The labels of
+    a row need not sum to 1. Without options, their gradient is :math:`\mathrm{lse}(z) - z`.
 
     Args:
       logits: unnormalised log-probabilities `[..., C]`, floating. `-inf` marks a class that is not
-        allowed; a label of 0 there costs nothing, any other is +inf. optax drops what a target has
-        on classes excluded by `where`: `labels * where` gives its number.
+        allowed; if such a class has a label other than 0, the loss is +inf. (optax ignores labels
+        of classes that `where` excludes; `labels * where` gives the same value.)
       labels: a non-negative number for each class, floating or bool (one-hot), broadcastable to
-        `logits` but in the class axis. Integers, such as counts, need the shape of `logits`, so
-        that class ids cannot be taken for a distribution.
+        `logits` except in the class axis. Integers, such as counts, must have the shape of
+        `logits`, so that class ids are not mistaken for distributions.
       axis: the class axis, a tuple of class axes, or None for all axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`). A
         row that does not count has loss 0 and gradient 0.
       weight: weight of each class `[C]`.
       sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
-        broadcasts). A weight of 0 silences the row, even if its loss is inf or NaN.
+        broadcasts). With weight 0, loss and gradient of the row are 0, even if they would be inf or
+        NaN.
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
       temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
         of the loss (size 1 broadcasts). At least 1e-6. May be traced.
-      axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded, of
-        `logits` as of `labels` and `weight`.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis of `logits`,
+        `labels` and `weight` is sharded.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the rows that count (0 if that is 0, where torch gives NaN).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
@@ -238,7 +239,7 @@ def softmax_cross_entropy(
         then differentiates by its own rules.
 
     Returns:
-      The loss, of the shape of `logits` less the class axes or `[]`, in float32 (float64 for
+      The loss, of the shape of `logits` without the class axes or `[]`, in float32 (float64 for
       float64 logits).
 
     Raises:

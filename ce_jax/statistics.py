@@ -1,4 +1,4 @@
-"""What one pass over the logits tells about each row, for losses and metrics of any kind."""
+"""Statistics of each row of logits, for losses and metrics of any kind."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ._rows.tile import RowStatistics, Target, wide
 
 
 class SoftmaxStatistics(NamedTuple):
-    """What one pass over the logits of each row tells about it; see `softmax_statistics`.
+    """Statistics of each row of logits; see `softmax_statistics`.
 
     Attributes:
-      lse: log-normaliser, in nats like the next three.
+      lse: log-normaliser, in nats; so are the next three.
       label_logit: the logit of the label; None without labels.
       log_prob: the log-probability of the label; None without labels.
-      entropy: that of the softmax.
-      argmax: the class with the largest logit, the first of several.
+      entropy: the entropy of the softmax.
+      argmax: the class with the largest logit; the first one if several are equal.
     """
 
     lse: Float[Array, "*rows"]
@@ -53,26 +53,29 @@ def softmax_statistics(
       \mathrm{log\_prob} = z_y - \mathrm{lse}, \quad
       \mathrm{entropy} = \mathrm{lse} - \sum_c \mathrm{softmax}(z)_c\, z_c
 
-    All but `argmax` are differentiable, so that any loss made of them has a true gradient: a
-    policy-gradient loss from `log_prob` and `entropy`, a focal loss from `log_prob`.
+    All statistics but `argmax` are differentiable, so any loss computed from them has a true
+    gradient: for example a policy-gradient loss from `log_prob` and `entropy`, or a focal loss from
+    `log_prob`.
 
     Args:
       logits: `[..., C]`, floating; `-inf` marks a class that is not allowed.
-      labels: class ids `[...]`, of any integer dtype. Without them two fields are None.
+      labels: class ids `[...]`, of any integer dtype. Without labels, `label_logit` and `log_prob`
+        are None.
       axis: the class axis, or a tuple of class axes; labels and `argmax` are then flat indices into
         these axes.
-      where: rows or classes to include, as in `softmax_cross_entropy_with_integer_labels`.
+      where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
       ignore_index: label of rows that do not count.
       temperature: divides the logits, in the dtype of the result. A scalar or an array with the
         axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
-      axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
+      axis_name: mapped mesh axis over which the class axis is sharded; labels and `argmax` are ids
+        among all classes.
       forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
         custom gradient; JAX then differentiates by its own rules.
 
     Returns:
       A named tuple of arrays of shape `[...]` in nats, float32 (float64 for float64 logits), and
-      `argmax`, int32: the first of the largest. A row that does not count is 0 throughout;
-      `label_logit` and `log_prob` are NaN for a label that is not a class.
+      `argmax`, int32. All statistics of a row that does not count are 0. `label_logit` and
+      `log_prob` are NaN for a label that is not a class.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

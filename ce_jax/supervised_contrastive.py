@@ -1,4 +1,4 @@
-"""The contrastive loss of embeddings with class labels."""
+"""Contrastive loss of embeddings with class labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def supervised_contrastive_loss(
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Mean cross-entropy of picking the others of an example's class out of all other examples.
+    r"""Mean cross-entropy of picking an example of the same class out of all other examples.
 
     With :math:`P_i` the other examples with the label of example i:
 
@@ -34,10 +34,10 @@ def supervised_contrastive_loss(
       \ell_i = \frac{1}{|P_i|} \sum_{p \in P_i} \Big( \log \sum_{j \ne i} e^{z_{ij}} - z_{ip} \Big),
       \qquad z_{ij} = s \langle x_i, x_j \rangle
 
-    An example without another of its class has nothing to be pulled to: it does not count, but is
-    a negative to the rest. Normalise the embeddings: :math:`z_{ij}` is then s times a cosine. Views
-    of one image are examples of their own; labels that number the images make it SimCLR's loss.
-    The matrix of all pairs is computed in blocks, and once more for the gradient.
+    An example that is the only one of its class does not count, but it is a negative of the others.
+    For cosines, normalise the embeddings first. Several views of one image are several examples; if
+    the labels are the numbers of the images, this is the loss of SimCLR. The logits of all pairs
+    are computed in blocks, and again for the gradient.
 
     Args:
       embeddings: `[N, D]`, floating.
@@ -46,7 +46,7 @@ def supervised_contrastive_loss(
       logit_scale: s, at least 0, the inverse of the temperature: the paper's is 10. May be traced.
       sample_weight: weight of each example's loss, broadcastable to `[N]`.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which all arrays are sharded by
-        rows. Examples are compared with those of all devices.
+        rows. Each example is compared with the examples of all devices.
       reduction: "none": this device's losses `[N]`; "sum", "ratio" or "mean": over all devices, the
         last divided by `sum(sample_weight)` of the examples that count (0 if that is 0).
       memory_budget: bytes that a block of logits and its gradient may take, by default a third

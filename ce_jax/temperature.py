@@ -1,4 +1,4 @@
-"""One number by which to mend a model's probabilities."""
+"""Temperature scaling: calibration of a model by one number."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ def fit_temperature(
     low: Scalar = 0.01,
     high: Scalar = 100.0,
 ) -> Float[Array, ""]:
-    r"""The temperature by which to divide logits for the least cross-entropy on held-out data.
+    r"""The temperature with the smallest cross-entropy on held-out data.
 
     .. math:: T = \arg\min_T \sum_n s_n \left( \mathrm{lse}(z_n / T) - z_{n y_n} / T \right)
 
-    The loss is convex in :math:`1 / T`, so Newton's method with a bracket finds the one minimum in
-    a few passes over the data, to the last digits, where a gradient method would need a step size
-    and hundreds of them.
+    The loss is convex in :math:`1 / T`. Newton's method with a bracket finds the only minimum in a
+    few passes over the data, to the last digits.
 
     Args:
       logits: logits `[..., C]` of data that the model was not trained on; `-inf` masks a class.
@@ -47,18 +46,18 @@ def fit_temperature(
       sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
         broadcasts).
       ignore_index: label of rows that do not count.
-      low: the least temperature; the result where every prediction is right, and so the best
-        temperature 0. May be traced.
-      high: the highest temperature; the result for a model that is no better than chance, whose
-        best temperature is infinite. May be traced.
+      low: the lowest temperature. It is the result if every prediction is right, because the best
+        temperature is then 0. May be traced.
+      high: the highest temperature. It is the result for a model that is no better than chance,
+        because its best temperature is infinite. May be traced.
 
     Returns:
-      The temperature, `[]`, float32 (float64 for float64 logits). Where no temperature between
-      `low` and `high` is the best, it is that bound itself, to the last bit (in the dtype of the
-      result): `T == high` is the sign that there was no optimum to find. 1, or the bound next to
-      it, if no row counts. Rows whose label is masked are left out: their loss is infinite at every
-      temperature. A label that is not a class and logits without a softmax give NaN. It is found in
-      a loop of unknown length, so there is no reverse-mode derivative of it.
+      The temperature, `[]`, float32 (float64 for float64 logits). If the best temperature is not
+      between `low` and `high`, the result is exactly the nearer bound (in the dtype of the result).
+      If no row counts, the result is 1, or the bound nearest to 1. Rows whose label is masked are
+      left out, because their loss is infinite at every temperature. A label that is not a class and
+      logits without a softmax give NaN. The result has no reverse-mode derivative, because the
+      number of steps is not known in advance.
 
     Raises:
       TypeError: for a dtype or type that does not fit.

@@ -1,4 +1,4 @@
-r"""Learning from a teacher of which the log-probabilities of k classes per row were stored."""
+r"""Distillation from a teacher of which k log-probabilities per row were stored."""
 
 from __future__ import annotations
 
@@ -38,43 +38,44 @@ def top_k_distillation_loss(
     reduction_axis: Axes = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Divergence of the student from a teacher of which k classes of each row are known, in nats.
+    r"""Divergence between student and a teacher of which k classes per row are known, in nats.
 
-    With the student's :math:`p = \mathrm{softmax}(z / T)`, the ids :math:`c_1 \dots c_k` that were
-    stored, the teacher's probabilities :math:`p'_i` of these, at the same temperature, and the
-    rests :math:`p_r = 1 - \sum_i p_{c_i}` and :math:`p'_r = 1 - \sum_i p'_i`:
+    With the student's :math:`p = \mathrm{softmax}(z / T)`, the stored ids :math:`c_1 \dots c_k`,
+    the teacher's probabilities :math:`p'_i` of these classes at the same temperature, and the sums
+    over all other classes :math:`p_r = 1 - \sum_i p_{c_i}` and :math:`p'_r = 1 - \sum_i p'_i`:
 
     .. math::
       \ell_\text{bucket} = T^2 \left(\sum_i p'_i \log \frac{p'_i}{p_{c_i}}
         + p'_r \log \frac{p'_r}{p_r}\right), \qquad
       \ell_\text{drop} = T^2 \sum_i p'_i \log \frac{p'_i}{p_{c_i}}
 
-    and "renormalize" is "drop" with :math:`p'_i / \sum_j p'_j` for :math:`p'_i`. "bucket" is a
-    divergence, of the two distributions in which all other classes are one: it is 0 where the
-    student agrees, and lowers no class below what the teacher may give it. "renormalize" drives the
-    student to give all other classes nothing, "drop" has its minimum neither there nor at the
-    teacher, and may be negative. The student's rest is a sum over the other classes, not a
-    difference: it keeps its digits, and the gradient is finite, where the k hold nearly all.
+    "renormalize" is "drop" with :math:`p'_i / \sum_j p'_j` in place of :math:`p'_i`. "bucket" is
+    the divergence of the two distributions in which all other classes together are one class. It is
+    0 if the student agrees with the teacher. With "renormalize", the minimum is at a student that
+    gives all other classes probability 0. "drop" may be negative, and its minimum is not at the
+    teacher. :math:`p_r` is computed as a sum over the other classes, so loss and gradient are
+    accurate also if the k classes have nearly all the probability.
 
-    Gradients of the logits are :math:`T (p_c - p'_c)` for a class that is known and, for "bucket",
-    :math:`T p_c (1 - p'_r / p_r)` for another. That of `teacher_log_probs` is true too.
+    Gradients of the logits are :math:`T (p_c - p'_c)` for a stored class and, for "bucket",
+    :math:`T p_c (1 - p'_r / p_r)` for another class. `teacher_log_probs` gets its true gradient as
+    well.
 
     Args:
-      logits: the student's `[..., C]`, floating; `-inf` marks a class that is not allowed.
-      teacher_ids: `[..., k]`, of any integer dtype: the rows of the loss, then k class ids, which
-        differ within a row. An id of -1, or of `ignore_index`, marks an entry that is absent.
-      teacher_log_probs: the teacher's log-probabilities of these, of the same shape, floating; of
-        -inf is a class to which it gives nothing. For "renormalize" they may be logits.
-      tail: "bucket", "renormalize" or "drop": what becomes of the classes that are not known.
-      axis: the class axis of `logits`, a tuple of them (ids are then flat indices), or None for
-        all.
+      logits: the student's logits `[..., C]`, floating; `-inf` marks a class that is not allowed.
+      teacher_ids: class ids `[..., k]`, of any integer dtype; the ids of a row must differ. An id
+        of -1 or `ignore_index` marks an absent entry.
+      teacher_log_probs: the teacher's log-probabilities of these classes, of the same shape,
+        floating; -inf stands for a probability of 0. For "renormalize" they may be logits.
+      tail: "bucket", "renormalize" or "drop": how the classes that were not stored are treated.
+      axis: the class axis of `logits`, a tuple of class axes (ids are then flat indices into these
+        axes), or None for all axes.
       where: bool; rows to include (shape of the loss) or classes to include (shape of `logits`).
       temperature: T, which divides the logits. A scalar or an array with the axes of the loss (size
         1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
         broadcasts).
-      ignore_index: another id of absent entries. A row of which all are absent does not count.
-      axis_name: mapped mesh axis over which the class axis is sharded; ids are global.
+      ignore_index: another id of absent entries. A row without any entry does not count.
+      axis_name: mapped mesh axis over which the class axis is sharded; ids are among all classes.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the rows that count (0 if that is 0).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
@@ -82,10 +83,11 @@ def top_k_distillation_loss(
         custom gradient; JAX then differentiates by its own rules.
 
     Returns:
-      The loss, of shape `[...]` or `[]`, in float32 (float64 if logits or log-probabilities are).
-      It is +inf where the student does not allow a class that the teacher does. A row with an id
-      that is not a class, or that is there twice, is NaN, as one of which log-probabilities are
-      above 0 (or, for "bucket", add up to more than 1) by more than rounding explains.
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if either floating array is float64).
+      It is +inf where the teacher allows a class that the student does not allow. A row is NaN if
+      an id is not a class or occurs twice, or if the log-probabilities are impossible by more than
+      rounding can explain: one is above 0 or, for "bucket", the probabilities add up to more than
+      1.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -240,17 +242,17 @@ def linear_top_k_distillation_loss(
       z = \mathrm{cap} \tanh\!\left(\frac{h W + b}{\mathrm{cap}}\right)
       \qquad (z = h W + b \text{ without a cap})
 
-    The logits are computed in blocks of classes, once for the loss and once more for the gradient,
-    and those of the k classes are read from these blocks: their columns of the kernel are never
-    gathered. Rows without any class that is known cost next to nothing, as rows that do not count.
+    The logits are computed in blocks of classes, once for the loss and once more for the gradient.
+    The logits of the k classes are read from these blocks; columns of the kernel are not gathered.
+    Rows without any entry and rows that do not count cost next to nothing.
 
     Args:
       hidden: `[..., D]`, floating.
       kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden` or a wider one.
-      teacher_ids: `[..., k]`, of any integer dtype: the rows of `hidden`, then k class ids, which
-        differ within a row. An id of -1, or of `ignore_index`, marks an entry that is absent.
-      teacher_log_probs: the teacher's log-probabilities of these, of the same shape, floating, at
-        the same temperature. For "renormalize" they may be logits.
+      teacher_ids: class ids `[..., k]`, of any integer dtype; the ids of a row must differ. An id
+        of -1 or `ignore_index` marks an absent entry.
+      teacher_log_probs: the teacher's log-probabilities of these classes, of the same shape,
+        floating, at the same temperature. For "renormalize" they may be logits.
       tail: "bucket", "renormalize" or "drop", as in `top_k_distillation_loss`.
       bias: `[V]`. A bias of -inf bans a class.
       class_axis: the axis of `kernel` that holds the classes.
@@ -262,9 +264,9 @@ def linear_top_k_distillation_loss(
         broadcasts).
       where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): rows to
         include, such as `next_tokens(...).where`.
-      ignore_index: another id of absent entries. A row of which all are absent does not count.
+      ignore_index: another id of absent entries. A row without any entry does not count.
       axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes; ids are
-        global.
+        among all classes.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the rows that count (0 if that is 0).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
@@ -274,8 +276,8 @@ def linear_top_k_distillation_loss(
         custom gradient; JAX then differentiates by its own rules.
 
     Returns:
-      The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is); +inf and NaN as
-      `top_k_distillation_loss` has them.
+      The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is); +inf and NaN as in
+      `top_k_distillation_loss`.
 
     Raises:
       TypeError: for a dtype or type that does not fit, such as a `hidden` wider than `kernel`.

@@ -1,7 +1,7 @@
-r"""Weights and logit offsets for classes that are unequally frequent, or whose shares shift.
+r"""Class weights and logit offsets for imbalanced classes and for shifted class shares.
 
-The weights `[C]` go into the `weight` of a loss. A class of which there is no example has no
-frequency to correct for: its weight is 0, and it does not count among the classes.
+The weights `[C]` are for the `weight` of a loss. A class without examples gets weight 0 and is not
+counted among the K classes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ._rows.tile import wide
 
 
 def inverse_frequency_weights(counts: ArrayLike) -> Float[Array, "..."]:
-    r"""Class weights proportional to the inverse of the number of examples, of mean 1.
+    r"""Class weights proportional to the inverse of the number of examples, with mean 1.
 
     .. math:: w_c = \frac{K / n_c}{\sum_k 1 / n_k}
 
     over the K classes that have examples; the others get 0.
 
     Args:
-      counts: number of examples of each class `[C]`, or any numbers in proportion to it.
+      counts: number of examples of each class `[C]`, or any numbers proportional to it.
 
     Returns:
       The weights `[C]`, float32 (float64 for float64 counts).
@@ -46,15 +46,16 @@ def inverse_frequency_weights(counts: ArrayLike) -> Float[Array, "..."]:
 
 
 def balanced_weights(counts: ArrayLike) -> Float[Array, "..."]:
-    r"""Class weights that give every class the same total weight, of mean 1 over the examples.
+    r"""Class weights that give every class the same total weight, with mean 1 over the examples.
 
     .. math:: w_c = \frac{\sum_k n_k}{K\, n_c}
 
-    over the K classes that have examples; the others get 0. In proportion these are the weights
-    of `inverse_frequency_weights`, but they leave the size of a summed loss as it is.
+    over the K classes that have examples; the others get 0. The weights are proportional to
+    `inverse_frequency_weights`, but the sum of the weights over all examples is the number of
+    examples.
 
     Args:
-      counts: number of examples of each class `[C]`, or any numbers in proportion to it.
+      counts: number of examples of each class `[C]`, or any numbers proportional to it.
 
     Returns:
       The weights `[C]`, float32 (float64 for float64 counts).
@@ -84,13 +85,14 @@ def _balanced_weights(counts: Array) -> Array:
 
 
 def effective_number_weights(counts: ArrayLike, *, beta: Scalar = 0.999) -> Float[Array, "..."]:
-    r"""Class weights proportional to the inverse of the effective number of examples, of mean 1.
+    r"""Class weights proportional to the inverse effective number of examples, with mean 1.
 
     .. math:: w_c \propto \frac{1}{E_c}, \qquad E_c = \frac{1 - \beta^{n_c}}{1 - \beta}
 
-    An example is taken to cover a part :math:`1 - \beta` of its class, so that many of them
-    overlap: E grows like n at first and never exceeds :math:`1 / (1 - \beta)`. No weighting at
-    :math:`\beta = 0`, that of the inverse frequency at 1. Classes without examples get 0.
+    Each example covers a part :math:`1 - \beta` of its class, so many examples overlap: E grows
+    like n at first and never exceeds :math:`1 / (1 - \beta)`. At :math:`\beta = 0` all weights are
+    equal; at :math:`\beta = 1` they are `inverse_frequency_weights`. Classes without examples get
+    0.
 
     Args:
       counts: number of examples of each class `[C]`.
@@ -130,7 +132,7 @@ def _effective_number_weights(counts: Array, rest: Array) -> Array:
 
 
 def focal_alpha(positives: ArrayLike, total: ArrayLike) -> Float[Array, "..."]:
-    r"""The `alpha` of `sigmoid_focal_loss` with which both labels have the same total weight.
+    r"""The `alpha` of `sigmoid_focal_loss` that gives both labels the same total weight.
 
     .. math:: \alpha_c = 1 - n_c / N, \qquad \alpha_c\, n_c = (1 - \alpha_c) (N - n_c)
 
@@ -166,21 +168,20 @@ def _focal_alpha(positives: Array, total: Array) -> Array:
 
 
 def training_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Array, "..."]:
-    r"""What to add to the logits in training, so that rare classes get the larger margin.
+    r"""Offset to add to the logits in training, which gives rare classes a larger margin.
 
     .. math:: z_c + \tau \log \pi_c
 
-    With :math:`\tau = 1` the logits themselves then learn the balanced problem, whose prior is
-    uniform, and predictions are made without the offset. It is a vector, so that it also serves
-    as the `bias` of the linear form.
+    With :math:`\tau = 1` the logits without the offset are those of a uniform prior: predict
+    without the offset. The offset can also be the `bias` of the linear losses.
 
     Args:
-      prior: share of each class in the training data `[C]`, or the counts. Add 1 to counts to
-        leave a chance to classes without examples; these are -inf otherwise, that is, masked.
+      prior: share of each class in the training data `[C]`, or the counts. The offset of a class
+        without examples is -inf, which masks the class; to avoid this, add 1 to the counts.
       tau: strength, at least 0. May be traced.
 
     Returns:
-      The offset `[C]`, at most 0 and for `tau = 0` all 0 but for masked classes; float32 (float64
+      The offset `[C]`, at most 0; for `tau = 0` it is 0 except for masked classes. float32 (float64
       for float64 input).
 
     Raises:
@@ -199,12 +200,12 @@ def training_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Array
 
 
 def prediction_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Array, "..."]:
-    r"""What to add to the logits of a model trained without an offset, to predict rare classes.
+    r"""Offset to add to the logits in prediction, if the model was trained without an offset.
 
     .. math:: z_c - \tau \log \pi_c
 
-    With :math:`\tau = 1` the result is the model's answer for a uniform prior. Do it in training
-    or in prediction, not in both.
+    With :math:`\tau = 1` the result is the prediction for a uniform prior. Use an offset in
+    training or in prediction, not in both.
 
     Args:
       prior: share of each class in the training data `[C]`, or the counts.
@@ -212,7 +213,7 @@ def prediction_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Arr
 
     Returns:
       The offset `[C]`, float32 (float64 for float64 input). It is -inf for a class without
-      examples: the model has not learnt anything about it, and must not predict it.
+      examples: the model has learnt nothing about this class and must not predict it.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
@@ -237,25 +238,25 @@ def _logit_offset(prior: Array, scale: Array) -> Array:
 
 
 def prior_shift_weights(train_prior: ArrayLike, target_prior: ArrayLike) -> Float[Array, "..."]:
-    r"""Class weights with which training data stand for data of other class shares.
+    r"""Class weights that make training data represent data with other class shares.
 
     .. math:: w_c = \pi'_c / \pi_c
 
-    Their mean over the training data is 1 if each class of the target has examples. Their
-    logarithm, added to logits, shifts predictions in the same way.
+    Their mean over the training data is 1 if each class of the target has examples. To shift the
+    predictions of a trained model in the same way, add their logarithm to the logits.
 
     Args:
       train_prior: share of each class in the training data `[C]`, or the counts.
-      target_prior: share of each class where the model is to be used `[C]`, or the counts; from
-        `estimate_prior` if there are no labels.
+      target_prior: share of each class `[C]` in the data for which the model is used, or the
+        counts; from `estimate_prior` if there are no labels.
 
     Returns:
       The weights `[C]`, float32 (float64 for float64 input); 0 for a class without training
-      examples, which no weight can stand for.
+      examples.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
-      ValueError: for a negative share, or shapes that are not `[C]` both.
+      ValueError: for a negative share, or shapes that are not both `[C]`.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
