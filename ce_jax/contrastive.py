@@ -265,7 +265,7 @@ def siglip_loss(
     memory_budget: int | None = None,
     forward_mode: bool = False,
 ) -> Loss:
-    r"""Binary cross-entropy of each image with each text: do the two belong together?
+    r"""Binary cross-entropy of each image with each text: 1 for a pair, 0 otherwise.
 
     .. math::
       \ell_i = \log(1 + e^{-z_{ii}}) + \sum_{j \ne i} \log(1 + e^{z_{ij}}),
