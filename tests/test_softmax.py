@@ -243,8 +243,9 @@ def naive(logits, targets):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_error_is_not_above_the_naive_formulas(dtype, spread, offset, soft):
     """Against the truth: no worse than the textbook's in that dtype."""
-    if spread == 20.0 and jax.__version_info__ < (0, 10):
-        pytest.skip("before jax 0.10, slopes are off by up to three units in the last place of 1")
+    wide = dtype in ("float32", "float64")
+    if wide and spread == 20.0 and jax.__version_info__ < (0, 10):
+        pytest.skip("before jax 0.10, slopes of float32 and float64 are off by up to three units")
     draw = np.random.default_rng(0)
     with jax.enable_x64(dtype == "float64"):
         logits = jnp.asarray(offset + spread * draw.normal(size=(512, 16)), dtype)

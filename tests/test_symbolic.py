@@ -68,7 +68,9 @@ def waving(name, arrays, **options):
     """Results and gradients under cotangents that differ from example to example."""
 
     def wave(x):
-        return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+        # Not of one `arange`: the shape arithmetic of jax before 0.9 cannot bring it into shape.
+        axes = (jax.lax.broadcasted_iota(jnp.float32, x.shape, a) for a in range(x.ndim))
+        return jnp.cos(sum(np.float32(7**a) * axis for a, axis in enumerate(axes)))
 
     results = jax.eval_shape(lambda arrays: call(name, arrays, **options), arrays)
     return value_and_gradients(name, arrays, [wave(x) for x in results], **options)
