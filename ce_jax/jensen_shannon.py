@@ -102,8 +102,8 @@ def _share(value: Scalar) -> Array:
     share = scalar("beta", value, 0.0, 1.0)
     if not isinstance(share, jax.core.Tracer) and float(share) in (0.0, 1.0):
         raise ValueError(
-            f"beta must be between 0 and 1, where the loss is 0, got {value}; its limits, divided "
-            "by beta or 1 - beta, are distillation_loss, without and with reverse=True"
+            f"beta must be above 0 and below 1, got {value}; the loss is 0 at 0 and at 1: write "
+            "distillation_loss there, with reverse=True in place of 1"
         )
     return share
 

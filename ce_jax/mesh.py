@@ -120,7 +120,7 @@ def on_mesh(
             f"itself (its options are given when it is called), got {function!r}"
         )
     if width is not None and function not in _OF_LAYER:
-        raise ValueError(f"width is an axis of a kernel, and {function.__name__} has none")
+        raise ValueError(f"width is for functions of a kernel; {function.__name__} has no kernel")
     fixed = None if mesh is None else placement.plan(mesh, rows, classes, width)
     signature = inspect.signature(function)
 
@@ -129,7 +129,7 @@ def on_mesh(
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.arguments["axis_name"] is not None:
-            raise ValueError("axis_name is for use inside jax.shard_map; here, classes names it")
+            raise ValueError("axis_name is for use inside jax.shard_map; write classes= in on_mesh")
         options = {
             name: _CHECKS[name](value) if name in _CHECKS else value
             for name, value in bound.arguments.items()

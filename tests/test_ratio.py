@@ -156,7 +156,10 @@ def test_devices_by_psum(weighted):
             if weighted
             else INTEGER(logits, jnp.zeros_like(labels), reduction="ratio")
         )
-        return jax.lax.psum(part, "data").mean()
+        if jax.__version_info__ >= (0, 9):
+            return jax.lax.psum(part, "data").mean()
+        # The derivative of one sum of several arrays fails there if one of them has none.
+        return jax.tree.map(lambda x: jax.lax.psum(x, "data"), part).mean()
 
     loss = jax.shard_map(of_device, mesh=mesh, in_specs=P("data"), out_specs=P())
     value, slope = jax.jit(jax.value_and_grad(loss))(*data())

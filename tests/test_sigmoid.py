@@ -133,6 +133,8 @@ EDGES = (0.0, -0.0, 1e-30, 20.0, -20.0, 3e38, -3e38, MOST, -MOST, np.inf, -np.in
 @pytest.mark.parametrize("shape", [(2048, 4), (8, 1024)])  # along one axis, and as it is
 def test_sums_of_many_losses(shape):
     """A CPU computes them as it adds them up, by other instructions than it stores them by."""
+    if shape == (8, 1024) and jax.__version_info__ < (0, 10):
+        pytest.skip("before jax 0.10, XLA's sum of 8192 numbers on a CPU is off by 2e-6")
     labels = (0.0, 1.0, 0.5, 1e-30, 0.75, np.nan)
     z, y = (grid.ravel() for grid in np.meshgrid(np.float32(EDGES), np.float32(labels)))
 
@@ -162,6 +164,8 @@ def test_losses_at_the_edges(dtype):
 @pytest.mark.parametrize("shape", [(2048, 4), (8, 1024)])
 @pytest.mark.usefixtures("one_device")
 def test_sums_hold_no_losses(shape):
+    if jax.__version_info__ < (0, 10):
+        pytest.skip("before jax 0.10, XLA on a CPU stores the losses that it adds up")
     function = functools.partial(ce_jax.sigmoid_binary_cross_entropy, reduction="mean")
     arrays = (jax.ShapeDtypeStruct(shape, jnp.float32),) * 2
     for program in (function, jax.value_and_grad(function)):

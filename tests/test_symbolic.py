@@ -68,7 +68,7 @@ def waving(name, arrays, **options):
     """Results and gradients under cotangents that differ from example to example."""
 
     def wave(x):
-        # Not of one `arange`: the shape arithmetic of jax before 0.9 cannot bring it into shape.
+        # Not an `arange` of all entries: jax 0.8 cannot reshape it to a shape such as `(b, t - 1)`.
         axes = (jax.lax.broadcasted_iota(jnp.float32, x.shape, a) for a in range(x.ndim))
         return jnp.cos(sum(np.float32(7**a) * axis for a, axis in enumerate(axes)))
 

@@ -1,5 +1,5 @@
-"""What comes in: arguments checked, put into rows, and placed on a mesh.
+"""Arguments: checked, arranged in rows, and placed on a mesh.
 
-Here arguments become what `_rows` computes with: labels, masks, weights, reductions. No formula of
-a loss, and no derivative rule, lives here.
+This package turns arguments into the input of `_rows`: labels, masks, weights, reductions. It
+contains no formula of a loss and no derivative rule.
 """

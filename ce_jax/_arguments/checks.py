@@ -1,8 +1,8 @@
-"""Argument errors: each names the argument, what was found and what is wanted.
+"""Checks of arguments. Each error names the argument, what was found and what is wanted.
 
 `TypeError` is about kinds (a dtype, a type), `ValueError` about values (a shape, a range, a name).
 Shapes and dtypes are known while tracing, so all checks cost nothing when the compiled function
-runs. Ranges of options are checked where the value is known: a traced one passes unseen.
+runs. Ranges of options are checked if the value is known; a traced value is not checked.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def boolean(name: str, x: ArrayLike) -> Array:
     """`x` as an array, if its dtype is bool."""
     x = _asarray(name, x)
     if x.dtype != jnp.bool_:
-        weights = "; numbers that weigh belong into the sample_weight of a loss"
+        weights = "; give weights as sample_weight"
         raise TypeError(
             f"{name} must have dtype bool, got {x.dtype}; write {name} != 0"
             + weights * (name == "where")
@@ -77,8 +77,8 @@ def shape_is(name: str, x: Array, shape: Sequence[int], meaning: str) -> None:
 
 
 def broadcast(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
-    """`x` broadcast to `shape`, if that adds nothing to `shape`."""
-    if not _fits(x.shape, shape):
+    """`x` broadcast to `shape`; `x` must not have more axes or larger ones.""" if not
+    _fits(x.shape, shape):
         raise ValueError(
             f"{name} must be broadcastable to {tuple(shape)} ({meaning}), got {x.shape}"
             + indexing(name, x.shape, shape)
@@ -87,14 +87,14 @@ def broadcast(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
 
 
 def of_rows(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
-    """`x` broadcast to `shape`, of which it must have all axes or none.
+    """`x` broadcast to `shape`; `x` must have all axes of `shape`, or be a scalar.
 
-    Rows have no axis that is known to be the last one: `[B]` beside `[B, B]` could mean either.
+    For a loss `[B, B]`, an array `[B]` could belong to either axis.
     """
     if x.ndim not in (0, len(shape)) or not _fits(x.shape, shape):
         raise ValueError(
             f"{name} must have the axes of {tuple(shape)} ({meaning}), each of that size or 1, or "
-            f"none, got {x.shape}" + indexing(name, x.shape, shape)
+            f"be a scalar, got {x.shape}" + indexing(name, x.shape, shape)
         )
     return jnp.broadcast_to(x, shape)
 
@@ -105,7 +105,7 @@ def rows_to_include(where: Array, rows: Sequence[int], name: str, shape: Sequenc
         by_row, by_class = (indexing("where", where.shape, x) for x in (rows, shape))
         raise ValueError(
             f"where must have the axes of the loss, {tuple(rows)}, or of {name}, {tuple(shape)}, "
-            f"each of that size or 1, or none, got {where.shape}"
+            f"each of that size or 1, or be a scalar, got {where.shape}"
             + by_row.replace("write", "for rows write")
             + by_class.replace("write", f"for the last axis of {name} write")
         )
@@ -118,10 +118,8 @@ def _fits(shape: Sequence[int], onto: Sequence[int]) -> bool:
 
 
 def indexing(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
-    """What to write for an array that lacks axes of size 1, or has too many; may be nothing."""
-    shape, wanted = tuple(shape), tuple(wanted)
-    more = len(wanted) - len(shape)
-    if more == 0 or not shape:
+    """Advice for an array with missing or superfluous axes of size 1; may be empty.""" shape,
+    wanted = tuple(shape), tuple(wanted) more = len(wanted) - len(shape) if more == 0 or not shape:
         return ""
     if more > 0:
         axes, new = [":"] * len(shape), ["None"] * more
@@ -147,7 +145,7 @@ def axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
             raise ValueError(f"axis {axis} is out of range for {ndim} dimension(s)")
     found = tuple(int(a) % ndim for a in wanted)
     if not found or len(set(found)) != len(found):
-        raise ValueError(f"axis must name at least one axis and none of them twice, got {axis}")
+        raise ValueError(f"axis must name at least one axis, and no axis twice, got {axis}")
     return found
 
 
@@ -219,9 +217,8 @@ def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> in
     of_kernel, of_hidden = (jnp.finfo(x.dtype).bits for x in (kernel, hidden))
     if kernel.dtype != hidden.dtype and of_kernel <= of_hidden:
         raise TypeError(
-            f"{prefix}kernel must have the dtype of {prefix}hidden, {hidden.dtype}, or a wider one "
-            f"(it is then rounded to that of {prefix}hidden, and its gradient is not), got "
-            f"{kernel.dtype}; cast the one that is to be rounded or widened"
+            f"{prefix}kernel must have the dtype of {prefix}hidden, {hidden.dtype}, or a wider "
+            f"one, got {kernel.dtype}; cast one of them"
         )
     if axis not in (-2, -1, 0, 1):
         raise ValueError(
@@ -235,8 +232,8 @@ def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> in
             cure = f"; write {prefix}class_axis={1 - axis} for a kernel of shape "
             cure += "[V, D]" if axis else "[D, V]"
         raise ValueError(
-            f"{prefix}kernel must have shape {'[D, V]' if axis else '[V, D]'} with D = {width}, as "
-            f"{prefix}hidden has it, and V > 0, got {kernel.shape}{cure}"
+            f"{prefix}kernel must have shape {'[D, V]' if axis else '[V, D]'} with D = {width}, "
+            f"the last axis of {prefix}hidden, and V > 0, got {kernel.shape}{cure}"
         )
     return axis
 
@@ -244,7 +241,7 @@ def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> in
 def class_count(value: int | None, held: int) -> int:
     """The value of `num_classes`: by default all that the kernel holds."""
     if value is not None and not 0 < value <= held:
-        raise ValueError(f"num_classes must be in [1, {held}], what kernel holds, got {value}")
+        raise ValueError(f"num_classes must be in [1, {held}], the classes of kernel, got {value}")
     return held if value is None else value
 
 
@@ -263,8 +260,10 @@ def element_function(name: str, function: Callable[[Array], Array], one: Array) 
     out = jax.eval_shape(function, one)
     if getattr(out, "shape", None) != ():
         raise ValueError(
-            f"{name} must give one number for one log-probability (what differs from row to row "
-            f"belongs into sample_weight), got {out}"
+            f"{name} must return one number for one log-probability, got {out}; use sample_weight "
+            "for a factor that differs between rows"
         )
     if out.dtype != one.dtype:
-        raise TypeError(f"{name} must give the dtype it gets, {one.dtype}, got {out.dtype}")
+        raise TypeError(
+            f"{name} must return the dtype of its argument, {one.dtype}, got {out.dtype}"
+        )

@@ -1,4 +1,4 @@
-"""One cached program per function, and nested lists as the arrays that they stand for."""
+"""One cached program per function; nested lists become arrays."""
 
 from __future__ import annotations
 

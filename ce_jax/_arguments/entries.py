@@ -1,4 +1,4 @@
-"""What is known of a teacher: a few classes of each row, and their log-probabilities."""
+"""A teacher of which a few classes per row are known, with their log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .types import ArrayLike
 
 
 class Entries(NamedTuple):
-    """The classes that are known, and which rows have any.
+    """The known classes, and the rows that have any.
 
     Attributes:
       ids: class ids in range; -1 where there is none.

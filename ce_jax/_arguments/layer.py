@@ -1,4 +1,4 @@
-"""The linear form's arguments: checked, by rows, with a plan of the blocks to compute them in."""
+"""Arguments of the linear form: checked, arranged in rows, and divided into blocks."""
 
 from __future__ import annotations
 

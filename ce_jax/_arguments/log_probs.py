@@ -1,4 +1,4 @@
-"""Log-probabilities from which a loss of each example is made: alike, masked, and its reduction."""
+"""Losses of log-probabilities: arrays of one shape and dtype, masks, and reduction."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def rows_of(
 ) -> Rows:
     """Checks arrays by name: they have the shape of the first, but for those that may broadcast.
 
-    They meet in the widest of their dtypes, and in float32 at least: what a narrow array has lost
-    is lost, but nothing else is rounded to its dtype.
+    All arrays get the widest of their dtypes, at least float32, so no array is rounded to the dtype
+    of another.
     """
     found = {name: checks.floating(name, x) for name, x in arrays.items()}
     dtype = max((wide(x.dtype) for x in found.values()), key=lambda dtype: dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Where the arguments of a loss lie on a mesh: a PartitionSpec for each, by its name and shape."""
+"""Sharding of the arguments of a loss on a mesh: a PartitionSpec for each name and shape."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def plan(mesh: Any, rows: Any, classes: str | None, width: Any) -> Plan:
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     if mesh.empty:
-        raise ValueError("mesh must be given, or set by jax.set_mesh, which it is not")
+        raise ValueError("mesh must be given, or set by jax.set_mesh; got neither")
     entries = tuple(rows) if isinstance(rows, PartitionSpec) else (rows,)
     found = Plan(mesh, tuple(map(_entry, entries)), classes, names(_entry(width)))
     if not isinstance(classes, str | None):
@@ -62,8 +62,8 @@ def plan(mesh: Any, rows: Any, classes: str | None, width: Any) -> Plan:
         )
     if not set(found.width) <= set(found.row_axes):
         raise ValueError(
-            f"width must name mesh axes over which the rows are spread too, got {width!r} beside "
-            f"rows={rows!r}: devices that hold the same rows have nothing to share the kernel for"
+            f"width must name mesh axes that rows names as well, got width={width!r} and "
+            f"rows={rows!r}"
         )
     return found
 
@@ -146,10 +146,9 @@ def _rows(plan: Plan, ndim: int) -> tuple[Names, ...]:
 def _broadcast(
     spec: tuple[Names, ...], shape: tuple[int, ...], onto: tuple[int, ...]
 ) -> tuple[Names, ...]:
-    """The spec of what is broadcast: an axis that is stretched is whole on every device."""
-    start = len(onto) - len(shape)
-    pairs = zip(spec[start:], shape, onto[start:], strict=True)
-    return tuple(entry if have == want else None for entry, have, want in pairs)
+    """The spec of an array that is broadcast: an axis of size 1 is whole on every device.""" start
+    = len(onto) - len(shape) pairs = zip(spec[start:], shape, onto[start:], strict=True) return
+    tuple(entry if have == want else None for entry, have, want in pairs)
 
 
 def check_divisible(plan: Plan, shapes: Shapes, specs: Specs) -> None:
@@ -160,26 +159,27 @@ def check_divisible(plan: Plan, shapes: Shapes, specs: Specs) -> None:
             size = shapes[name][axis]
             if size % devices:
                 raise ValueError(
-                    f"{name} has {size} entries in axis {axis}, which is spread over the {devices} "
-                    f"devices of {entry!r} and must be a multiple of that. " + _remedy(plan, entry)
+                    f"{name} must have a multiple of {devices} entries in axis {axis}, which is "
+                    f"sharded over the {devices} devices of {entry!r}, got {size}. "
+                    + _remedy(plan, entry)
                 )
 
 
 def _remedy(plan: Plan, entry: Names) -> str:
     if entry is not None and entry == plan.classes:
         return (
-            "Pad the classes: a kernel with anything, num_classes telling how many there are; "
-            "logits with -inf, and labels and weight with 0"
+            "Pad the classes: a kernel with any numbers, and write num_classes=; logits with "
+            "-inf, and labels and weight with 0"
         )
     if entry == plan.width:
-        return "Spread the kernel's rows over fewer devices, or pad hidden and kernel with 0"
-    return "Pad the rows, and leave the padding out by where or ignore_index"
+        return "Use fewer devices for width, or pad hidden and kernel with 0"
+    return "Pad the rows, and exclude the padding with where or ignore_index"
 
 
 def placer(plan: Plan) -> Callable[[Array, tuple[Names, ...]], Array]:
     """A function that gives an array the sharding that `jax.shard_map` expects to find.
 
-    That is done by JAX for mesh axes of type Auto, and asked of us for those of type Explicit.
+    JAX does this itself for mesh axes of type Auto, but not for axes of type Explicit.
     """
     types = zip(plan.mesh.axis_names, plan.mesh.axis_types, strict=True)
     explicit = {name for name, of_type in types if of_type == AxisType.Explicit}

@@ -1,4 +1,4 @@
-"""From per-example losses to the result: masks, sample weights, and the reductions."""
+"""Masks, sample weights and reductions of per-example losses."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Reducer(NamedTuple):
             return tuple(range(ndim))
         if not all(-ndim <= a < ndim for a in self.axis):
             raise ValueError(
-                f"reduction_axis must name axes of the loss, which has {ndim}, got {self.axis}"
+                f"reduction_axis must name axes of the loss, which has {ndim} axes, got {self.axis}"
             )
         axes = tuple(a % ndim for a in self.axis)
         if len(set(axes)) < len(axes):
-            raise ValueError(f"reduction_axis names an axis twice: {self.axis}")
+            raise ValueError(f"reduction_axis must not name an axis twice, got {self.axis}")
         return axes
 
 
@@ -67,12 +67,12 @@ def reducer(reduction: Reduction, reduction_axis: Axes = None) -> Reducer:
         return Reducer(reduction)
     if reduction == "none":
         raise ValueError(
-            f"reduction_axis={reduction_axis!r} needs a reduction, which is 'none': "
+            f"reduction_axis={reduction_axis!r} needs a reduction, got 'none'; "
             "write reduction='sum', 'mean' or 'ratio'"
         )
     axes = reduction_axis if isinstance(reduction_axis, Sequence) else (reduction_axis,)
     if not axes:
-        raise ValueError("reduction_axis names no axis; leave it out to reduce all")
+        raise ValueError("reduction_axis must name at least one axis; omit it to reduce all axes")
     if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in axes):
         raise TypeError(f"reduction_axis must be an int or a tuple of ints, got {reduction_axis!r}")
     return Reducer(reduction, tuple(map(operator.index, axes)))

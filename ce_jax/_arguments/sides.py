@@ -1,4 +1,4 @@
-"""The two sides of a batch of pairs: checked, masked, gathered; and its losses reduced."""
+"""The two sides of a batch of pairs: checks, masks, gathering; reduction of its losses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def sides(
     if columns.dtype != rows.dtype:
         raise TypeError(
             f"{column_name} must have the dtype of {row_name}, {rows.dtype}, got {columns.dtype}; "
-            "cast the one that is to be rounded or widened"
+            "cast one of them"
         )
     if columns.shape[1] != width or (m < n if more else m != n):
         least = "at least " if more else ""

@@ -1,4 +1,4 @@
-"""Labels, masks and weights of the rows: what each row is compared with, and whether it counts."""
+"""Labels, masks and weights of the rows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def rows_of(
     """
     x = checks.floating(name, x)
     if x.ndim == 0:
-        raise ValueError(f"{name} must have at least one axis, for the classes; got shape ()")
+        raise ValueError(f"{name} must have at least one axis, the class axis; got shape ()")
     axes = checks.axes(axis, x.ndim)
     shape = x.shape
     x = classes_last(x, axes)
@@ -197,7 +197,7 @@ def maybe_class_ids(
     if labels is not None:
         return class_ids(labels, rows, classes, counts, ignore_index)
     if ignore_index is not None:
-        raise ValueError("ignore_index is a label, and there are no labels; write where=")
+        raise ValueError("ignore_index needs labels, but there are none; write where=")
     return ClassIds(ABSENT, counts, ABSENT)
 
 

@@ -1,4 +1,4 @@
-"""The arguments of distillation between linear layers: checked, by rows, with a plan of blocks."""
+"""Arguments of distillation between linear layers: checked, in rows, divided into blocks."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def two_heads(
     if s.local != t.local and (num_classes is None or axis_name is not None):
         raise ValueError(
             f"{'teacher_logits' if teacher is None else 'teacher_kernel'} must have as many "
-            f"classes as kernel, {s.local}, got {t.local}; without axis_name, num_classes can tell "
-            "how many of them are no padding"
+            f"classes as kernel, {s.local}, got {t.local}; if one of them is padded, write "
+            "num_classes= (without axis_name)"
         )
     classes = checks.class_count(num_classes, min(held))
 

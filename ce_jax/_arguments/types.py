@@ -1,4 +1,4 @@
-"""Types of arguments and results, under names that can be read in a signature."""
+"""Types of arguments and results, with short names for signatures."""
 
 from __future__ import annotations
 

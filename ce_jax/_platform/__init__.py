@@ -1,4 +1,4 @@
-"""How a platform reads a tile faster, or in less memory, than the plain way of `_rows.tile`.
+"""Ways to read a tile faster, or in less memory, than `_rows.tile`, for one platform each.
 
 Three ways are left, each in the file of its platform, with what it gains:
 

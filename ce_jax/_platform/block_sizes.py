@@ -1,4 +1,4 @@
-"""How the linear form divides its work: by tokens or by classes, and into blocks of what size.
+"""Division of the linear form's work: by tokens or by classes, and the sizes of the blocks.
 
 A number of tokens, or of the classes of a contrastive loss, may be symbolic (`jax.export`): it has
 no value when the program is made. The size of a block is then that for some fixed number of them,

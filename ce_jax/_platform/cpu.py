@@ -1,4 +1,4 @@
-"""Several sums over the same classes, for which a CPU reads a tile once.
+"""Several sums over the same classes in one reading of a tile, for a CPU.
 
 XLA has a fast kernel for one sum of simple arithmetic. Where a select is among what is added up, or
 two sums share an operand, it first stores an array of the size of the tile. As one reduction with

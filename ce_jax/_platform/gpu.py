@@ -1,4 +1,4 @@
-"""The maximum of a row and the sum of its exponentials, for which a GPU reads it once.
+"""The maximum of a row and the sum of its exponentials in one reading, for a GPU.
 
 As two reductions they take two readings. As one, which brings both sums to the larger maximum, they
 take one and more arithmetic, which hides behind it. On an H200, 8192 rows of 32768 float32 logits

@@ -1,4 +1,4 @@
-"""Which bin an example is in, and what a bin holds, exactly for any number of examples."""
+"""Bins of examples and their sums, exact for any number of examples."""
 
 from __future__ import annotations
 

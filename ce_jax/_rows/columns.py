@@ -1,4 +1,4 @@
-"""What is gathered from blocks of columns, with a derivative that computes each block again.
+"""Results of a loop over blocks of columns; the derivative computes each block again.
 
 `class_blocks` does this for the statistics of one softmax. A loss that reads a block in another way
 (both directions of a matrix, two matrices at once) brings a `Form`. The loop is here, with its

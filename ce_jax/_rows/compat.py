@@ -1,6 +1,6 @@
-"""What differs between the supported versions of JAX, each under one name here.
+"""Differences between the supported versions of JAX, with one name for each.
 
-When the oldest supported version does as the newest, its users call that and the choice goes.
+When the oldest supported version behaves like the newest, remove the choice.
 """
 
 from __future__ import annotations

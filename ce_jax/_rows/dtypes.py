@@ -1,4 +1,4 @@
-"""In which dtype sums over classes are accumulated."""
+"""The dtype of sums over classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions of which the plain formula fails near a limit."""
+"""Functions that are accurate where their plain formula fails."""
 
 from __future__ import annotations
 

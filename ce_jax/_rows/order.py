@@ -1,4 +1,4 @@
-"""Rows in an order in which those that count are the first, and back.
+"""Brings the rows that count to the front, and back.
 
 Blocks of rows behind them need not be computed. The order is a permutation: nothing has a size that
 depends on the mask, and the derivative of bringing rows into order is to bring cotangents back.

@@ -1,4 +1,4 @@
-"""A few columns of each row of a tile, by the ids of their classes: read, and written."""
+"""Reads and writes a few columns of each row of a tile, by class id."""
 
 from __future__ import annotations
 

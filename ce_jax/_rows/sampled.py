@@ -1,4 +1,4 @@
-"""Logits of a label and of a sample of the other classes: checked, masked, and from a linear layer.
+"""Logits of the label and of sampled classes: checks, masks, and the linear layer.
 
 Of the layer's kernel only the rows of these classes are read.
 """

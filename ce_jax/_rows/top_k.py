@@ -1,4 +1,4 @@
-"""A teacher of which the log-probabilities of a few classes are known: its divergence, row by row.
+"""Divergence from a teacher of which a few classes per row are known.
 
 All other classes are one, the rest. With `p` and `q` of teacher and student over the classes that
 are known, and their rests `p_r` and `q_r`,
