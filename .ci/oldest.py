@@ -1,5 +1,7 @@
 """Prints the oldest versions that pyproject.toml allows, as constraints for pip or uv."""
 
+from __future__ import annotations
+
 import pathlib
 import tomllib
 

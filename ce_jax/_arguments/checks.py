@@ -77,8 +77,8 @@ def shape_is(name: str, x: Array, shape: Sequence[int], meaning: str) -> None:
 
 
 def broadcast(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
-    """`x` broadcast to `shape`; `x` must not have more axes or larger ones.""" if not
-    _fits(x.shape, shape):
+    """`x` broadcast to `shape`; `x` must not have more axes or larger ones."""
+    if not _fits(x.shape, shape):
         raise ValueError(
             f"{name} must be broadcastable to {tuple(shape)} ({meaning}), got {x.shape}"
             + indexing(name, x.shape, shape)
@@ -118,8 +118,10 @@ def _fits(shape: Sequence[int], onto: Sequence[int]) -> bool:
 
 
 def indexing(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
-    """Advice for an array with missing or superfluous axes of size 1; may be empty.""" shape,
-    wanted = tuple(shape), tuple(wanted) more = len(wanted) - len(shape) if more == 0 or not shape:
+    """Advice for an array with missing or superfluous axes of size 1; may be empty."""
+    shape, wanted = tuple(shape), tuple(wanted)
+    more = len(wanted) - len(shape)
+    if more == 0 or not shape:
         return ""
     if more > 0:
         axes, new = [":"] * len(shape), ["None"] * more

@@ -146,9 +146,10 @@ def _rows(plan: Plan, ndim: int) -> tuple[Names, ...]:
 def _broadcast(
     spec: tuple[Names, ...], shape: tuple[int, ...], onto: tuple[int, ...]
 ) -> tuple[Names, ...]:
-    """The spec of an array that is broadcast: an axis of size 1 is whole on every device.""" start
-    = len(onto) - len(shape) pairs = zip(spec[start:], shape, onto[start:], strict=True) return
-    tuple(entry if have == want else None for entry, have, want in pairs)
+    """The spec of an array that is broadcast: an axis of size 1 is whole on every device."""
+    start = len(onto) - len(shape)
+    pairs = zip(spec[start:], shape, onto[start:], strict=True)
+    return tuple(entry if have == want else None for entry, have, want in pairs)
 
 
 def check_divisible(plan: Plan, shapes: Shapes, specs: Specs) -> None:
