@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
@@ -15,9 +16,10 @@ from ._arguments.reductions import Reducer
 from ._arguments.two_heads import Layer, two_heads
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import class_blocks, sharded
-from ._rows.divergence import Inputs, Options, Side, divergence
+from ._rows.divergence import Inputs, Options, Side, Used, divergence
 from ._rows.jensen_shannon import jensen_shannon
 from ._rows.loss import silenced
+from ._rows.order import Counting, as_given, in_order
 from ._rows.tile import wide
 
 
@@ -135,7 +137,9 @@ def of_logits(
     both = Options(side, side, local)
     by_row = _of_rows(temperature, tuple(rows), dtype, student.counts)
     beta = None if beta is None else beta.astype(dtype)
-    loss = _loss(both, of_student, of_teacher, by_row, beta, None, weights, reverse, forward_mode)
+    loss = _loss(
+        both, of_student, of_teacher, by_row, beta, None, None, weights, reverse, forward_mode
+    )
     return reductions.reduce(loss, student.counts, weights, reduction)
 
 
@@ -156,7 +160,8 @@ def _loss(
     teacher: Side,
     temperature: Float[Array, "*rows"] | None,
     beta: Array | None,
-    used: Bool[Array, "*rows"] | None,
+    used: Used,
+    counting: Counting,
     sample_weight: Float[Array, "*rows"] | None,
     reverse: bool,
     forward_mode: bool,
@@ -166,10 +171,10 @@ def _loss(
         both, student, teacher = both._replace(p=both.q, q=both.p), teacher, student
     inputs = Inputs(teacher, student, temperature)
     if beta is None:
-        loss = divergence(both, inputs, used, forward_mode=forward_mode)
+        loss = divergence(both, inputs, used, counting, forward_mode=forward_mode)
     else:
         inputs = inputs._replace(share=beta)
-        loss = jensen_shannon(both, inputs, used, forward_mode=forward_mode)
+        loss = jensen_shannon(both, inputs, used, counting, forward_mode=forward_mode)
     if temperature is None:
         return loss
     return silenced(sample_weight, loss) * jnp.square(temperature.astype(loss.dtype))
@@ -341,11 +346,19 @@ def of_layers(
         axis_name=axis_name,
         memory_budget=memory_budget,
     )
-    weights = None if x.weights is None else x.weights.ravel()
-    by_row = _of_rows(temperature, x.rows, x.dtype, x.counts)
-    by_row = None if by_row is None else by_row.ravel()
-    beta = None if beta is None else beta.astype(x.dtype)
+    temperature = _of_rows(temperature, x.rows, x.dtype, x.counts)
+    temperature, weights = in_order(x.order, jax.tree.map(jnp.ravel, (temperature, x.weights)))
     loss = _loss(
-        x.options, x.student, x.teacher, by_row, beta, x.used, weights, reverse, forward_mode
+        x.options,
+        x.student,
+        x.teacher,
+        temperature,
+        None if beta is None else beta.astype(x.dtype),
+        x.used,
+        None if x.order is None else x.order.counting,
+        weights,
+        reverse,
+        forward_mode,
     )
+    loss = as_given(x.order, loss)
     return reductions.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)

@@ -63,50 +63,71 @@ class Budget(NamedTuple):
     rows: int
 
 
-FULL, QUICK = Budget(800, 500, 2048), Budget(4, 4, 64)
+FULL, QUICK = Budget(800, 1500, 2048), Budget(4, 4, 64)
 
 Tail: TypeAlias = Literal["bucket", "renormalize", "drop"]
-# Of logits `[B, L, 256]`, the labels, and the teacher's log-probabilities as stored.
-Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# Arrays `[rows, L, ...]` with what is stored of the teacher's predictions.
+Stored: TypeAlias = tuple[jax.Array, ...]
+# Of logits `[B, L, 256]`, the labels, and what is stored.
+Loss = Callable[[jax.Array, jax.Array, Stored], jax.Array]
 
 
-def from_bytes(logits: jax.Array, labels: jax.Array, stored: jax.Array) -> jax.Array:
+def from_bytes(logits: jax.Array, labels: jax.Array, stored: Stored) -> jax.Array:
     """Cross-entropy with the byte that follows."""
     return ce_jax.softmax_cross_entropy_with_integer_labels(logits, labels, reduction="mean")
 
 
-def from_all(logits: jax.Array, labels: jax.Array, stored: jax.Array) -> jax.Array:
+def from_all(logits: jax.Array, labels: jax.Array, stored: Stored) -> jax.Array:
     """Divergence from the whole distribution of the teacher."""
-    return ce_jax.distillation_loss(logits, stored, reduction="mean")
+    (log_probs,) = stored
+    return ce_jax.distillation_loss(logits, log_probs, reduction="mean")
 
 
-def by_jensen_shannon(logits: jax.Array, labels: jax.Array, stored: jax.Array) -> jax.Array:
+def by_jensen_shannon(logits: jax.Array, labels: jax.Array, stored: Stored) -> jax.Array:
     """Jensen-Shannon divergence between the whole distributions."""
-    return ce_jax.jensen_shannon_loss(logits, stored, reduction="mean")
+    (log_probs,) = stored
+    return ce_jax.jensen_shannon_loss(logits, log_probs, reduction="mean")
 
 
-def from_top_k(
-    logits: jax.Array, labels: jax.Array, stored: jax.Array, *, k: int, tail: Tail
-) -> jax.Array:
+def from_top_k(logits: jax.Array, labels: jax.Array, stored: Stored, *, tail: Tail) -> jax.Array:
     """Divergence from what is known of the teacher by its k best classes."""
-    log_probs, ids = jax.lax.top_k(stored.astype(jnp.float32), k)
-    return ce_jax.top_k_distillation_loss(logits, ids, log_probs, tail=tail, reduction="mean")
+    ids, log_probs = stored
+    return ce_jax.top_k_distillation_loss(
+        logits, ids.astype(jnp.int32), log_probs, tail=tail, reduction="mean"
+    )
+
+
+def nothing(log_probs: jax.Array) -> Stored:
+    """The bytes alone need no teacher."""
+    return ()
+
+
+def everything(log_probs: jax.Array) -> Stored:
+    """All log-probabilities, in float16."""
+    return (log_probs.astype(jnp.float16),)
+
+
+def best(log_probs: jax.Array, *, k: int) -> Stored:
+    """The k best classes, each a byte, and their log-probabilities, in float16."""
+    values, ids = jax.lax.top_k(log_probs, k)
+    return ids.astype(jnp.uint8), values.astype(jnp.float16)
 
 
 class Method(NamedTuple):
-    """A loss of the students, and the bytes of the teacher that it needs for each token."""
+    """A loss of the students, and what it needs of the teacher's log-probabilities."""
 
     loss: Loss
-    stored: int
+    stored: Callable[[jax.Array], Stored]
 
 
 METHODS = {
-    "bytes alone": Method(from_bytes, 0),
-    "whole teacher": Method(from_all, 2 * 256),
-    "whole teacher, Jensen-Shannon": Method(by_jensen_shannon, 2 * 256),
-    # A byte names a class, two hold its log-probability.
+    "bytes alone": Method(from_bytes, nothing),
+    "whole teacher": Method(from_all, everything),
+    "whole teacher, Jensen-Shannon": Method(by_jensen_shannon, everything),
     **{
-        f"top {k}, {tail}": Method(functools.partial(from_top_k, k=k, tail=tail), 3 * k)
+        f"top {k}, {tail}": Method(
+            functools.partial(from_top_k, tail=tail), functools.partial(best, k=k)
+        )
         for k in (1, 4, 16)
         for tail in get_args(Tail)
     },
@@ -139,7 +160,7 @@ def logits_of(model: LanguageModel, inputs: jax.Array) -> jax.Array:
 
 
 def trained(
-    shape: Shape, loss: Loss, text: jax.Array, stored: jax.Array, steps: int, seeds: int
+    shape: Shape, loss: Loss, text: jax.Array, stored: Stored, steps: int, seeds: int
 ) -> tuple[nnx.GraphDef[Any], Any, float]:
     """Models of all seeds, trained side by side, and the seconds of a step."""
     graph = nnx.split(model_of(shape, 0))[0]
@@ -151,11 +172,11 @@ def trained(
         def step(carry: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], None]:
             params, state = carry
             rows = jax.random.randint(key, (BATCH,), 0, len(text))
-            of_batch, known = text[rows], stored[rows]
+            of_batch, *known = (x[rows] for x in (text, *stored))
 
             def of_params(params: Any) -> jax.Array:
                 logits = logits_of(nnx.merge(graph, params), of_batch[:, :-1])
-                return loss(logits, of_batch[:, 1:], known)
+                return loss(logits, of_batch[:, 1:], tuple(known))
 
             updates, state = optimizer.update(jax.grad(of_params)(params), state)
             return (optax.apply_updates(params, updates), state), None
@@ -185,12 +206,12 @@ def bits_per_byte(graph: nnx.GraphDef[Any], params: Any, text: jax.Array) -> flo
 
 
 def predictions(graph: nnx.GraphDef[Any], params: Any, text: jax.Array) -> jax.Array:
-    """Log-probabilities of the teacher for every byte of the text, in float16."""
+    """Log-probabilities of the teacher for every byte of the text, `[rows, L, 256]`."""
 
     @jax.jit
     def of_rows(rows: jax.Array) -> jax.Array:
         logits = logits_of(nnx.merge(graph, params), rows[:, :-1])
-        return jax.nn.log_softmax(logits).astype(jnp.float16)
+        return jax.nn.log_softmax(logits)
 
     return jnp.concatenate([of_rows(text[i : i + 64]) for i in range(0, len(text), 64)])
 
@@ -201,20 +222,21 @@ def study(budget: Budget, seeds: int, console: Console) -> Outcome:
     draw = np.random.default_rng(0)
     learnt = learnt[draw.permutation(len(learnt))[: budget.rows]]
     text, unseen = jnp.asarray(learnt), jnp.asarray(held_out[: budget.rows])
-    nothing = jnp.zeros((len(text), 0), jnp.float16)
-    graph, params, _ = trained(TEACHER, from_bytes, text, nothing, budget.teacher, 1)
+    graph, params, _ = trained(TEACHER, from_bytes, text, (), budget.teacher, 1)
     teacher = jax.tree.map(lambda x: x[0], params)
-    stored = predictions(graph, teacher, text)
+    log_probs = predictions(graph, teacher, text)
     bits = bits_per_byte(graph, teacher, unseen)
     console.print(f"teacher: {bits:.3f} held-out bits per byte")
     records = []
     for name, method in METHODS.items():
+        stored = jax.jit(method.stored)(log_probs)
+        size = sum(x.nbytes for x in stored) / text[:, 1:].size
         graph, params, step = trained(STUDENT, method.loss, text, stored, budget.students, seeds)
         for seed in range(seeds):
             own = jax.tree.map(lambda x, seed=seed: x[seed], params)
             figures = {
                 "bits": bits_per_byte(graph, own, unseen),
-                "stored": float(method.stored),
+                "stored": size,
                 "step": 1e3 * step,
             }
             records.append(Record({"method": name}, seed, figures))

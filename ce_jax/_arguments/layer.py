@@ -12,7 +12,7 @@ from .. import _platform
 from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.head import Head, Tokens
-from .._rows.order import Order, in_order, order_of
+from .._rows.order import Counting, Order, in_order, order_of
 from .._rows.tile import wide
 from . import checks, options, targets
 from .types import ArrayLike
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
     token_block: int | None
 
     @property
-    def counting(self) -> class_blocks.Counting:
+    def counting(self) -> Counting:
         """How many rows count; None for all."""
         return None if self.order is None else self.order.counting
 

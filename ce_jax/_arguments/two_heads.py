@@ -7,10 +7,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .. import _platform
 from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.divergence import Options, Side
 from .._rows.head import Head
+from .._rows.order import Order, in_order, order_of
 from .._rows.tile import wide
 from . import checks, reductions, targets
 from .types import ArrayLike
@@ -28,6 +30,8 @@ class Layer(NamedTuple):
 class TwoHeads(NamedTuple):
     """Student and teacher, their rows in one axis, and 0 in rows that do not count.
 
+    Where both are layers, rows that count come first. To bring logits into order would copy them.
+
     Attributes:
       student: its layer.
       teacher: its layer or its logits.
@@ -36,6 +40,7 @@ class TwoHeads(NamedTuple):
       dtype: that of the loss.
       counts: which rows count; None if nothing excludes any.
       used: those of them whose loss has an effect, in one axis; None if nothing excludes any.
+      order: the order of the rows in this axis; None for that of the arguments.
       weights: sample weights; None if there are none.
     """
 
@@ -46,6 +51,7 @@ class TwoHeads(NamedTuple):
     dtype: jnp.dtype
     counts: Bool[Array, "*rows"] | None
     used: Bool[Array, " tokens"] | None
+    order: Order | None
     weights: Float[Array, "*rows"] | None
 
 
@@ -103,20 +109,30 @@ def two_heads(
 
     if memory_budget is None:
         memory_budget = block_sizes.default_budget(s.kernel_bytes + t.kernel_bytes)
+    order = None
+    if counts is not None and used is not None and teacher is not None:
+        order = order_of(used) if _platform.is_local(_leaf(s.side)) else None
     tokens, local = _leaf(s.side).shape[0], s.local if axis_name is not None else classes
+    at_once = tokens if order is None else -(-tokens // 2)
     pair_bytes = s.logit_bytes + t.logit_bytes
-    block = block_sizes.blocks(tokens, local, pair_bytes, memory_budget, summed=False).classes
+    block = block_sizes.blocks(at_once, local, pair_bytes, memory_budget, summed=False).classes
     of_teacher, of_student = (
-        class_blocks.Options(block, x.class_axis, classes, axis_name) for x in (t, s)
+        class_blocks.Options(block, x.class_axis, classes, axis_name, rows=block_sizes.rows())
+        for x in (t, s)
     )
+    sides = [_without_unused(x.side, used) for x in (s, t)]
+    if order is not None:
+        sides = [x._replace(hidden=in_order(order, x.hidden)) for x in sides]
+        used = in_order(order, used)
     return TwoHeads(
-        student=_without_unused(s.side, used),
-        teacher=_without_unused(t.side, used),
+        student=sides[0],
+        teacher=sides[1],
         options=Options(of_teacher, of_student, local),
         rows=s.rows,
         dtype=dtype,
         counts=counts,
         used=used,
+        order=order,
         weights=weights,
     )
 

@@ -10,12 +10,11 @@ those: the time goes with the rows that count.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float
 
 from .. import _platform
 from . import sharded, tile
@@ -31,6 +30,7 @@ from .head import (
     take,
     take_classes,
 )
+from .order import Counting, over_rows, rows_of
 from .picked import pick
 from .tile import ABSENT, First, Partial, Target, merge
 
@@ -57,10 +57,6 @@ class Options(NamedTuple):
     entropy: bool = False
     argmax: bool = False
     rows: int = 0
-
-
-# How many rows count, which are the first; None for all.
-Counting = Integer[Array, ""] | None
 
 
 def row_statistics(
@@ -142,36 +138,6 @@ def _by_row(target: Target) -> Target:
     return Target(labels=target.labels, picked=target.picked)
 
 
-def _rows_of(tree: Any, first: First, size: int) -> Any:
-    return jax.tree.map(lambda x: take(x, first, size), tree)
-
-
-def while_counting(
-    step: Callable[[_Carry, First, int], _Carry], counting: Counting
-) -> Callable[[_Carry, First, int], _Carry]:
-    """A step over some rows that is left out where none of them counts."""
-    if counting is None:
-        return step
-
-    def if_any(carry: _Carry, first: First, size: int) -> _Carry:
-        return jax.lax.cond(first < counting, lambda c: step(c, first, size), lambda c: c, carry)
-
-    return if_any
-
-
-def _over_rows(
-    options: Options,
-    step: Callable[[_Carry, First, int], _Carry],
-    carry: _Carry,
-    total: int,
-    counting: Counting,
-) -> _Carry:
-    """Runs `step(carry, first, size)` over all rows at once, or over tiles of which some count."""
-    if counting is None:
-        return step(carry, 0, total)
-    return over_blocks(while_counting(step, counting), carry, total, options.rows)
-
-
 def _visited(options: Options, head: Head) -> int:
     """How many of the local classes to visit: without an axis name, padding is left out."""
     return options.classes if options.axis_name is None else head.kernel.shape[options.class_axis]
@@ -188,7 +154,7 @@ def _partial(
 
         def tile_of_block(part: Partial, row: First, rows: int) -> Partial:
             inputs = tokens_of_tile(), _by_row(target), part
-            of_rows, by_row, seen = _rows_of(inputs, row, rows)
+            of_rows, by_row, seen = rows_of(inputs, row, rows)
             z, _ = _of_block(of_rows, block._replace(head=block_of_tile()), options.class_axis)
             first_class = _first_class(options, head, first)
             z, picked = pick(z, by_row.picked, first_class)
@@ -203,7 +169,7 @@ def _partial(
             found = merge(seen, new._replace(picked=picked))
             return jax.tree.map(lambda x, new: put(x, new, row), part, found)
 
-        return _over_rows(options, tile_of_block, part, tokens.hidden.shape[0], counting)
+        return over_rows(tile_of_block, part, tokens.hidden.shape[0], options.rows, counting)
 
     rows, dtype = tokens.hidden.shape[:1], tile.wide(tokens.hidden.dtype)
     nothing = tile.nothing_seen(rows, dtype, target, entropy=options.entropy, argmax=options.argmax)
@@ -252,7 +218,7 @@ def pulled_back(
 
         def tile_of_block(sums: tuple[Tokens, Head, Any], row: First, rows: int) -> Any:
             d_tokens, *others = sums
-            of_rows, by_row, seen, g_rows = _rows_of(
+            of_rows, by_row, seen, g_rows = rows_of(
                 (tokens_of_tile(), _by_row(target), part, g), row, rows
             )
             z, pull = _of_block(of_rows, block._replace(head=block_of_tile()), options.class_axis)
@@ -264,15 +230,15 @@ def pulled_back(
                 first_class=_first_class(options, head, first),
             )
             more, d_block = pull(dz)
-            sums = jax.tree.map(jnp.add, _rows_of(d_tokens, row, rows), more)
+            sums = jax.tree.map(jnp.add, rows_of(d_tokens, row, rows), more)
             return (
                 jax.tree.map(lambda d, new: put(d, new, row), d_tokens, sums),
                 *jax.tree.map(jnp.add, tuple(others), (d_block, d_target.classes)),
             )
 
         sums = (d_tokens, *_zeros((block.head, of_block.classes), tokens))
-        d_tokens, d_block, more = _over_rows(
-            options, tile_of_block, sums, tokens.hidden.shape[0], counting
+        d_tokens, d_block, more = over_rows(
+            tile_of_block, sums, tokens.hidden.shape[0], options.rows, counting
         )
         d_head = Head(
             kernel=put(d_head.kernel, d_block.kernel, first, options.class_axis),

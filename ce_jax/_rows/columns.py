@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import sharded
-from .head import over_blocks, put, read_by_all
+from .head import over_blocks, put, read_by_all, take
+from .order import Counting, over_rows, rows_of
 from .tile import First, wide
 
 # For an input of which every block reads all.
@@ -104,3 +105,59 @@ def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None]:
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+class Visited(NamedTuple):
+    """The constants of a form whose rows are visited in tiles, and how many rows count."""
+
+    fixed: Any
+    counting: Counting
+
+
+def in_tiles(form: Form, by_row: Any, total: int, tile: int) -> Form:
+    """The form in which a block is visited in tiles of rows, up to the last row that counts.
+
+    Its constants are `Visited`. The sums are those of the start in rows that are not visited.
+
+    Args:
+      form: whose sums, constants and result are by row.
+      by_row: which of the inputs are by row, too; a pytree like the inputs.
+      total: how many rows there are.
+      tile: how many at a time.
+    """
+
+    def some(inputs: Any, row: First, rows: int) -> Any:
+        return jax.tree.map(lambda x, own: take(x, row, rows) if own else x, inputs, by_row)
+
+    def fold(inputs: Any, visited: Visited, sums: Any, first: First, size: int) -> Any:
+        inputs_of_tile = read_by_all(inputs)
+
+        def of_tile(sums: Any, row: First, rows: int) -> Any:
+            of_rows = rows_of((visited.fixed, sums), row, rows)
+            found = form.fold(some(inputs_of_tile(), row, rows), *of_rows, first, size)
+            return jax.tree.map(lambda x, new: put(x, new, row), sums, found)
+
+        return over_rows(of_tile, sums, total, tile, visited.counting)
+
+    def pull(inputs: Any, visited: Visited, sums: Any, g: Any, first: First, size: int) -> Any:
+        inputs_of_tile = read_by_all(inputs)
+
+        def of_tile(d: Any, row: First, rows: int) -> Any:
+            of_rows = rows_of((visited.fixed, sums, g), row, rows)
+            more = form.pull(some(inputs_of_tile(), row, rows), *of_rows, first, size)
+            return jax.tree.map(
+                lambda d, new, own: put(d, new, row) if own else d + new, d, more, by_row
+            )
+
+        def zeros(x: Array, axis: int) -> Array:
+            shape = list(x.shape)
+            if axis != WHOLE:
+                shape[axis] = size
+            return jnp.zeros(shape, wide(x.dtype))
+
+        d = sharded.like(jax.tree.map(zeros, inputs, form.axes), jax.tree.leaves(inputs)[0])
+        return over_rows(of_tile, d, total, tile, visited.counting)
+
+    return form._replace(
+        start=lambda inputs, visited: form.start(inputs, visited.fixed), fold=fold, pull=pull
+    )

@@ -24,10 +24,14 @@ from jaxtyping import Array, Bool, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
-from .columns import WHOLE, Form, over_columns
+from .columns import WHOLE, Form, Visited, in_tiles, over_columns
 from .head import Head, Tokens, take
 from .numerics import tempered
+from .order import Counting
 from .tile import ABSENT, First, Partial, Target, merge, origin
+
+# Which rows are used; None for all.
+Used = Bool[Array, "*rows"] | None
 
 
 class Side(NamedTuple):
@@ -73,12 +77,14 @@ class _Sums(NamedTuple):
 
 
 def divergence(
-    options: Options, inputs: Inputs, used: Bool[Array, "*rows"] | None, *, forward_mode: bool
+    options: Options, inputs: Inputs, used: Used, counting: Counting, *, forward_mode: bool
 ) -> Float[Array, "*rows"]:
     """KL(p || q) of each row, of logits divided by the temperature; 0 in rows that are not `used`.
 
     Of those all logits are 0: one side might ban a class in all rows that the other side bans in
     the rows that count alone, and the divergence be infinite.
+
+    Where the rows that count come first, `counting` is how many these are.
     """
     form = Form(
         start=functools.partial(_start, options),
@@ -90,8 +96,33 @@ def divergence(
         columns=options.columns,
         block=options.p.block,
     )
-    found: Array = over_columns(form, inputs, used, forward_mode=forward_mode)
+    form, fixed = visiting(options, form, inputs, used, counting)
+    found: Array = over_columns(form, inputs, fixed, forward_mode=forward_mode)
     return found
+
+
+def visiting(
+    options: Options, form: Form, inputs: Inputs, used: Used, counting: Counting
+) -> tuple[Form, Any]:
+    """The form that leaves out the work of rows behind those that count, and its constants."""
+    if counting is None or used is None:
+        return form, used
+    tiled = in_tiles(form, _by_row(inputs), used.shape[0], options.p.rows)
+    return tiled, Visited(used, counting)
+
+
+def _by_row(inputs: Inputs) -> Any:
+    """For each array whether it is by row."""
+
+    def mark(tree: Any, own: bool) -> Any:
+        return jax.tree.map(lambda x: own, tree)
+
+    def of(side: Side) -> Any:
+        return mark(side, True)._replace(head=mark(side.head, False))
+
+    return Inputs(
+        of(inputs.p), of(inputs.q), mark(inputs.temperature, True), mark(inputs.share, False)
+    )
 
 
 def axes(options: Options, inputs: Inputs) -> Any:
@@ -108,7 +139,6 @@ def axes(options: Options, inputs: Inputs) -> Any:
     return jax.tree.unflatten(jax.tree.structure(inputs), found)
 
 
-Used = Bool[Array, "*rows"] | None
 Tiles = tuple[Float[Array, "*rows block"], Float[Array, "*rows block"]]
 
 
@@ -160,11 +190,17 @@ def _both(dtype: DTypeLike, used: Used, u: Array, v: Array, temperature: Array |
 
 
 def nothing(options: Options, inputs: Inputs, used: Used) -> Partial:
-    """The normaliser of no classes, of p or of q."""
+    """The normaliser of no classes, of p or of q.
+
+    In a row that is not used, that of a class whose logit is 0, so that it is right as it is where
+    nothing visits the row.
+    """
     size = min(options.p.block, options.columns)
     tile, _ = jax.eval_shape(lambda: tiles(options, inputs, used, 0, size)[0])
     zero = jnp.zeros(tile.shape[:-1], tile.dtype)
-    return Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+    if used is None:
+        return Partial(base=zero - jnp.inf, sum_exp=zero)
+    return Partial(base=jnp.where(used, -jnp.inf, zero), sum_exp=jnp.where(used, zero, 1))
 
 
 def _start(options: Options, inputs: Inputs, used: Used) -> _Sums:

@@ -17,7 +17,7 @@ as `1 + (1 - s) (q / p - 1)`, and its logarithm by `log1p`.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -25,8 +25,9 @@ from jaxtyping import Array, Float
 from .. import _platform
 from . import sharded, tile
 from .columns import Form, over_columns, sums
-from .divergence import Inputs, Options, Tiles, Used, axes, nothing, tiles
+from .divergence import Inputs, Options, Tiles, Used, axes, nothing, tiles, visiting
 from .numerics import expm1_less_x
+from .order import Counting
 from .tile import First, Partial, Target, merge
 
 
@@ -48,7 +49,7 @@ class _Sums(NamedTuple):
 
 
 def jensen_shannon(
-    options: Options, inputs: Inputs, used: Used, *, forward_mode: bool
+    options: Options, inputs: Inputs, used: Used, counting: Counting, *, forward_mode: bool
 ) -> Float[Array, "*rows"]:
     """The divergence of each row, where p has `inputs.share`; 0 in rows that are not `used`."""
     axis_name = options.p.axis_name
@@ -63,11 +64,12 @@ def jensen_shannon(
         block=options.p.block,
     )
     form = normalisers._replace(
-        start=functools.partial(_start, normalisers),
-        fold=functools.partial(_fold, options),
-        across=functools.partial(_added, axis_name),
+        fold=functools.partial(_fold, options), across=functools.partial(_added, axis_name)
     )
-    found: Array = over_columns(form, inputs, used, forward_mode=forward_mode)
+    normalisers, fixed = visiting(options, normalisers, inputs, used, counting)
+    form, _ = visiting(options, form, inputs, used, counting)
+    form = form._replace(start=functools.partial(_start, normalisers))
+    found: Array = over_columns(form, inputs, fixed, forward_mode=forward_mode)
     return found
 
 
@@ -88,8 +90,8 @@ def _merged(axis_name: str | None, of: _Normalisers) -> _Normalisers:
     return _Normalisers(*(sharded.merge_across(x, axis_name) for x in of))
 
 
-def _start(normalisers: Form, inputs: Inputs, used: Used) -> _Sums:
-    of = sums(normalisers, inputs, used)
+def _start(normalisers: Form, inputs: Inputs, fixed: Any) -> _Sums:
+    of = sums(normalisers, inputs, fixed)
     zero = jnp.zeros_like(of.p.sum_exp)
     return _Sums(of, zero, zero, zero)
 

@@ -6,13 +6,21 @@ depends on the mask, and the derivative of bringing rows into order is to bring 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer
 
+from .head import over_blocks, take
+from .tile import First
+
 _Tree = TypeVar("_Tree")
+_Carry = TypeVar("_Carry")
+
+# How many rows count, which are the first; None for all.
+Counting = Integer[Array, ""] | None
 
 
 class Order(NamedTuple):
@@ -52,3 +60,35 @@ def _permuted(tree: _Tree, rows: Integer[Array, " tokens"]) -> _Tree:
         lambda x: x.at[rows].get(unique_indices=True, mode="promise_in_bounds"), tree
     )
     return permuted
+
+
+def over_rows(
+    step: Callable[[_Carry, First, int], _Carry],
+    carry: _Carry,
+    total: int,
+    tile: int,
+    counting: Counting,
+) -> _Carry:
+    """Runs `step(carry, first, size)` over all rows at once, or over tiles of which some count."""
+    if counting is None:
+        return step(carry, 0, total)
+    return over_blocks(while_counting(step, counting), carry, total, tile)
+
+
+def while_counting(
+    step: Callable[[_Carry, First, int], _Carry], counting: Counting
+) -> Callable[[_Carry, First, int], _Carry]:
+    """A step over some rows that is left out where none of them counts."""
+    if counting is None:
+        return step
+
+    def if_any(carry: _Carry, first: First, size: int) -> _Carry:
+        return jax.lax.cond(first < counting, lambda c: step(c, first, size), lambda c: c, carry)
+
+    return if_any
+
+
+def rows_of(tree: _Tree, first: First, size: int) -> _Tree:
+    """Some consecutive rows of all arrays."""
+    part: _Tree = jax.tree.map(lambda x: take(x, first, size), tree)
+    return part

@@ -21,6 +21,7 @@ from .. import _platform
 from . import class_blocks, sharded, tile
 from .head import Head, Tokens, head_read_by_all, over_blocks, put, take, take_classes
 from .numerics import instantiated
+from .order import Counting, while_counting
 from .tile import First
 
 
@@ -69,7 +70,7 @@ def loss_sum(
     head: Head,
     target: tile.Target,
     rows: RowInputs,
-    counting: class_blocks.Counting,
+    counting: Counting,
 ) -> _Result:
     """The sum of `row_loss` over all rows."""
     # Every block reads all classes it is given: 0 times padding that is not finite would be NaN.
@@ -86,7 +87,7 @@ def _fused(
     head: Head,
     target: tile.Target,
     rows: RowInputs,
-    counting: class_blocks.Counting,
+    counting: Counting,
 ) -> _Result:
     found = class_blocks.row_statistics(options.head, tokens, head, target, counting)
     total = jnp.sum(options.row_loss(found, rows))
@@ -109,7 +110,7 @@ class _Residuals(NamedTuple):
     inputs: _Inputs
     grads: _Inputs
     target: tile.Target
-    counting: class_blocks.Counting
+    counting: Counting
     part: tile.Partial | None
 
 
@@ -160,7 +161,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         nothing = tile.nothing_seen(tokens.hidden.shape[:1], dtype, target, **wanted)
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), (0, inputs))
     total, grads, part = over_blocks(
-        class_blocks.while_counting(step, counting),
+        while_counting(step, counting),
         sharded.like((*zeros, nothing), tokens.hidden),
         tokens.hidden.shape[0],
         options.block,
