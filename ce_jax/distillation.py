@@ -220,7 +220,7 @@ def linear_distillation_loss(
     Args:
       hidden: the student's hidden states `[..., D]`, floating.
       kernel: the student's kernel `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of
-        `hidden`.
+        `hidden` or a wider one.
       teacher_logits: the teacher's logits `[..., V]`, of any floating dtype. Give either these or:
       teacher_hidden: the teacher's hidden states `[..., D']`, floating, and
       teacher_kernel: its kernel `[D', V]`, or `[V, D']` with `teacher_class_axis=0`.
@@ -252,7 +252,7 @@ def linear_distillation_loss(
       The loss, of shape `[...]` or `[]`, in float32 (float64 if an input is).
 
     Raises:
-      TypeError: for a dtype or type that does not fit; hidden states and kernel must agree.
+      TypeError: for a dtype or type that does not fit, such as hidden states wider than the kernel.
       ValueError: for a shape, an axis or a value that does not fit, or unless the teacher is given
         in exactly one way.
 

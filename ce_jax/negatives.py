@@ -144,7 +144,7 @@ def log_uniform_log_prob(ids: ArrayLike, num_items: int) -> Float[Array, "..."]:
       Log-probabilities of the shape of `ids`; NaN for an id outside `[0, C)`.
 
     Raises:
-      TypeError: for ids of another dtype, or a number that is no int.
+      TypeError: for ids of another dtype, or a number that is not an int.
       ValueError: for a number below 1.
 
     Example:

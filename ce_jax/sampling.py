@@ -154,7 +154,7 @@ def linear_sampled_softmax_cross_entropy(
 
     Args:
       hidden: `[..., D]`, floating.
-      kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden`.
+      kernel: `[D, V]`, or `[V, D]` with `class_axis=0`, of the dtype of `hidden` or a wider one.
       labels: class ids `[...]`, of any integer dtype.
       negatives: the result of a sampler: `[S]` for all rows, or `[..., S]` for each row.
       bias: `[V]`.
@@ -179,7 +179,7 @@ def linear_sampled_softmax_cross_entropy(
       `[0, V)`, of a label or of a negative, makes loss and gradient of its rows NaN.
 
     Raises:
-      TypeError: for a dtype or type that does not fit; `hidden` and `kernel` must agree.
+      TypeError: for a dtype or type that does not fit, such as a `hidden` wider than `kernel`.
       ValueError: for a shape or a value that does not fit.
 
     Example:

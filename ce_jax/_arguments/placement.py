@@ -160,9 +160,8 @@ def check_divisible(plan: Plan, shapes: Shapes, specs: Specs) -> None:
             size = shapes[name][axis]
             if size % devices:
                 raise ValueError(
-                    f"{name} must have a multiple of {devices} entries in axis {axis}, which is "
-                    f"sharded over the {devices} devices of {entry!r}, got {size}. "
-                    + _remedy(plan, entry)
+                    f"{name} has {size} entries in axis {axis}, which is sharded over the "
+                    f"{devices} devices of {entry!r}: write a multiple of {devices}. " + _remedy(plan, entry)
                 )
 
 
