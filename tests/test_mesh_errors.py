@@ -44,7 +44,7 @@ def mesh():
         (LOSS, {"rows": P("data", "data")}, ValueError, "named twice"),
         (LOSS, {"width": "data"}, ValueError, "width must name mesh axes that rows names"),
         (LOSS, {"rows": "data", "width": "model"}, ValueError, "got width='model' and rows='data'"),
-        (DENSE, {"rows": "data", "width": "data"}, ValueError, "width is for functions of a kernel"),
+        (DENSE, {"rows": "data", "width": "data"}, ValueError, "width is for functions of"),
     ],
 )
 def test_what_is_spread(mesh, function, spread, error, message):

@@ -161,7 +161,8 @@ def check_divisible(plan: Plan, shapes: Shapes, specs: Specs) -> None:
             if size % devices:
                 raise ValueError(
                     f"{name} has {size} entries in axis {axis}, which is sharded over the "
-                    f"{devices} devices of {entry!r}: write a multiple of {devices}. " + _remedy(plan, entry)
+                    f"{devices} devices of {entry!r}: write a multiple of {devices}. "
+                    + _remedy(plan, entry)
                 )
 
 
