@@ -116,7 +116,7 @@ if TYPE_CHECKING:
     from optax.losses import squared_error as squared_error
     from optax.losses import triplet_margin_loss as triplet_margin_loss
 
-# Losses that are no cross-entropies come from optax, so that `optax.losses` can be replaced.
+# All other losses come from optax, so that `ce_jax` can replace `optax.losses`.
 _OF_OPTAX = (
     "binary_dice_loss",
     "convex_kl_divergence",

@@ -126,8 +126,8 @@ def _means_of_bins(
     dtype = wide(confidence.dtype)
     confidence = jnp.where(counts, confidence.reshape(-1).astype(dtype), 0)
     if adaptive:
-        # What is added up then does not depend on the order in which predictions came, not even by
-        # rounding: right ones are counted, and each of their equals gets the same share.
+        # After sorting, the sums do not depend on the order of the predictions, not even by
+        # rounding: right predictions are counted, and all of a tie get the same share.
         excluded, confidence, correct = jax.lax.sort((~counts, confidence, correct), num_keys=2)
         counts = ~excluded
         rank = jax.lax.iota(jnp.int32, confidence.shape[0])
@@ -140,8 +140,8 @@ def _means_of_bins(
     divisor = jnp.maximum(size, 1).astype(dtype)
 
     def mean(x: Array) -> Array:
-        # The rounding of a mean is as large as the sum was; what is left of it after the first is
-        # not.
+        # The rounding error of a mean grows with the size of the sum. A second pass over the
+        # remainders, whose sum is small, corrects it.
         def once(x: Array) -> Array:
             return bin_sums(jnp.where(counts, x, 0), index, bins) / divisor
 

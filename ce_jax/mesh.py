@@ -167,9 +167,10 @@ class _Task(NamedTuple):
 def _run(task: _Task, arrays: dict[str, Array]) -> Any:
     plan, options = task.plan, dict(task.options)
     arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
-    # Checks the whole arguments, so that errors tell their shapes, not those of a device's part.
+    # Checks the global arguments, so that errors show their shapes, not those of one device.
     whole = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
-    # They lie on no mesh, while what loops make inside would be, before jax 0.9, on the one in use.
+    # Without a mesh: before jax 0.9, arrays made inside a loop would be on the mesh in use, and
+    # these arguments are not.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         jax.eval_shape(functools.partial(task.function, **options), **whole)
     shapes = {name: x.shape for name, x in arrays.items()}
@@ -206,8 +207,8 @@ def _local(task: _Task, over: tuple[str, ...], parts: dict[str, Array]) -> Any:
     """
     plan, options = task.plan, dict(task.options)
     if plan.width:
-        # Cast first: its derivative, a sum over the other row axes, then comes after that of the
-        # gathering, when there is only this device's part left to be summed.
+        # Cast before gathering. In the derivative, the sum over the other row axes then comes after
+        # the reduce-scatter, and sums only this device's part.
         kernel = sharded.vary(parts["kernel"], plan.row_axes)
         width_axis = 1 - options["class_axis"] % 2
         gather = functools.partial(
@@ -215,7 +216,7 @@ def _local(task: _Task, over: tuple[str, ...], parts: dict[str, Array]) -> Any:
         )
         narrow = kernel.astype(parts["hidden"].dtype)
         if narrow.dtype != kernel.dtype:
-            # What multiplies is exchanged in a narrow dtype, sums of slopes in the wide one.
+            # The kernel is gathered in the narrow dtype, its gradient is summed in the wide one.
             read = jax.lax.stop_gradient(gather(narrow)).astype(kernel.dtype)
             kernel = with_slope_of(gather(kernel), read)
         else:
@@ -223,7 +224,7 @@ def _local(task: _Task, over: tuple[str, ...], parts: dict[str, Array]) -> Any:
         parts = {**parts, "kernel": kernel}
     reducer = _reducer(options)
     if reducer.kind == "mean":
-        options["reduction"] = "ratio"  # whose parts add up over the devices
+        options["reduction"] = "ratio"  # ratios add up over the devices
     found = task.function(**parts, **options, axis_name=plan.classes)
     if reducer.kind == "none":
         return found

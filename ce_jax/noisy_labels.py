@@ -119,8 +119,8 @@ def _forward(
     )
     top, joint_top = _base(z), _base(z + log_into)
     exp = jnp.exp(z - top)
-    # A class that cannot turn into the label may exceed the maximum of those that can. It weighs
-    # nothing, but its exponential is what the derivative by its weight is made of: keep it finite.
+    # A class with transition probability 0 may exceed the maximum of the others. It adds nothing,
+    # but the derivative with respect to this probability is its exponential: keep it finite.
     highest = math.log(float(jnp.finfo(dtype).max) / 4) - math.log(shape[-1])
     joint = jnp.exp(jnp.where(z - joint_top > highest, highest, z - joint_top))
     possible = jnp.sum(into_label * joint, -1)

@@ -113,7 +113,7 @@ def _ppo_clip(
     bound = jnp.where(gains, 1 + high.astype(ours.dtype), 1 - low.astype(ours.dtype))
     ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
     held = jnp.where(gains, ratio > bound, ratio < bound)
-    # An exponential that overflows must not be on the way of a gradient, not even of one that is 0.
+    # No gradient may pass through an exponential that overflows, not even a gradient of 0.
     ratio = jnp.where(held, bound, jnp.exp(jnp.where(held, 0, log_ratio)))
     return reduced(-advantage * ratio, rows, reduction)
 

@@ -106,14 +106,14 @@ def _estimate_prior(
     if weights is None:
         weights = jnp.ones(z.shape[:1], dtype)
     present = train > 0
-    # The model's own prior is taken out once; each step puts the current one in.
+    # The training prior is divided out once; each step multiplies by the current prior.
     log_train = jnp.log(jnp.where(present, train, 1))
     z = jnp.where(present[None], z.astype(dtype) - log_train[None], -jnp.inf)
     z = jnp.where((weights > 0)[:, None], z, 0)
 
     def step(state: PriorEstimate) -> PriorEstimate:
         posterior = jax.nn.softmax(z + jnp.log(state.prior)[None], -1)
-        # Left to the accelerator, the shares would keep three digits.
+        # At default precision, an accelerator would give the shares three digits only.
         shares = jnp.matmul(weights, posterior, precision="highest")
         total = jnp.sum(shares)
         prior = jnp.where(total == 0, train, shares / jnp.where(total == 0, 1, total))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 if TYPE_CHECKING:
     _Leaf: TypeAlias = Float[Array, "..."]
-else:  # operations on pytrees put other things than arrays in their places
+else:  # operations on pytrees also put other objects than arrays here
     _Leaf = Any
 
 

@@ -109,10 +109,11 @@ def _sigmoid_focal_loss(
     finite = jnp.where(infinite, 0, z)
     log_miss, cross = _log_miss_and_cross(finite, y)
     loss = jnp.exp(gamma * log_miss) * cross
-    # The share of the label that an infinite logit denies has an infinite loss, the rest none.
+    # At an infinite logit, the share of the label on the wrong side has an infinite loss, and the
+    # rest has loss 0.
     denied = jnp.where(z > 0, 1 - y, y)
     size = jnp.where(denied == 0, 0, jnp.where(z > 0, z, -z))
-    if sample_weight is not None:  # a slope of infinity times a weight of 0 would be NaN
+    if sample_weight is not None:  # an infinite derivative times a weight of 0 would be NaN
         size = jnp.where(infinite & (sample_weight == 0), 0, size)
     loss = jnp.where(infinite, denied ** (1 + gamma) * size, loss)
 
@@ -138,7 +139,8 @@ def _log_miss_and_cross(
     normaliser = jnp.log1p(u)
     hard = a == 0
     soft = jnp.log(jnp.where(hard, 1, a) + b * u)
-    # `a` is 0 here but its derivative is not. Past 80 that one is beyond float32, and cut.
+    # `a` is 0 here, but its derivative is not 0. Beyond 80 the derivative overflows float32; it is
+    # bounded.
     back = jnp.exp(-jnp.where(hard & (away > -80), away, -80))
     sure = away + jnp.log(jnp.where(hard, b + a * back, 1))
     return jnp.where(hard, sure, soft) - normaliser, normaliser - a * away

@@ -334,6 +334,6 @@ def _corrected(z: Float[Array, "..."], name: str, log_count: ArrayLike | None) -
     if log_count is None:
         return z
     log_count = checks.real(name, log_count).astype(z.dtype)
-    # All rows may share the negatives, and so their counts. A label is of its row.
+    # Counts of negatives may be the same for all rows; the count of a label belongs to its row.
     fit = checks.of_rows if name == "label_log_expected_count" else checks.broadcast
     return z - fit(name, log_count, z.shape, "the logits")

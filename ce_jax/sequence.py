@@ -129,13 +129,13 @@ def _next_tokens(
     counts = _ahead(jnp.ones_like(tokens, bool), shift)
     if pad_id is not None:
         limits = jnp.iinfo(tokens.dtype)
-        if limits.min <= pad_id <= limits.max:  # no token of this dtype can be equal to it
+        if limits.min <= pad_id <= limits.max:  # otherwise no token of this dtype is equal to it
             counts &= labels != pad_id
     if segment_ids is not None:
         segment_ids = checks.integer("segment_ids", segment_ids)
         checks.shape_is("segment_ids", segment_ids, tokens.shape, "the shape of tokens")
         counts &= segment_ids != 0
-        for steps in range(1, shift + 1):  # of a document that ends between, the next may be alike
+        for steps in range(1, shift + 1):  # documents further apart may have equal ids
             counts &= _ahead(segment_ids, steps) == segment_ids
     if where is not None:
         where = checks.boolean("where", where)
@@ -145,9 +145,9 @@ def _next_tokens(
 
 
 def _ahead(x: Array, steps: int) -> Array:
-    """`x[..., t + steps]` in place t, and 0 beyond the end: also where the axis is sharded.
+    """`x[..., t + steps]` in place t, and 0 beyond the end.
 
-    Which it need not be divisible for, as a slice does: JAX knows how to shift by padding.
+    By padding, which works on a sharded axis: the length of a slice might not be divisible.
     """
     length = x.shape[-1]
     if isinstance(length, int):

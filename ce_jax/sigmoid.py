@@ -112,11 +112,11 @@ def _loss(
     forward_mode: bool,
 ) -> Loss:
     z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
-    if temperature is not None:  # or narrow logits are read as they are
+    if temperature is not None:  # without one, narrow logits are not cast
         z = options.tempered_elements(z.astype(y.dtype), temperature, counts)
     pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
-    if sample_weight is not None:  # an infinite slope by them times a weight of 0 would be NaN
+    if sample_weight is not None:  # an infinite derivative times a weight of 0 would be NaN
         mute = (sample_weight == 0) & jnp.isinf(z)
         y, pos_weight = jax.tree.map(
             lambda x: jnp.where(mute, jax.lax.stop_gradient(x), x), (y, pos_weight)
@@ -207,12 +207,12 @@ def _fused_fwd(z: Array, y: Array, pos_weight: Array | None) -> tuple[Array, _El
     return _logistic(z, y, pos_weight), (z, y, pos_weight)
 
 
-# As a whole for those who differentiate outside `jit`, where it would be run step by step.
+# One program: outside `jit`, JAX would run the steps of the derivative one by one.
 @functools.partial(jax.jit, inline=True)
 def _fused_bwd(elements: _Elements, g: Array) -> tuple[Array | None, ...]:
     z, y, pos_weight = jax.tree.map(jnp.asarray, elements)
     dz, *others = _slopes(z, y, pos_weight)
-    # An infinite slope by a label must not turn a loss that weighs nothing into NaN.
+    # An infinite derivative with respect to a label, times a weight of 0, would be NaN.
     gradients = ((g * dz).astype(z.dtype), *(weighted(g, d) for d in others))
     return (*gradients, None) if pos_weight is None else gradients
 

@@ -56,7 +56,7 @@ def smoothing_over_others(eps: Scalar, num_classes: int) -> Float[Array, ""]:
 @compiled
 def _over_others(eps: Array, *, classes: int) -> Array:
     eps = eps.astype(wide(eps.dtype))
-    # By the largest share, rounded: that one then gives 1, and not a little more.
+    # Divided by the largest share, which is rounded: so the largest share gives exactly 1.
     return eps / jnp.asarray(1 - 1 / classes, eps.dtype) if classes > 1 else 0 * eps
 
 

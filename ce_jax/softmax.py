@@ -299,8 +299,8 @@ def _distribution_loss(
     temperature = options.of_rows(temperature, z.shape[:-1], dtype)
     counts = targets.effective(z, rows.counts, sample_weight, axis_name)
 
-    # A tile widens narrow labels as it does narrow logits, and nobody holds a wide copy. Not those
-    # that are broadcast: their cotangents add up over the rows.
+    # Narrow labels stay narrow: `tile` widens them as it reads them, without a wide copy. Labels
+    # that are broadcast are widened here, because their cotangents add up over the rows.
     labels = checks.real("labels", labels)
     narrow = labels.dtype in (jnp.bfloat16, jnp.float16)
     as_given = weight is None and labels.shape == logits.shape

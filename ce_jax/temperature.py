@@ -113,7 +113,7 @@ def _fit_temperature(
     if label.counts is not None:
         usable &= label.counts
     weight = jnp.where(usable, jnp.ones(shape[:-1], dtype) if weight is None else weight, 0)
-    # Relative to the label's logit, which then is out of the formulas; 0 where it is masked.
+    # Relative to the label's logit, which the formulas then do not need; 0 if it is masked.
     z = jnp.where(allowed, z - jnp.where(usable[..., None], at_label, 0), 0)
     informative = jnp.any((weight != 0)[..., None] & (z != 0))
 
@@ -126,8 +126,8 @@ def _fit_temperature(
     low, high = low.astype(dtype), high.astype(dtype)
     least, most = 1 / high, 1 / low
     (first, curvature), (last, _) = slope_and_curvature(least), slope_and_curvature(most)
-    # The slope rises with 1 / T. Where it has one sign from bound to bound, a bound is the best.
-    # With every prediction right it underflows to 0; so does the curvature, even at `high`.
+    # The slope rises with 1 / T. If it has the same sign at both bounds, a bound is the best. If
+    # every prediction is right, the slope underflows to 0; so does the curvature, even at `high`.
     hottest = informative & ((first > 0) | (first == 0) & (curvature > 0))
     coldest = informative & (last <= 0)
 
@@ -138,7 +138,7 @@ def _fit_temperature(
         most = jnp.where(slope > 0, inverse, most)
         newton = inverse - slope / jnp.where(curvature > 0, curvature, 1)
         inside = (curvature > 0) & (newton > least) & (newton < most)
-        # Far from the optimum Newton's steps do not become shorter, and would be too many.
+        # Far from the optimum, Newton's steps do not become shorter: too many would be needed.
         shorter = jnp.abs(newton - inverse) < change / 2
         better = jnp.where(inside & shorter, newton, jnp.sqrt(least * most))
         better = jnp.where(slope == 0, inverse, better)

@@ -114,7 +114,7 @@ def effective_number_weights(counts: ArrayLike, *, beta: Scalar = 0.999) -> Floa
       Cui et al., `Class-Balanced Loss Based on Effective Number of Samples`, 2019.
     """
     checked = scalar("beta", beta, 0.0, 1.0)
-    # 1 - beta is what matters, and rounding beta to float32 would spoil it.
+    # The formula needs 1 - beta, which loses digits if beta is rounded to float32 first.
     rest = 1.0 - beta if isinstance(beta, float | int) else 1 - checked
     return _effective_number_weights(_shares("counts", counts), rest)
 

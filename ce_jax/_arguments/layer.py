@@ -97,7 +97,8 @@ def layer(
         tokens, label = in_order(order, (tokens, label._replace(counts=None)))
         label = label._replace(counts=jnp.arange(count, dtype=jnp.int32) < order.counting)
 
-    # A logit, its gradient in the dtype of hidden, and what a CPU stores between the steps to it.
+    # Bytes of a logit, of its gradient in the dtype of hidden, and of what a CPU stores for each
+    # step from the matmul to the logit.
     steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
     steps += (temperature is not None) + picked
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
@@ -108,7 +109,7 @@ def layer(
             kernel.size * hidden.dtype.itemsize,
             (count, visited * logit_bytes) if sums_are_result else None,
         )
-    # Tiles of rows are smaller than a block of all rows, whose classes may then be more.
+    # With tiles of rows, less memory is needed per class, so a block may have more classes.
     at_once = count if order is None else -(-count // 2)
     blocks = block_sizes.blocks(at_once, visited, logit_bytes, memory_budget, summed=summed)
     token_block, tile = blocks.tokens, block_sizes.rows()

@@ -55,7 +55,7 @@ def rows_of(
     if where is not None:
         counts = checks.of_rows("where", checks.boolean("where", where), shape, "the loss")
     keep = counts
-    if weights is not None:  # a row of weight 0 has a derivative, by its weight, if it is finite
+    if weights is not None:  # the derivative of a weight of 0 is the loss, if it is finite
         finite = functools.reduce(operator.and_, map(jnp.isfinite, values))
         heard = (weights != 0) | finite
         keep = heard if keep is None else keep & heard

@@ -217,7 +217,7 @@ def counting(
     if ignore_index is None:
         return counts
     limits = jnp.iinfo(labels.dtype)
-    if not limits.min <= ignore_index <= limits.max:  # no label of this dtype can be equal to it
+    if not limits.min <= ignore_index <= limits.max:  # then no label of this dtype is equal to it
         return counts
     kept = labels != ignore_index
     return kept if counts is None else kept & counts

@@ -103,7 +103,7 @@ def two_heads(
         counts = checks.of_rows("where", counts, s.rows, "the rows of hidden")
     weights = reductions.weights("sample_weight", sample_weight, s.rows, dtype)
     used = None if counts is None else counts.ravel()
-    if weights is not None:  # a weight of 0 silences what is not finite
+    if weights is not None:  # a row of weight 0 that is not finite has no effect
         heard = (weights.ravel() != 0) | _finite(s.side) & _finite(t.side)
         used = heard if used is None else used & heard
 

@@ -22,9 +22,9 @@ from jaxtyping import Array, Float
 
 from ..ratio import Ratio
 
-# What NumPy means by the name, too: an array, a number, or a nested list of numbers.
+# As in NumPy: an array, a number, or a nested list of numbers.
 ArrayLike: TypeAlias = jax.typing.ArrayLike | list[Any] | tuple[Any, ...]
-# A number, traced or not. A wrong shape or dtype has to reach the checks of ours.
+# A number, traced or not. The type is wide, so that our own checks find a wrong shape or dtype.
 Scalar: TypeAlias = jax.typing.ArrayLike
 Axes: TypeAlias = int | Sequence[int] | None
 _ToArray: TypeAlias = Literal["none", "sum", "mean"]
@@ -34,8 +34,8 @@ if TYPE_CHECKING:  # `reducible` says when it is a ratio
 else:
     Loss = Float[Array, "..."] | Ratio
 
-# Of the overloads below the first that fits is meant. The last one takes every call, with the
-# arguments of the loss checked, which is the overlap that mypy is told to ignore.
+# Type checkers take the first overload that fits. The last overload accepts every call with the
+# arguments of the loss; mypy is told to ignore this overlap.
 _P = ParamSpec("_P")
 _Statistics = TypeVar("_Statistics", covariant=True)
 
