@@ -20,7 +20,7 @@ class Entries(NamedTuple):
       ids: class ids in range; -1 where there is none.
       log_probs: the teacher's; -inf where there is no class.
       counts: which rows count.
-      unknown: rows that count with an id that is no class, or is there twice.
+      unknown: rows that count and have an id that is not a class, or an id twice.
     """
 
     ids: Integer[Array, "*rows k"]
@@ -42,7 +42,7 @@ def entries(
 ) -> Entries:
     """Checks both arrays; rows without any class do not count.
 
-    Where they are to be `normalised` and are not, log-probabilities become NaN.
+    With `normalised`, log-probabilities above 0 become NaN.
     """
     ids = checks.integer("teacher_ids", ids)
     if ids.ndim != len(rows) + 1 or ids.shape[:-1] != rows or ids.shape[-1] == 0:

@@ -33,7 +33,7 @@ def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
 
 
 def _as_stored(bound: float, dtype: jnp.dtype) -> float:
-    """`bound` rounded as a value of this dtype was, so that one equal to it does not miss it."""
+    """`bound` rounded to this dtype, so that a value equal to it is within the range."""
     return float(np.asarray(bound, dtype)) if jnp.issubdtype(dtype, jnp.floating) else bound
 
 

@@ -95,9 +95,9 @@ def embeddings(name: str, x: ArrayLike) -> Float[Array, "n width"]:
 
 
 def without_silent(x: Sides, sample_weight: ArrayLike | None) -> Sides:
-    """The sides, with 0 in rows that weigh nothing and hold a NaN or infinity.
+    """The sides, with 0 in rows of weight 0 that hold a NaN or infinity.
 
-    For losses in which a row has a part in no other row's.
+    For losses in which no row affects the loss of another row.
     """
     n, dtype = x.rows.shape[0], x.scale.dtype
     weights = reductions.weights("sample_weight", sample_weight, (n,), dtype)
@@ -108,7 +108,7 @@ def without_silent(x: Sides, sample_weight: ArrayLike | None) -> Sides:
 
 
 def gathered(x: Array, axis_name: str | None) -> Array:
-    """The rows of all devices; JAX's derivative hands each device the sum of what is its own."""
+    """The rows of all devices. In the derivative, each device gets the sum for its own rows."""
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
 
 

@@ -35,7 +35,7 @@ class ClassIds(NamedTuple):
       ids: class ids in range; 0 where the label is out of range or the row does not count. Absent,
         like `unknown`, where there are no labels.
       counts: which rows count; None if nothing excludes any.
-      unknown: rows that count with a label that is no class.
+      unknown: rows that count and have a label that is not a class.
     """
 
     ids: Integer[Array, "*rows"]
@@ -204,7 +204,7 @@ def maybe_class_ids(
 def nan_if(
     unknown: Bool[Array, "*rows"], loss: Float[Array, "*rows"], sample_weight: Array | None = None
 ) -> Float[Array, "*rows"]:
-    """Makes loss and gradient NaN in rows with an unknown label, unless they weigh nothing."""
+    """Makes loss and gradient NaN in rows with an unknown label, unless their weight is 0."""
     if sample_weight is not None:
         unknown = unknown & (sample_weight != 0)
     return loss * jnp.where(unknown, jnp.nan, 1).astype(loss.dtype)

@@ -16,7 +16,7 @@ reshard = jax.reshard if hasattr(jax, "reshard") else jax.sharding.reshard  # be
 
 
 def varying(x: Array) -> frozenset[Any]:
-    """The axes of `jax.shard_map` over which JAX sees `x` vary."""
+    """The axes of `jax.shard_map` over which, to JAX, `x` varies."""
     kind: Any = jax.typeof(x)
     if hasattr(kind, "manual_axis_type"):
         return frozenset(kind.manual_axis_type.varying)

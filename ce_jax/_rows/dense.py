@@ -47,7 +47,7 @@ def row_statistics(
       target: what the rows are compared with; class ids must lie in the row.
       counts: whether the row counts. Others may hold anything: their statistics are 0, and no
         derivative reaches them or comes from them.
-      temperature: what the logits are divided by, in the accumulation dtype.
+      temperature: divides the logits, in the accumulation dtype.
       forward_mode: leave the derivative to JAX, which then can also push tangents forward.
     """
     sharded.check_sharded("logits", logits, options.axis_name)

@@ -134,7 +134,7 @@ def head_read_by_all(head: Head, tokens: Tokens) -> Callable[[], Head]:
 
 @jax.custom_jvp
 def with_slope_of(copy: Array, x: Array) -> Array:
-    """`x`, of which all derivatives are those of `copy`."""
+    """`x`, with the derivatives of `copy`."""
     del copy
     return x
 
@@ -152,12 +152,10 @@ def over_blocks(
 ) -> _Carry:
     """Runs `step(carry, first, size)` over `total` entries in blocks of at most `most`.
 
-    The last is as ragged as it is.
+    The last block may be smaller. The platform decides whether it is run before the others.
 
-    Whether the ragged block is run before the others is a matter of the platform.
-
-    Each step is checkpointed: whoever differentiates the loop (forward mode, second derivatives)
-    recomputes a block instead of storing all of them.
+    Each step is checkpointed: a derivative of the loop (forward mode, second derivatives)
+    recomputes each block instead of storing all of them.
     """
 
     def one(carry: _Carry, first: First, size: int) -> _Carry:

@@ -42,7 +42,7 @@ def softmax_loss(
 
 
 def weighted(weight: Float[Array, "..."], loss: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`weight * loss`, where a weight of 0 also silences a loss of inf or NaN."""
+    """`weight * loss`, and 0 where the weight is 0, even if the loss is inf or NaN."""
     return weight * silenced(weight, loss)
 
 

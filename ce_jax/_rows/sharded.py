@@ -57,7 +57,7 @@ def inside_shard_map() -> bool:
 
 
 def check_sharded(name: str, x: Array, axis_name: str | None) -> None:
-    """Raises where `axis_name` is given but JAX does not see `x` vary over it."""
+    """Raises if `axis_name` is given but, to JAX, `x` does not vary over it."""
     if axis_name is not None and axis_name not in varying(x):
         raise ValueError(
             f"{name} must vary over the mesh axis {axis_name!r} (axis_name), but varies over "
@@ -91,7 +91,7 @@ def merge_across(part: Partial, axis_name: str | None) -> Partial:
 
 
 def whole(x: Array) -> Array:
-    """`x` on every device, where explicit mesh axes spread it."""
+    """`x` on every device; it may be sharded over explicit mesh axes."""
     spread = any(axis is not None for axis in jax.typeof(x).sharding.spec)
     return reshard(x, P()) if spread else x
 

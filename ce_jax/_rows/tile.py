@@ -339,9 +339,9 @@ def pullback(
 
 
 def cotangents(g: RowStatistics) -> RowStatistics:
-    """Those that `pullback` takes, of a rule that is told which are known to be 0.
+    """The cotangents for `pullback`, from a rule that knows which of them are 0.
 
-    Without that of the entropy, if nobody differentiates it, nothing has to be computed for it.
+    If the entropy is not differentiated, its cotangent is None, and nothing is computed for it.
     """
     if isinstance(g.entropy, SymbolicZero):
         g = g._replace(entropy=ABSENT)
@@ -373,7 +373,7 @@ def _nonzero(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 
 
 def _finite_exponent(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The surprise, or a finite one of which the probability is 0 as well."""
+    """The surprise, or a finite number whose probability also rounds to 0."""
     return jnp.minimum(surprise, 1e4)  # with a larger one a derivative of 0 times it would overflow
 
 
