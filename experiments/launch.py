@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from experiments import supervise
-from experiments.errors import fail
+from experiments.output.errors import fail
+from experiments.processes import supervise
 
 AUTO = "auto"
 

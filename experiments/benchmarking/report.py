@@ -15,7 +15,7 @@ import jax
 
 from experiments.benchmarking.measure import BASELINE, LIMIT, MEASURED, OURS, Row
 from experiments.benchmarking.timing import Samples
-from experiments.runs import write_whole
+from experiments.output.runs import write_whole
 
 CSV_FILE, JSON_FILE = "results.csv", "results.json"
 SUMMARY_FILE, TABLE_FILE = "summary.md", "table.md"

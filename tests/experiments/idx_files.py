@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.idx import IdxFile
+from experiments.data.idx import IdxFile
 
 SHAPES = {
     "train-images-idx3-ubyte": (20, 3, 4),

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data
-from experiments.download import download
-from experiments.errors import DataError
+from experiments.data import datasets
+from experiments.data.download import download
+from experiments.output.errors import DataError
 from tests.experiments.idx_files import arrays, expected, idx_bytes, write_all
 
 # Nothing listens on the discard port of this machine: a refusal comes at once.
@@ -77,13 +77,13 @@ def mirror(server):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    monkeypatch.delenv(data.DATA_DIR_VARIABLE, raising=False)
+    monkeypatch.delenv(datasets.DATA_DIR_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "MIRRORS", (DEAD_MIRROR,))
+    monkeypatch.setattr(datasets, "MIRRORS", (DEAD_MIRROR,))
 
 
 def fetch(cache, *mirrors):
-    return data.fetch_mnist(cache, mirrors, expected(), timeout=1.0)
+    return datasets.fetch_mnist(cache, mirrors, expected(), timeout=1.0)
 
 
 def test_downloads_once(tmp_path, mirror):
@@ -127,7 +127,7 @@ def test_a_silent_mirror_times_out(tmp_path, mirror):
     mirror.pause_after = 30
     start = time.monotonic()
     with pytest.raises(DataError, match="timed out"):
-        data.fetch_mnist(tmp_path, [mirror.url], expected(), timeout=0.3)
+        datasets.fetch_mnist(tmp_path, [mirror.url], expected(), timeout=0.3)
     assert time.monotonic() - start < 5
     assert list(tmp_path.iterdir()) == []
 
@@ -160,7 +160,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, mirror):
 
 def test_auto_falls_back_to_the_digits_and_says_so():
     start = time.monotonic()
-    dataset = data.load("auto")
+    dataset = datasets.load("auto")
     assert time.monotonic() - start < 10
     assert dataset.name == "digits"
     assert "NOT MNIST" in dataset.notice
@@ -169,21 +169,21 @@ def test_auto_falls_back_to_the_digits_and_says_so():
 
 def test_mnist_never_falls_back():
     with pytest.raises(DataError, match=r"--data-dir or \$MNIST_DIR, or train on --dataset digits"):
-        data.load("mnist")
+        datasets.load("mnist")
 
 
 @pytest.mark.parametrize("name", ["auto", "mnist"])
 def test_a_named_folder_is_never_replaced(tmp_path, monkeypatch, name):
     write_all(tmp_path)
     with pytest.raises(DataError, match="train-images"):
-        data.load(name, tmp_path)
-    monkeypatch.setenv(data.DATA_DIR_VARIABLE, str(tmp_path / "absent"))
+        datasets.load(name, tmp_path)
+    monkeypatch.setenv(datasets.DATA_DIR_VARIABLE, str(tmp_path / "absent"))
     with pytest.raises(DataError, match="absent: no such folder"):
-        data.load(name)
+        datasets.load(name)
 
 
 def test_digits():
-    dataset = data.load("digits")
+    dataset = datasets.load("digits")
     assert dataset.train_images.shape == (1437, 8, 8)
     assert dataset.test_images.shape == (360, 8, 8)
     assert dataset.train_images.dtype == np.uint8
@@ -194,20 +194,20 @@ def test_digits():
 
 
 def test_parity():
-    dataset = data.load("digits")
+    dataset = datasets.load("digits")
     parity = dataset.parity()
     np.testing.assert_array_equal(parity.train_labels, dataset.train_labels % 2)
     np.testing.assert_array_equal(parity.test_labels, dataset.test_labels % 2)
     assert parity.class_names == ("even", "odd")
 
 
-REAL_MNIST = os.environ.get(data.DATA_DIR_VARIABLE)
+REAL_MNIST = os.environ.get(datasets.DATA_DIR_VARIABLE)
 
 
-@pytest.mark.skipif(not REAL_MNIST, reason=f"{data.DATA_DIR_VARIABLE} names no folder of MNIST")
+@pytest.mark.skipif(not REAL_MNIST, reason=f"{datasets.DATA_DIR_VARIABLE} names no folder of MNIST")
 def test_the_real_mnist(monkeypatch):
-    monkeypatch.setenv(data.DATA_DIR_VARIABLE, REAL_MNIST)
-    dataset = data.load("mnist")
+    monkeypatch.setenv(datasets.DATA_DIR_VARIABLE, REAL_MNIST)
+    dataset = datasets.load("mnist")
     assert dataset.train_images.shape == (60000, 28, 28)
     assert dataset.test_images.shape == (10000, 28, 28)
     # The class counts of the training set, as published with it.

@@ -5,9 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from experiments.data import MNIST_FILES, read_mnist
-from experiments.errors import DataError
-from experiments.idx import find_idx, read_idx
+from experiments.data.datasets import MNIST_FILES, read_mnist
+from experiments.data.idx import find_idx, read_idx
+from experiments.output.errors import DataError
 from tests.experiments.idx_files import arrays, expected, idx_bytes, write_all
 
 IMAGES = expected()[0]
@@ -128,7 +128,7 @@ def test_wrong_magic_stops_the_reading_at_the_header(tmp_path, monkeypatch):
             return self.file.read(size)
 
     monkeypatch.setattr(
-        "experiments.idx._open", lambda path: Recorder(original(path, "rb", buffering=0))
+        "experiments.data.idx._open", lambda path: Recorder(original(path, "rb", buffering=0))
     )
     with pytest.raises(DataError, match="magic"):
         read_idx(path, IMAGES)

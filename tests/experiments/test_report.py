@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from experiments import plots
-from experiments.report import Evaluation
+from experiments.output import plots
+from experiments.output.report import Evaluation
 
 NAMES = ("a", "b", "c", "d")
 

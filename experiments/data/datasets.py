@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 import platformdirs
 
-from experiments.download import download
-from experiments.errors import DataError
-from experiments.idx import IdxFile, find_idx, read_idx, read_idx_pair
+from experiments.data.download import download
+from experiments.data.idx import IdxFile, find_idx, read_idx, read_idx_pair
+from experiments.output.errors import DataError
 
 DatasetName = Literal["auto", "mnist", "digits"]
 

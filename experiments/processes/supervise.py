@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple, Self, TypeAlias
 
 Joining: TypeAlias = Mapping[str, Any]
 
+_PROGRAM = (sys.executable, "-u", "-m", "experiments.processes.worker")
 _POLL_SECONDS = 0.05
 # Where processes exchange data, the others die of the first one's death. It says more to tell so
 # than to kill them before.
@@ -62,7 +63,7 @@ class Worker:
         self._line.setblocking(False)
         with its_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-m", "experiments.worker", json.dumps(joining), *command],
+                [*_PROGRAM, json.dumps(joining), *command],
                 env={**os.environ, **environment},
                 stdin=its_end.fileno(),
                 stdout=subprocess.PIPE,

@@ -10,7 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
-from experiments.errors import DataError
+from experiments.output.errors import DataError
 
 _CHUNK_BYTES = 1 << 16
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from experiments.errors import DataError
+from experiments.output.errors import DataError
 
 # The third byte of an IDX magic number names the element type; unsigned bytes are all MNIST uses.
 _UNSIGNED_BYTE = 0x08
