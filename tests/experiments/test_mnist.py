@@ -26,9 +26,9 @@ REAL_MNIST = os.environ.get(datasets.DATA_DIR_VARIABLE)
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
+def no_network(monkeypatch, tmp_path_factory):
     monkeypatch.delenv(datasets.DATA_DIR_VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(datasets, "MIRRORS", ("http://127.0.0.1:9",))
 
 
