@@ -317,6 +317,18 @@ def test_wrong_options_are_refused(monkeypatch, options, message):
     assert message in result.stderr
 
 
+def test_windows_has_all_the_signals_that_are_named(monkeypatch):
+    for name in set(signal.Signals.__members__) - {"SIGABRT", "SIGINT", "SIGTERM"}:
+        monkeypatch.delattr(signal, name)
+    monkeypatch.setattr(sys, "platform", "win32")
+    handled = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: handled.append(number))
+    monkeypatch.setattr(launch.supervise, "run", lambda *_, **__: None)
+    result = CliRunner().invoke(launch.app, ["--processes", "2", "mnist"])
+    assert result.exit_code == 0, result.exception
+    assert set(handled) <= {signal.SIGINT, signal.SIGTERM}
+
+
 def devices(*of_processes):
     return [SimpleNamespace(process_index=process) for process in of_processes]
 
