@@ -22,8 +22,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import console as show
-from experiments import runs
 from experiments.benchmarking import (
     epoch,
     jax_peers,
@@ -39,7 +37,9 @@ from experiments.benchmarking.contention import Contention
 from experiments.benchmarking.measure import OURS, Row, measure
 from experiments.benchmarking.programs import Peer
 from experiments.benchmarking.timing import Effort
-from experiments.errors import ExperimentError, reported
+from experiments.output import console as show
+from experiments.output import runs
+from experiments.output.errors import ExperimentError, reported
 
 
 class Operation(StrEnum):

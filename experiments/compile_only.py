@@ -28,7 +28,7 @@ from rich.console import Console
 
 from experiments.benchmarking import jax_peers
 from experiments.benchmarking.problems import ARGUMENTS, Problem
-from experiments.errors import ExperimentError
+from experiments.output.errors import ExperimentError
 
 ROWS, FEATURES, CLASSES = 8192, 2304, 256000
 DENSE = ("integer", "ignored", "smoothed", "weighted", "one-hot", "sigmoid", "statistics")

@@ -26,12 +26,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import ce_jax
-from experiments import console as show
 from experiments.benchmarking.report import machine
-from experiments.errors import reported
+from experiments.output import console as show
+from experiments.output.errors import reported
 from experiments.studies import command, pictures, report
 from experiments.studies.report import Column, Outcome, Record, by_method, values_of
-from experiments.transformer import LanguageModel
+from experiments.training.transformer import LanguageModel
 
 TEXT = Path(ce_jax.__file__).parent
 LENGTH, BATCH = 64, 16

@@ -30,10 +30,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import ce_jax
-from experiments import console as show
-from experiments import processes, runs
-from experiments.errors import RunError, reported
-from experiments.transformer import VOCABULARY, WIDTH, LanguageModel
+from experiments.output import console as show
+from experiments.output import runs
+from experiments.output.errors import RunError, reported
+from experiments.processes import group
+from experiments.training.transformer import VOCABULARY, WIDTH, LanguageModel
 
 README = Path(__file__).parents[1] / "README.md"
 PADDING = -100
@@ -138,7 +139,7 @@ class Trainer:
         model = LanguageModel(config.length, tied=config.tied, rngs=nnx.Rngs(config.seed))
         head, class_axis = model.head()
         spec = ("data", "model") if class_axis == 1 else ("model", "data")
-        head[...] = processes.place(head[...], NamedSharding(self.mesh, PartitionSpec(*spec)))
+        head[...] = group.place(head[...], NamedSharding(self.mesh, PartitionSpec(*spec)))
         optimizer = nnx.Optimizer(model, optax.adamw(config.learning_rate), wrt=nnx.Param)
         self._graph, state = nnx.split((model, optimizer))
         self.state: Params = jax.tree.map(self._settle, state)
@@ -153,13 +154,13 @@ class Trainer:
 
     def step(self, text: np.ndarray) -> Tally:
         """One step of the optimizer on byte ids `[parts, rows, length + 1]`."""
-        self.state, sums = self._step(self.state, processes.place(text, self._by_row))
+        self.state, sums = self._step(self.state, group.place(text, self._by_row))
         return sums
 
     def _settle(self, leaf: jax.Array) -> jax.Array:
         """What belongs to the head stays where that is; everything else goes to all devices."""
         on_mesh = isinstance(leaf.sharding, NamedSharding)
-        return leaf if on_mesh else processes.place(leaf, NamedSharding(self.mesh, PartitionSpec()))
+        return leaf if on_mesh else group.place(leaf, NamedSharding(self.mesh, PartitionSpec()))
 
     def _update(self, state: Params, text: jax.Array) -> tuple[Params, Tally]:
         model, optimizer = nnx.merge(self._graph, state)
@@ -180,7 +181,7 @@ def make_mesh(config: Config, tensor_parallel: int, devices: Sequence[jax.Device
         data, rest = divmod(count, tensor_parallel)
         return rest == 0 and data > 0 and rows % data == 0 and WIDTH % data == 0
 
-    used = processes.sharing(devices, evenly)
+    used = group.sharing(devices, evenly)
     if not used or VOCABULARY % tensor_parallel:
         raise RunError(
             f"--tensor-parallel {tensor_parallel} does not go with {len(devices)} devices: it has "
@@ -257,7 +258,7 @@ def main(
     if resume and out is None:
         raise typer.BadParameter("--resume needs the folder of the run: add --out")
     config = Config(steps, length, batch_size, parts, learning_rate, tied, seed)
-    started = processes.common_time()
+    started = group.common_time()
     folder = out or Path("runs") / f"language_model-{started:%Y%m%d-%H%M%S}"
     cure = f"The same command with --out {folder} --resume goes on from the last checkpoint."
     with reported(folder, cure):
@@ -266,7 +267,7 @@ def main(
 
 def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bool) -> None:
     """Trains in a folder, or goes on with the training in it, and shows the result."""
-    console = Console(quiet=not processes.is_first())
+    console = Console(quiet=not group.is_first())
     recorded = runs.read_config(path) if resume else None
     if recorded is None:
         runs.require_fresh(path)
@@ -281,7 +282,7 @@ def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bo
     }
     if recorded is not None:
         check_unchanged(path, recorded, facts, text)
-    processes.require_agreement(
+    group.require_agreement(
         {
             "options": [facts, tensor_parallel],
             "--out": str(path.absolute()),
@@ -289,10 +290,10 @@ def run(config: Config, text: Path, tensor_parallel: int, path: Path, resume: bo
         }
     )
     trainer = Trainer(config, tensor_parallel)
-    if recorded is None and processes.is_first():
+    if recorded is None and group.is_first():
         runs.create(path, facts)
     with runs.RunFolder(path, {"text": str(text)}) as folder:
-        devices = processes.described(list(trainer.mesh.devices.flat))
+        devices = group.described(list(trainer.mesh.devices.flat))
         show.setting(
             console,
             {
@@ -336,7 +337,7 @@ def fit(trainer: Trainer, rows: np.ndarray, folder: runs.RunFolder, console: Con
                 raise RunError(f"the loss is {loss} at step {step}; try a smaller --learning-rate")
             folder.record_epoch({"step": step, "loss": loss, "accuracy": accuracy}, trainer.state)
             console.print(f"step {step:4d}: loss {loss:.4f} nats, accuracy {accuracy:.2%}")
-    processes.wait_for_all("the run is finished")
+    group.wait_for_all("the run is finished")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import typer
 
-from experiments import supervise
-from experiments.errors import fail
+from experiments.output.errors import fail
+from experiments.processes import supervise
 
 AUTO = "auto"
 
@@ -105,11 +106,14 @@ def main(
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cpu_devices)}
     command = [experiment, *(arguments or [])]
     received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    ending = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32":
+        ending.append(signal.SIGHUP)
+        # Where nobody reads the output any more, this process is killed, and the workers with it.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for number in ending:
         if signal.getsignal(number) != signal.SIG_IGN:  # as after `nohup`
             signal.signal(number, lambda number, _: received.append(number))
-    # Where nobody reads the output any more, this process is killed, and with it the workers end.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         failure = supervise.run(jobs, command, environment, until=lambda: bool(received))
     except OSError as error:

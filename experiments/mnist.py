@@ -18,11 +18,13 @@ import optax
 import typer
 from rich.console import Console
 
-from experiments import console as show
-from experiments import data, plots, processes, runs
-from experiments.errors import RunError, reported
-from experiments.objectives import LossName, make_objective
-from experiments.training import Settings, Trainer, fit
+from experiments.data import datasets
+from experiments.output import console as show
+from experiments.output import plots, runs
+from experiments.output.errors import RunError, reported
+from experiments.processes import group
+from experiments.training.loop import Settings, Trainer, fit
+from experiments.training.objectives import LossName, make_objective
 
 SIGMOID_LOSSES = ("one-vs-rest", "even-odd")
 
@@ -36,7 +38,7 @@ DEFAULT_LEARNING_RATE = {"mnist": 4e-3, "digits": 2e-3}
 class Config(Settings):
     """Everything that decides the result of a run. It is what a resumed run has to agree with."""
 
-    dataset: data.DatasetName
+    dataset: datasets.DatasetName
     loss: LossName
     label_smoothing: float
     z_loss: float
@@ -127,7 +129,7 @@ def main(
         ),
     ] = None,
     dataset: Annotated[
-        data.DatasetName | None,
+        datasets.DatasetName | None,
         typer.Option(
             help="What to train on. mnist: MNIST, or an error where there is none. digits: "
             "scikit-learn's 8x8 digits. auto: MNIST where it is at hand or can be downloaded, "
@@ -140,7 +142,7 @@ def main(
         typer.Option(
             help="Folder of the four MNIST files, plain or .gz. Without one they are downloaded "
             "into your cache folder, once.",
-            show_default=f"${data.DATA_DIR_VARIABLE} where it is set",
+            show_default=f"${datasets.DATA_DIR_VARIABLE} where it is set",
         ),
     ] = None,
     out: Annotated[
@@ -183,7 +185,7 @@ def main(
         raise typer.BadParameter("--resume needs the folder of the run: add --out")
     if data_dir is not None and given.get("dataset") == "digits":
         raise typer.BadParameter("--data-dir is for MNIST: leave it out with --dataset digits")
-    started = processes.common_time()
+    started = group.common_time()
     folder = out or Path("runs") / f"mnist-{started:%Y%m%d-%H%M%S}"
     with reported(folder, f"--out {folder} --resume goes on from the last finished epoch."):
         run(given, data_dir, folder, resume)
@@ -198,11 +200,11 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
       path: folder of the run.
       resume: whether to continue the run in that folder.
     """
-    console = Console(quiet=not processes.is_first())
+    console = Console(quiet=not group.is_first())
     recorded = runs.read_config(path) if resume else None
     if recorded is None:
         runs.require_fresh(path)
-        dataset = data.load(given.get("dataset", "auto"), data_dir)
+        dataset = datasets.load(given.get("dataset", "auto"), data_dir)
         config = new_config(given, dataset.name)
     else:
         config = recorded_config(path, recorded)
@@ -213,7 +215,7 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
             raise RunError(
                 f"{path}: the run in it is on digits; leave out --data-dir, which is for MNIST"
             )
-        dataset = data.load(config.dataset, data_dir)
+        dataset = datasets.load(config.dataset, data_dir)
         dataset = dataclasses.replace(dataset, notice=recorded["notice"])
     if config.z_loss and config.loss in SIGMOID_LOSSES:
         raise typer.BadParameter(f"--z-loss belongs to the softmax losses, not to {config.loss}")
@@ -221,7 +223,7 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
         show.warn(console, dataset.notice, dataset.reason)
     task = dataset.parity() if config.loss == "even-odd" else dataset
     objective = make_objective(config.loss, task, config.label_smoothing, config.z_loss)
-    processes.require_agreement(
+    group.require_agreement(
         {
             "options": dataclasses.asdict(config),
             "--out": str(path.absolute()),
@@ -230,7 +232,7 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
         }
     )
     trainer = Trainer(task, objective, config)
-    if recorded is None and processes.is_first():
+    if recorded is None and group.is_first():
         runs.create(
             path,
             {
@@ -280,7 +282,7 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
                 "per_class": evaluation.per_class,
             }
         )
-        if processes.is_first():
+        if group.is_first():
             plots.save_all(
                 path / "plots",
                 title,
@@ -290,7 +292,7 @@ def run(given: dict[str, Any], data_dir: Path | None, path: Path, resume: bool) 
                 dataset.test_images,
             )
         show.files(console, folder.path)
-        processes.wait_for_all("the run is finished")
+        group.wait_for_all("the run is finished")
 
 
 def new_config(given: dict[str, Any], dataset: str) -> Config:

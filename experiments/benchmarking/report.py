@@ -15,7 +15,7 @@ import jax
 
 from experiments.benchmarking.measure import BASELINE, LIMIT, MEASURED, OURS, Row
 from experiments.benchmarking.timing import Samples
-from experiments.runs import write_whole
+from experiments.output.runs import write_whole
 
 CSV_FILE, JSON_FILE = "results.csv", "results.json"
 SUMMARY_FILE, TABLE_FILE = "summary.md", "table.md"
@@ -36,7 +36,8 @@ def machine() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
+        # Windows has none.
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -47,12 +48,13 @@ def notices(about: Mapping[str, Any]) -> list[str]:
     """What every table and picture has to say, one sentence each; empty after a run to trust.
 
     Args:
-      about: `options`, `cores`, the `load` when the run began, and how many cores `others` used.
+      about: `options`, `cores`, the `load` when the run began, and how many cores `others` used;
+        None for either where nothing tells that.
     """
     found = []
     if about["options"]["quick"]:
         found.append("QUICK RUN: small shapes and few samples, not for conclusions")
-    if about["load"] > MOST_LOAD:
+    if about["load"] is not None and about["load"] > MOST_LOAD:
         found.append(
             f"BUSY MACHINE: load {about['load']} when the run began; do not trust the ratios"
         )

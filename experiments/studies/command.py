@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from experiments import console as show
-from experiments import data
 from experiments.benchmarking.report import machine
-from experiments.errors import RunError, reported
+from experiments.data import datasets
+from experiments.output import console as show
+from experiments.output.errors import RunError, reported
 from experiments.studies import pictures, report
 from experiments.studies.training import HIDDEN, Loss, Runs, Trained, train
-from experiments.training import Settings
+from experiments.training.loop import Settings
 
 _QUICK_IMAGES, _QUICK_EPOCHS = 500, 2
 _LEARNING_RATE = 2e-3
@@ -54,7 +54,7 @@ class Study:
       console: where progress is shown.
     """
 
-    data: data.Dataset
+    data: datasets.Dataset
     images: int
     settings: Settings
     seeds: range
@@ -145,7 +145,7 @@ def make_app(
             ),
         ] = None,
         dataset: Annotated[
-            data.DatasetName,
+            datasets.DatasetName,
             typer.Option(
                 help="What to train on. mnist: MNIST, or an error where there is none. digits: "
                 "scikit-learn's 8x8 digits. auto: MNIST where it is at hand or can be downloaded, "
@@ -157,7 +157,7 @@ def make_app(
             typer.Option(
                 help="Folder of the four MNIST files, plain or .gz. Without one they are "
                 "downloaded into your cache folder, once.",
-                show_default=f"${data.DATA_DIR_VARIABLE} where it is set",
+                show_default=f"${datasets.DATA_DIR_VARIABLE} where it is set",
             ),
         ] = None,
         out: Annotated[
@@ -180,7 +180,7 @@ def make_app(
         with reported(
             folder, "A study writes its results at its end: start it with another --out."
         ):
-            found = data.load(dataset, data_dir)
+            found = datasets.load(dataset, data_dir)
             claim(folder)
             budget = budgets[found.name]
             settings = Settings(

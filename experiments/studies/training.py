@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.errors import RunError
-from experiments.model import MLP
-from experiments.training import Settings, make_optimizer
+from experiments.output.errors import RunError
+from experiments.training.loop import Settings, make_optimizer
+from experiments.training.mlp import MLP
 
 HIDDEN = (256,)
 

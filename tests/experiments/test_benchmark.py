@@ -295,6 +295,7 @@ SHARED = "BUSY MACHINE: other programs used 0.5 of 4 cores during the run; do no
     [
         ({}, []),
         ({"others": None}, []),
+        ({"load": None}, []),
         ({"options": {**ABOUT["options"], "quick": True}}, [QUICK]),
         ({"load": 1.1}, [LOADED]),
         ({"others": 0.5}, [SHARED]),

@@ -1,13 +1,14 @@
 import builtins
 import gzip
+import math
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from experiments.data import MNIST_FILES, read_mnist
-from experiments.errors import DataError
-from experiments.idx import find_idx, read_idx
+from experiments.data.datasets import MNIST_FILES, read_mnist
+from experiments.data.idx import find_idx, read_idx
+from experiments.output.errors import DataError
 from tests.experiments.idx_files import arrays, expected, idx_bytes, write_all
 
 IMAGES = expected()[0]
@@ -128,7 +129,7 @@ def test_wrong_magic_stops_the_reading_at_the_header(tmp_path, monkeypatch):
             return self.file.read(size)
 
     monkeypatch.setattr(
-        "experiments.idx._open", lambda path: Recorder(original(path, "rb", buffering=0))
+        "experiments.data.idx._open", lambda path: Recorder(original(path, "rb", buffering=0))
     )
     with pytest.raises(DataError, match="magic"):
         read_idx(path, IMAGES)
@@ -164,5 +165,6 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_sizes_of_the_real_files():
-    assert [file.unpacked_bytes for file in MNIST_FILES] == [47040016, 60008, 7840016, 10008]
+    sizes = [file.header_bytes + math.prod(file.shape) for file in MNIST_FILES]
+    assert sizes == [47040016, 60008, 7840016, 10008]
     assert [file.magic for file in MNIST_FILES] == [2051, 2049, 2051, 2049]

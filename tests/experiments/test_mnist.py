@@ -14,20 +14,22 @@ import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from experiments import data, mnist, runs
-from experiments.objectives import LossName, make_objective
-from experiments.training import Trainer
+from experiments import mnist
+from experiments.data import datasets
+from experiments.output import runs
+from experiments.training.loop import Trainer
+from experiments.training.objectives import LossName, make_objective
 from tests.experiments.idx_files import write_all
 
 ROOT = Path(__file__).parents[2]
-REAL_MNIST = os.environ.get(data.DATA_DIR_VARIABLE)
+REAL_MNIST = os.environ.get(datasets.DATA_DIR_VARIABLE)
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
-    monkeypatch.delenv(data.DATA_DIR_VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "MIRRORS", ("http://127.0.0.1:9",))
+def no_network(monkeypatch, tmp_path_factory):
+    monkeypatch.delenv(datasets.DATA_DIR_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(datasets, "MIRRORS", ("http://127.0.0.1:9",))
 
 
 def command(*options):
@@ -83,7 +85,7 @@ def test_a_run_from_the_first_line_to_the_last(tmp_path):
     for text in ("digits: 1437 training", "1 x cpu", "167,178 parameters", "recall", str(out)):
         assert text in shown
     assert len(rows(out, "epoch")) == mnist.DEFAULT_EPOCHS["digits"]
-    assert [row["class"] for row in final["per_class"]] == list(data.DIGIT_NAMES)
+    assert [row["class"] for row in final["per_class"]] == list(datasets.DIGIT_NAMES)
     assert json.loads((out / "config.json").read_text())["options"]["seed"] == 0
     assert {path.name for path in out.iterdir()} == {
         "config.json", "metrics.jsonl", "events", "checkpoints", "plots"
@@ -102,7 +104,7 @@ def test_a_run_from_the_first_line_to_the_last(tmp_path):
     ],
 )
 def test_every_loss_learns_the_digits(loss, options):
-    assert train(data.load_digits(), loss, 0, **options).accuracy >= 0.97
+    assert train(datasets.load_digits(), loss, 0, **options).accuracy >= 0.97
 
 
 def kill_when(process, reached):
@@ -304,8 +306,8 @@ def test_help_names_every_option(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL_MNIST, reason=f"{data.DATA_DIR_VARIABLE} names no folder of MNIST")
+@pytest.mark.skipif(not REAL_MNIST, reason=f"{datasets.DATA_DIR_VARIABLE} names no folder of MNIST")
 def test_the_real_mnist_is_learned():
-    dataset = data.read_mnist(Path(REAL_MNIST))
+    dataset = datasets.read_mnist(Path(REAL_MNIST))
     accuracies = [train(dataset, "softmax", seed).accuracy for seed in range(3)]
     assert sum(accuracies) / 3 >= 0.984

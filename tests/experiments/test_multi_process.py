@@ -19,10 +19,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from experiments import data, language_model, launch, mnist, processes, runs
-from experiments.errors import RunError
-from experiments.objectives import make_objective
-from experiments.training import Trainer, fit, make_mesh
+from experiments import language_model, launch, mnist
+from experiments.data import datasets
+from experiments.output import runs
+from experiments.output.errors import RunError
+from experiments.processes import group
+from experiments.training.loop import Trainer, fit, make_mesh
+from experiments.training.objectives import make_objective
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,7 +158,7 @@ def test_mnist_broken_and_resumed_ends_as_in_one_process(launched, tmp_path):
     assert all(line.startswith(("[0]", "[1] [Gloo]")) for line in output.splitlines())
     assert len(list((out / "plots").iterdir())) == 4
 
-    dataset = data.load_digits()
+    dataset = datasets.load_digits()
     config = mnist.new_config(options, dataset.name)
     trainer = Trainer(dataset, make_objective("softmax", dataset), config, jax.devices()[:1])
     with runs.RunFolder(tmp_path / "one", {}) as folder:
@@ -314,6 +317,18 @@ def test_wrong_options_are_refused(monkeypatch, options, message):
     assert message in result.stderr
 
 
+def test_windows_has_all_the_signals_that_are_named(monkeypatch):
+    for name in set(signal.Signals.__members__) - {"SIGABRT", "SIGINT", "SIGTERM"}:
+        monkeypatch.delattr(signal, name)
+    monkeypatch.setattr(sys, "platform", "win32")
+    handled = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: handled.append(number))
+    monkeypatch.setattr(launch.supervise, "run", lambda *_, **__: None)
+    result = CliRunner().invoke(launch.app, ["--processes", "2", "mnist"])
+    assert result.exit_code == 0, result.exception
+    assert set(handled) <= {signal.SIGINT, signal.SIGTERM}
+
+
 def devices(*of_processes):
     return [SimpleNamespace(process_index=process) for process in of_processes]
 
@@ -328,15 +343,15 @@ def test_a_batch_that_processes_cannot_share_is_refused():
 
 def test_work_is_shared_by_equally_many_devices_of_each_process():
     two, three = devices(0, 0), devices(1, 1, 1)
-    assert processes.sharing([*two, *three], lambda count: 8 % count == 0) == [*two, *three[:2]]
-    assert processes.sharing([*two, *three], lambda count: 6 % count == 0) == [two[0], three[0]]
-    assert processes.sharing([*two, *three], lambda count: 7 % count == 0) == []
+    assert group.sharing([*two, *three], lambda count: 8 % count == 0) == [*two, *three[:2]]
+    assert group.sharing([*two, *three], lambda count: 6 % count == 0) == [two[0], three[0]]
+    assert group.sharing([*two, *three], lambda count: 7 % count == 0) == []
 
 
 def test_processes_that_differ_are_named(monkeypatch):
     def of_three(own):
         return np.stack([own, own, own + np.asarray([0, 1], np.uint32)])
 
-    monkeypatch.setattr(processes.multihost_utils, "process_allgather", of_three)
+    monkeypatch.setattr(group.multihost_utils, "process_allgather", of_three)
     with pytest.raises(RunError, match="process 2 has not the same data as process 0"):
-        processes.require_agreement({"options": 1, "data": 2})
+        group.require_agreement({"options": 1, "data": 2})

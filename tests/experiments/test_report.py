@@ -1,10 +1,9 @@
 import matplotlib.image
 import numpy as np
 import pytest
-from sklearn import metrics
 
-from experiments import plots
-from experiments.report import Evaluation
+from experiments.output import plots
+from experiments.output.report import Evaluation
 
 NAMES = ("a", "b", "c", "d")
 
@@ -19,31 +18,43 @@ def evaluation(count=400, classes=4, seed=0):
     return Evaluation(0.5, log_probs.astype(np.float32), labels.astype(np.int32), NAMES[:classes])
 
 
-def test_figures_agree_with_scikit_learn():
+def test_figures_agree_with_their_definitions():
     found = evaluation()
-    np.testing.assert_array_equal(
-        found.confusion, metrics.confusion_matrix(found.labels, found.predicted)
-    )
-    assert found.accuracy == metrics.accuracy_score(found.labels, found.predicted)
-    np.testing.assert_allclose(
-        found.summary["test_nll"],
-        metrics.log_loss(found.labels, np.exp(found.log_probs)),
-        rtol=1e-5,
-    )
-    precision, recall, f1, examples = metrics.precision_recall_fscore_support(
-        found.labels, found.predicted
-    )
-    for key, wanted in (
-        ("precision", precision), ("recall", recall), ("f1", f1), ("examples", examples)
-    ):  # fmt: skip
-        np.testing.assert_allclose([row[key] for row in found.per_class], wanted, rtol=1e-12)
+    probs = np.exp(np.float64(found.log_probs))
+    pairs = [
+        (int(label), int(row.argmax())) for label, row in zip(found.labels, probs, strict=True)
+    ]
+    for true in range(4):
+        for predicted in range(4):
+            assert found.confusion[true, predicted] == pairs.count((true, predicted))
+    assert found.accuracy == sum(true == predicted for true, predicted in pairs) / 400
+    losses = -np.log([row[label] for label, row in zip(found.labels, probs, strict=True)])
+    np.testing.assert_allclose(found.summary["test_nll"], np.mean(losses), rtol=1e-6)
+    for label, row in enumerate(found.per_class):
+        right = pairs.count((label, label))
+        examples = sum(true == label for true, _ in pairs)
+        predicted = sum(predicted == label for _, predicted in pairs)
+        precision, recall = right / predicted, right / examples
+        f1 = 2 / (1 / precision + 1 / recall)
+        wanted = {"precision": precision, "recall": recall, "f1": f1, "examples": examples}
+        wanted["nll"] = np.mean(losses[found.labels == label])
+        assert row.pop("class") == NAMES[label]
+        assert row == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_class_without_examples_has_no_figures():
-    log_probs = np.log(np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]]))
-    row = Evaluation(0.0, log_probs, np.array([0, 0]), NAMES[:3]).per_class[2]
-    assert row["examples"] == 0
-    assert all(np.isnan(row[key]) for key in ("precision", "recall", "f1", "nll"))
+def test_a_figure_that_would_divide_by_zero_is_none():
+    log_probs = np.log(np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]]))
+    _, never_predicted, never_true = Evaluation(
+        0.0, log_probs, np.array([0, 1, 0]), NAMES[:3]
+    ).per_class
+    assert never_predicted["examples"] == 1
+    assert np.isnan(never_predicted["precision"])
+    assert never_predicted["recall"] == never_predicted["f1"] == 0
+    assert never_true["examples"] == never_true["precision"] == never_true["f1"] == 0
+    assert all(np.isnan(never_true[key]) for key in ("recall", "nll"))
+    absent = Evaluation(0.0, log_probs[:2], np.array([0, 0]), NAMES[:3]).per_class[2]
+    assert absent["examples"] == 0
+    assert all(np.isnan(absent[key]) for key in ("precision", "recall", "f1", "nll"))
 
 
 def test_calibration_of_a_worked_example():

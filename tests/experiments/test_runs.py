@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments import runs
-from experiments.errors import RunError
+from experiments.output import runs
+from experiments.output.errors import RunError
 
 HEADER = {"dataset": "digits", "notice": "a notice"}
 

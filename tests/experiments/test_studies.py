@@ -13,11 +13,12 @@ import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from experiments import calibration, data, imbalance, multitask, noisy_labels
-from experiments.errors import RunError
+from experiments import calibration, imbalance, multitask, noisy_labels
+from experiments.data import datasets
+from experiments.output.errors import RunError
 from experiments.studies import command, report, training
 from experiments.studies.training import side_by_side, single, train
-from experiments.training import Settings
+from experiments.training.loop import Settings
 
 STUDIES = {
     "imbalance": imbalance,
@@ -29,9 +30,9 @@ STUDIES = {
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    monkeypatch.delenv(data.DATA_DIR_VARIABLE, raising=False)
+    monkeypatch.delenv(datasets.DATA_DIR_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "MIRRORS", ("http://127.0.0.1:9",))
+    monkeypatch.setattr(datasets, "MIRRORS", ("http://127.0.0.1:9",))
 
 
 def invoke(name, *options):

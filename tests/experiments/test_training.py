@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import data
-from experiments.errors import RunError
-from experiments.objectives import make_objective
-from experiments.runs import RunFolder
-from experiments.training import Settings, Trainer, fit
+from experiments.data import datasets
+from experiments.output.errors import RunError
+from experiments.output.runs import RunFolder
+from experiments.training.loop import Settings, Trainer, fit
+from experiments.training.objectives import make_objective
 
 SETTINGS = Settings(
     epochs=3, batch_size=64, learning_rate=2e-3, weight_decay=0.1, dropout=0.2, seed=0
@@ -19,7 +19,7 @@ SETTINGS = Settings(
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load_digits()
+    return datasets.load_digits()
 
 
 def make_trainer(digits, settings=SETTINGS, devices=1, loss="softmax", **options):

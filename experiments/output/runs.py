@@ -26,9 +26,9 @@ from typing import Any, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from experiments import processes
-from experiments.errors import RunError
-from experiments.events import EventFile
+from experiments.output.errors import RunError
+from experiments.output.events import EventFile
+from experiments.processes import group
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -57,7 +57,7 @@ class RunFolder:
         self.path = path.absolute()
         self.history: list[dict[str, Any]] = []
         self._header = dict(header)
-        if processes.is_first():
+        if group.is_first():
             # Orbax would do that in a thread that does not end with the program.
             for unfinished in (self.path / CHECKPOINT_FOLDER).glob(_UNFINISHED):
                 shutil.rmtree(unfinished)
@@ -74,8 +74,8 @@ class RunFolder:
         try:
             self.history = self._read_history()
             # The first process writes anew what the others read.
-            processes.wait_for_all("the metrics are read")
-            if processes.is_first():
+            group.wait_for_all("the metrics are read")
+            if group.is_first():
                 self._rewrite_metrics()
                 self._events = self._replay_events()
         except BaseException:
@@ -122,7 +122,7 @@ class RunFolder:
         self._checkpoints.close()
 
     def _save(self, epoch: int, state: Any) -> None:
-        if processes.is_first():
+        if group.is_first():
             _require_room(self.path / CHECKPOINT_FOLDER, state)
         failure: OSError | RunError | None = None
         with _silence():
@@ -160,7 +160,7 @@ class RunFolder:
         write_whole(self.path / METRICS_FILE, "".join(_json_line(row) for row in rows))
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        if not processes.is_first():
+        if not group.is_first():
             return
         with (self.path / METRICS_FILE).open("a") as file:
             file.write(_json_line(row))

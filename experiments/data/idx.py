@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from experiments.errors import DataError
+from experiments.output.errors import DataError
 
 # The third byte of an IDX magic number names the element type; unsigned bytes are all MNIST uses.
 _UNSIGNED_BYTE = 0x08
@@ -30,11 +30,14 @@ class IdxFile:
       name: file name without `.gz`.
       shape: the dimensions it has to have.
       sha256: hex digest of the unpacked bytes, header included.
+      gzip_sha256: hex digest of the packed file on the mirrors. It holds for a download alone:
+        another program packs the same bytes into another file.
     """
 
     name: str
     shape: tuple[int, ...]
     sha256: str
+    gzip_sha256: str
 
     @property
     def magic(self) -> int:
@@ -45,11 +48,6 @@ class IdxFile:
     def header_bytes(self) -> int:
         """Length of the header: the magic number and one word per dimension."""
         return 4 + 4 * len(self.shape)
-
-    @property
-    def unpacked_bytes(self) -> int:
-        """Length of the whole unpacked file."""
-        return self.header_bytes + math.prod(self.shape)
 
 
 def find_idx(folder: Path, name: str) -> Path | None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.errors import RunError
+from experiments.output.errors import RunError
 
 
 def is_first() -> bool:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import platformdirs
 
-from experiments.download import download
-from experiments.errors import DataError
-from experiments.idx import IdxFile, find_idx, read_idx, read_idx_pair
+from experiments.data.download import download
+from experiments.data.idx import IdxFile, find_idx, read_idx_pair
+from experiments.output.errors import DataError
 
 DatasetName = Literal["auto", "mnist", "digits"]
 
@@ -28,30 +27,31 @@ MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist",
 )
 
-# A gzip of MNIST is far smaller than its content; only a stored one comes close to it.
-_GZIP_OVERHEAD_BYTES = 1 << 16
-
 # Training images, training labels, test images, test labels.
 MNIST_FILES = (
     IdxFile(
         "train-images-idx3-ubyte",
         (60000, 28, 28),
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
     ),
     IdxFile(
         "train-labels-idx1-ubyte",
         (60000,),
         "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
     ),
     IdxFile(
         "t10k-images-idx3-ubyte",
         (10000, 28, 28),
         "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
     ),
     IdxFile(
         "t10k-labels-idx1-ubyte",
         (10000,),
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
     ),
 )
 
@@ -190,18 +190,12 @@ def fetch_mnist(
     Raises:
       DataError: a file is not in the cache and no mirror delivers it.
     """
-    cache = cache or Path(platformdirs.user_cache_dir("ce_jax")) / "mnist"
+    # Imported here because a run on files in a named folder need not wait for it.
+    import pooch
+
+    cache = cache or pooch.os_cache("ce_jax") / "mnist"
     for file in files:
-        name = f"{file.name}.gz"
-        if not _is_intact(cache / name, file):
-            download(
-                name,
-                cache,
-                mirrors,
-                max_bytes=file.unpacked_bytes + _GZIP_OVERHEAD_BYTES,
-                check=functools.partial(read_idx, expected=file),
-                timeout=timeout,
-            )
+        download(f"{file.name}.gz", file.gzip_sha256, cache, mirrors, timeout=timeout)
     return read_mnist(cache, files)
 
 
@@ -229,11 +223,3 @@ def load_digits() -> Dataset:
 def _named_folder() -> Path | None:
     folder = os.environ.get(DATA_DIR_VARIABLE)
     return Path(folder) if folder else None
-
-
-def _is_intact(path: Path, file: IdxFile) -> bool:
-    try:
-        read_idx(path, file)
-    except DataError:
-        return False
-    return True

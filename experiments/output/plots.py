@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from experiments.report import Evaluation
+from experiments.output.report import Evaluation
 
 _TRAIN_COLOR = "#b35806"
 _TEST_COLOR = "#2166ac"

@@ -18,13 +18,13 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.data import Dataset
-from experiments.errors import RunError
-from experiments.model import HIDDEN, MLP
-from experiments.objectives import LossSum, Objective
-from experiments.processes import described, place, sharing
-from experiments.report import Evaluation
-from experiments.runs import RunFolder
+from experiments.data.datasets import Dataset
+from experiments.output.errors import RunError
+from experiments.output.report import Evaluation
+from experiments.output.runs import RunFolder
+from experiments.processes.group import described, place, sharing
+from experiments.training.mlp import HIDDEN, MLP
+from experiments.training.objectives import LossSum, Objective
 
 Params: TypeAlias = nnx.State[Any, Any]
 

@@ -1,20 +1,20 @@
 """One of the processes of a run: joins the others, then runs an experiment.
 
-`experiments.launch` starts it, with one end of a socket as its standard input. The worker says
-there that it has joined; that the socket closes tells it that the launcher is gone, in whatever
-way, and that it has to go as well.
+`experiments.launch` starts it, with a pipe as its standard input. When that closes, the launcher is
+gone, in whatever way, and the worker goes as well.
 """
 
 import json
 import os
 import runpy
-import socket
 import sys
 import threading
 import traceback
 from typing import NoReturn
 
 import jax
+
+from experiments.processes.supervise import JOINED
 
 
 def main(joining: str, experiment: str, *arguments: str) -> None:
@@ -25,15 +25,15 @@ def main(joining: str, experiment: str, *arguments: str) -> None:
       experiment: name of a module of `experiments`.
       *arguments: its command line.
     """
-    launcher = socket.socket(fileno=sys.stdin.fileno())
-    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+    threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     try:
         jax.distributed.initialize(**json.loads(joining))
     except (ValueError, RuntimeError) as error:
         print(f"error: cannot join the other processes: {error}", file=sys.stderr)
         _end(1)
     try:
-        launcher.sendall(b"joined")
+        # At once, so that no thread of XLA prints within the line.
+        os.write(sys.stdout.fileno(), JOINED.encode())
         sys.argv[1:] = arguments
         runpy.run_module(f"experiments.{experiment}", run_name="__main__", alter_sys=True)
     except SystemExit as end:
@@ -45,9 +45,9 @@ def main(joining: str, experiment: str, *arguments: str) -> None:
         _end(1)
 
 
-def _end_with(launcher: socket.socket) -> None:
-    while launcher.recv(1):
-        pass
+def _end_with_the_launcher() -> None:
+    # Not by `sys.stdin`, whose lock Python wants at its end.
+    os.read(sys.stdin.fileno(), 1)
     _end(1)
 
 

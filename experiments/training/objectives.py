@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ce_jax
-from experiments.data import Dataset
+from experiments.data.datasets import Dataset
 
 LossName = Literal["softmax", "one-hot", "one-vs-rest", "even-odd", "weighted"]
 

@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from experiments.report import Evaluation
+from experiments.output.report import Evaluation
 
 
 def warn(console: Console, notice: str, reason: str = "") -> None:

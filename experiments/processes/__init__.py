@@ -1,0 +1,1 @@
+"""Several processes that share a run: how they start, end each other, and agree."""
