@@ -166,7 +166,8 @@ def linear_jensen_shannon_loss(
       sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
         broadcasts).
       where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): rows to
-        include, such as `next_tokens(...).where`.
+        include, such as `next_tokens(...).where`. If the teacher is a layer, other rows take almost
+        no time.
       axis_name: mapped mesh axis over which the classes of all arrays are sharded in the same way.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the rows that count (0 if that is 0).
