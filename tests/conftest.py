@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 import hypothesis
 import jax
 import pytest
+from jax._src import compiler
 
 from ce_jax import _platform
 
@@ -49,6 +50,38 @@ def _forget_programs():
     """Those of one module are of no use to the next, and slow down what looks for garbage."""
     yield
     jax.clear_caches()
+
+
+# What XLA leaves out for `cheap_programs`. Older versions can also write a fused loop in one step,
+# not in two.
+_CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+if jax.__version_info__ < (0, 11):
+    _CHEAP["xla_cpu_use_fusion_emitters"] = False
+
+
+@pytest.fixture(scope="module")
+def cheap_programs():
+    """Lets XLA compile in a third of the time and leave out LLVM's optimisations.
+
+    For modules that ask what a transform, an option or a reduction gives, and how often something
+    is compiled. What looks at memory, compiled programs, rounding or extreme values needs
+    programs as users have them. For a whole module, because a program is compiled once and kept
+    for the tests that follow. JAX has no public option for all programs of a process.
+    """
+    if jax.default_backend() != "cpu":
+        yield
+        return
+
+    options_of = compiler.get_compile_options
+
+    def cheap(*args, **kwargs):
+        options = options_of(*args, **kwargs)
+        options.env_option_overrides = [*options.env_option_overrides, *_CHEAP.items()]
+        return options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", cheap)
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import ce_jax
 from tests.arguments import ARGUMENTS, CLASSES, IDS, LOGITS, PROBS, ROWS, WITHOUT_ARRAYS
 from tests.helpers import only_type_checked
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 # A number for each row (or element), or one for all.
 PER_ROW = {
     "sample_weight",

@@ -8,6 +8,8 @@ import pytest
 import ce_jax
 from tests.helpers import compilations
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 HIDDEN = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 KERNEL = np.random.default_rng(1).normal(size=(3, 4096)).astype(np.float32)
 LABELS = np.arange(6)

@@ -11,7 +11,7 @@ import ce_jax
 from tests import helpers
 from tests.test_information import ALL, ELEMENTWISE, TWO, P, arguments
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 
 def difference(function, arrays, index, direction, step=1e-6):

@@ -14,7 +14,7 @@ from tests import comparison, linear, reference, reference_linear
 from tests.comparison import accuracy, close
 from tests.helpers import covering, named
 
-pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("few_tokens")]
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("few_tokens", "cheap_programs")]
 
 OPTIONS = {
     "batch": [(7,), (2, 3), ()],

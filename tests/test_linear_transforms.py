@@ -21,7 +21,7 @@ from tests.test_transforms import (
     repeated,
 )
 
-pytestmark = pytest.mark.usefixtures("x64", "few_tokens")
+pytestmark = pytest.mark.usefixtures("x64", "few_tokens", "cheap_programs")
 
 ROWS, WIDTH, CLASSES = 4, 2, 5
 LABELS = np.array([0, 4, -100, 2])

@@ -12,6 +12,8 @@ from tests.calls import call, narrow, takes, truth
 from tests.catalogue import CATALOGUE
 from tests.comparison import close
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 LOSSES = [name for name in CATALOGUE if name != "on_mesh" and takes(name, "reduction")]
 INTEGER = ce_jax.softmax_cross_entropy_with_integer_labels
 LABELS = np.array([[0, 3, -100], [-100, -100, -100], [1, -100, 2], [3, 3, 0]])

@@ -12,7 +12,7 @@ from tests import reference
 from tests.comparison import close
 from tests.helpers import covering, named, softmax_arguments
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 

@@ -21,6 +21,8 @@ from tests.catalogue import CATALOGUE
 from tests.comparison import accuracy, close
 from tests.helpers import GARBAGE
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 BATCHED = [name for name in CATALOGUE if batched(name)]
 REDUCED = [name for name in BATCHED if takes(name, "reduction")]
 

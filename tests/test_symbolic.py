@@ -12,6 +12,8 @@ from tests.calls import batched, call, narrow, takes, value_and_gradients
 from tests.catalogue import CATALOGUE, flags
 from tests.comparison import close
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 # on_mesh needs rows that divide among the devices: JAX wants to know that of a symbolic size.
 BATCHED = [name for name in CATALOGUE if batched(name) and name != "on_mesh"]
 # Of one or two classes or columns each: for a number of rows that is not known, 8192 are assumed.

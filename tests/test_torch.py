@@ -8,7 +8,7 @@ import pytest
 
 import ce_jax
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 torch = pytest.importorskip("torch", reason="torch is not installed: nothing to compare with")
 F = torch.nn.functional

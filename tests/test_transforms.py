@@ -14,7 +14,7 @@ import ce_jax
 from tests.helpers import compilations
 from tests.problems import INTEGER, PROBLEMS, SIGMOID, SOFT
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "cheap_programs")
 
 # All transforms of a kind are one program, since compiling is what takes the time.
 every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
