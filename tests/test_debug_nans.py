@@ -10,6 +10,8 @@ import pytest
 import ce_jax
 from ce_jax import Negatives
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 NAN, INF = np.nan, np.inf
 ROWS = 5
 COUNTS = np.arange(ROWS) != 2

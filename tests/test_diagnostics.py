@@ -16,7 +16,7 @@ from tests import reference, reference_beyond
 from tests.comparison import close, compare
 from tests.helpers import softmax_arguments
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 
 def distributions(arguments):

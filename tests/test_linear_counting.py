@@ -12,6 +12,8 @@ import ce_jax
 from ce_jax._platform import block_sizes
 from tests import linear
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 ROWS, WIDTH, CLASSES, TILE = 12, 3, 10, 4
 WAYS = {
     "none": {"memory_budget": linear.class_budget(ROWS, 4)},

@@ -8,6 +8,8 @@ import pytest
 
 import ce_jax
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 LOSSES = {"digit": 2.3, "pair": (0.7, 1e-3)}
 FUSED = jax.jit(jax.value_and_grad(ce_jax.uncertainty_weighted_loss, (0, 1)))
 VARIANCES = {"digit": -0.4, "pair": (1.5, -6.0)}

@@ -9,6 +9,8 @@ import ce_jax
 from ce_jax import Negatives
 from tests.helpers import WRONG_NAME
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 F32 = np.float32
 RIGHT = {
     "label_logits": np.zeros(5, F32),

@@ -11,6 +11,8 @@ import ce_jax
 from ce_jax import Negatives
 from tests.test_sampling import NAN, linear
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 
 def test_what_is_no_class():
     """A label or a negative out of range is NaN in its rows; hits alone leave a loss of 0."""

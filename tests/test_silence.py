@@ -45,7 +45,6 @@ def test_softmax(name, labels, reduction):
     check(name, arguments, ("label_smoothing", "z_loss"))
 
 
-@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
 @pytest.mark.parametrize(
     ("name", "row_option"),
     [
@@ -58,7 +57,7 @@ def test_softmax(name, labels, reduction):
 )
 @pytest.mark.parametrize("classes", [4, 400])
 @pytest.mark.usefixtures("one_device")
-def test_second_derivatives(name, row_option, garbage, classes):
+def test_second_derivatives(name, row_option, classes):
     """What a row holds that has no effect shows in no derivative of any order, by anything."""
     draw = np.random.default_rng(2)
     rows, out = 200, 3
@@ -71,10 +70,6 @@ def test_second_derivatives(name, row_option, garbage, classes):
         labels = jnp.asarray(draw.dirichlet(np.ones(classes), rows), jnp.float32)
     options = {row_option: -100 if row_option == "ignore_index" else others}
     options |= {"label_smoothing": 0.1, "z_loss": 0.1}
-    spoilt = clean.copy()
-    spoilt[out, :2] = garbage
-    if garbage == -INF:
-        spoilt[out] = garbage  # or the row would have a normaliser
     direction = jnp.asarray(draw.normal(size=clean.shape), jnp.float32)
     weight = jnp.asarray(draw.uniform(0.5, 2.0, classes), jnp.float32)
 
@@ -92,8 +87,15 @@ def test_second_derivatives(name, row_option, garbage, classes):
         pushed = jax.jvp(lambda z: slopes(z, weight), (z,), (direction,))[1]
         return slopes(z, weight), pushed, jax.grad(along, (0, 1))(z, weight)
 
-    found, wanted = derivatives(jnp.asarray(spoilt)), derivatives(jnp.asarray(clean))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), found, wanted)
+    wanted = derivatives(jnp.asarray(clean))
+    for garbage in (NAN, INF, -INF):
+        spoilt = clean.copy()
+        # Without its other logits, or the row would have a normaliser beside -inf.
+        spoilt[out, : classes if garbage == -INF else 2] = garbage
+        for x, y in zip(
+            jax.tree.leaves(derivatives(jnp.asarray(spoilt))), jax.tree.leaves(wanted), strict=True
+        ):
+            np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6, err_msg=str(garbage))
 
 
 @pytest.mark.parametrize("first", [-INF, NAN, INF])

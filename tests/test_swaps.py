@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import ce_jax
 
-pytestmark = pytest.mark.usefixtures("lenient")
+pytestmark = pytest.mark.usefixtures("lenient", "cheap_programs")
 
 VOCABULARY, WIDTH, BATCH, LENGTH = 23, 8, 8, 6
 STEPS = 20

@@ -260,43 +260,39 @@ def test_extremes(tail):
 
 
 @pytest.mark.parametrize("form", [DENSE, LINEAR])
-@pytest.mark.parametrize(
-    ("ids", "log_probs"),
-    [
+def test_a_row_of_nonsense_is_nan(form):
+    """And its gradient, and no other row's; not so if it does not count."""
+    arguments = arguments_of(form)
+    arguments |= {k: arguments[k][..., :2] for k in ("teacher_ids", "teacher_log_probs")}
+    first = "logits" if form == DENSE else "hidden"
+
+    @jax.jit
+    def both(arguments):
+        def loss(x):
+            value = getattr(ce_jax, form)(**{**arguments, first: x})
+            return jnp.sum(value), value
+
+        return jax.grad(loss, has_aux=True)(jnp.float32(arguments[first]))
+
+    bad = np.zeros(ROWS, bool)
+    bad[0, 1] = True
+    for ids, log_probs in (
         ([0, CLASSES], [-1.0, -2.0]),  # no class
         ([0, -2], [-1.0, -2.0]),
         ([3, 3], [-1.0, -2.0]),  # twice
         ([0, 1], [0.5, -2.0]),  # no log-probability
         ([0, 1], [-0.1, -0.2]),  # more than 1 in all
-    ],
-)
-def test_a_row_of_nonsense_is_nan(form, ids, log_probs):
-    """And its gradient, and no other row's; not so if it does not count."""
-    arguments = arguments_of(form)
-    arguments |= {k: arguments[k][..., :2] for k in ("teacher_ids", "teacher_log_probs")}
-    arguments["teacher_ids"][0, 1], arguments["teacher_log_probs"][0, 1] = ids, log_probs
-    first = "logits" if form == DENSE else "hidden"
-    others = {k: v for k, v in arguments.items() if k != first}
-
-    @jax.jit
-    def both(x, **more):
-        def loss(x):
-            value = getattr(ce_jax, form)(**{first: x}, **others, **more)
-            return jnp.sum(value), value
-
-        return jax.grad(loss, has_aux=True)(x)
-
-    bad = np.zeros(ROWS, bool)
-    bad[0, 1] = True
-    slope, value = both(jnp.float32(arguments[first]))
-    np.testing.assert_array_equal(np.isnan(value), bad)
-    np.testing.assert_array_equal(np.isnan(slope).all(-1), bad)
-    np.testing.assert_array_equal(np.isnan(slope).any(-1), bad)
-    for way in ({"where": ~bad}, {"sample_weight": np.float32(~bad)}):
-        slope, value = both(jnp.float32(arguments[first]), **way)
-        np.testing.assert_array_equal(value[0, 1], 0)
-        np.testing.assert_array_equal(slope[0, 1], 0)
-        assert np.isfinite(slope).all()
+    ):
+        arguments["teacher_ids"][0, 1], arguments["teacher_log_probs"][0, 1] = ids, log_probs
+        slope, value = both(arguments)
+        np.testing.assert_array_equal(np.isnan(value), bad, err_msg=str(ids))
+        np.testing.assert_array_equal(np.isnan(slope).all(-1), bad)
+        np.testing.assert_array_equal(np.isnan(slope).any(-1), bad)
+        for way in ({"where": ~bad}, {"sample_weight": np.float32(~bad)}):
+            slope, value = both(arguments | way)
+            np.testing.assert_array_equal(value[0, 1], 0)
+            np.testing.assert_array_equal(slope[0, 1], 0)
+            assert np.isfinite(slope).all()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])

@@ -12,6 +12,8 @@ import ce_jax
 from tests import linear
 from tests.test_linear_counting import MASKS, ROWS, WIDTH, agree, matmuls, small_tiles
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 CLASSES = 10
 BUDGET = 2 * linear.class_budget(ROWS, 4)
 LINEAR = {

@@ -11,7 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 import ce_jax
 from tests import reference_beyond
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 COUNTS = np.array([5000, 500, 50, 1, 0])
 PRIOR = np.array([0.5, 0.3, 0.2])

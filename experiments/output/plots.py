@@ -150,13 +150,13 @@ def confusion(evaluation: Evaluation) -> Figure:
 
 def reliability(evaluation: Evaluation) -> Figure:
     """Accuracy against confidence, over a histogram of the confidence."""
-    calibration = evaluation.calibration
+    bins = evaluation.reliability
     figure = Figure(figsize=(5.2, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    centers = (calibration.edges[:-1] + calibration.edges[1:]) / 2
-    width = calibration.edges[1] - calibration.edges[0]
-    filled = calibration.counts > 0
-    confidence, accuracy = calibration.confidence[filled], calibration.accuracy[filled]
+    width = 1 / len(bins.size)
+    centers = width * (np.arange(len(bins.size)) + 0.5)
+    filled = bins.size > 0
+    confidence, accuracy = bins.confidence[filled], bins.accuracy[filled]
     upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="perfect")
     upper.bar(centers[filled], accuracy, width * 0.92, color="#92c5de", label="accuracy")
     upper.bar(
@@ -171,9 +171,9 @@ def reliability(evaluation: Evaluation) -> Figure:
     )
     upper.set_ylabel("accuracy")
     upper.set_ylim(0, 1.02)
-    upper.set_title(f"expected calibration error {calibration.error:.4f}", fontsize=10)
+    upper.set_title(f"expected calibration error {evaluation.calibration_error:.4f}", fontsize=10)
     upper.legend(frameon=False, fontsize=9, loc="upper left")
-    lower.bar(centers, calibration.counts, width * 0.92, color="#777777")
+    lower.bar(centers, bins.size, width * 0.92, color="#777777")
     lower.set_yscale("symlog", linthresh=1)
     lower.set_ylim(bottom=0)
     lower.set_ylabel("test images")

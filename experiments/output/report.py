@@ -1,40 +1,16 @@
 """What a classifier achieves on a test set, computed on the host from its log-probabilities.
 
-Figures by class are scikit-learn's. The calibration is computed here, since scikit-learn's leaves
-out empty bins and does not say how many examples are in the others.
+Figures by class are scikit-learn's, those of calibration are of `ce_jax`.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
 import numpy as np
 
-CALIBRATION_BINS = 15
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Confidence against accuracy, in bins of equal width over the confidence.
-
-    Attributes:
-      edges: `[bins + 1]` limits of the bins.
-      counts: `[bins]` number of examples.
-      confidence: `[bins]` mean confidence; NaN in an empty bin.
-      accuracy: `[bins]` share of right predictions; NaN in an empty bin.
-    """
-
-    edges: np.ndarray
-    counts: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error: the mean gap, weighted by the number of examples."""
-        filled = self.counts > 0
-        gaps = np.abs(self.confidence[filled] - self.accuracy[filled])
-        return float(np.average(gaps, weights=self.counts[filled]))
+import ce_jax
 
 
 @dataclass(frozen=True)
@@ -79,20 +55,22 @@ class Evaluation:
         return metrics.confusion_matrix(self.labels, self.predicted, labels=classes)
 
     @cached_property
-    def calibration(self) -> Calibration:
+    def reliability(self) -> ce_jax.ReliabilityBins:
         """Confidence in the predicted class against how often it is the true one."""
+        with jax.enable_x64(True):
+            return jax.device_get(ce_jax.reliability_bins(*self._bets))
+
+    @cached_property
+    def calibration_error(self) -> float:
+        """Expected calibration error: the mean gap, weighted by the number of examples."""
+        with jax.enable_x64(True):
+            return float(ce_jax.expected_calibration_error(*self._bets))
+
+    @property
+    def _bets(self) -> tuple[np.ndarray, np.ndarray]:
+        """The confidence in each prediction, and whether it is right."""
         confidence = np.exp(self.log_probs.max(axis=-1).astype(np.float64))
-        correct = self.predicted == self.labels
-        edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
-        bins = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, CALIBRATION_BINS - 1)
-        counts = np.bincount(bins, minlength=CALIBRATION_BINS)
-        filled = np.where(counts > 0, counts, np.nan)
-        return Calibration(
-            edges=edges,
-            counts=counts,
-            confidence=np.bincount(bins, confidence, CALIBRATION_BINS) / filled,
-            accuracy=np.bincount(bins, correct, CALIBRATION_BINS) / filled,
-        )
+        return confidence, self.predicted == self.labels
 
     @property
     def per_class(self) -> list[dict[str, Any]]:
@@ -125,5 +103,5 @@ class Evaluation:
             "test_loss": self.loss,
             "test_accuracy": self.accuracy,
             "test_nll": float(np.mean(self.nll)),
-            "calibration_error": self.calibration.error,
+            "calibration_error": self.calibration_error,
         }

@@ -59,15 +59,16 @@ def test_a_figure_that_would_divide_by_zero_is_none():
 
 def test_calibration_of_a_worked_example():
     log_probs = np.log(np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]))
-    found = Evaluation(0.0, log_probs, np.array([0, 1, 0, 0]), NAMES[:2]).calibration
-    filled = found.counts > 0
+    of_bets = Evaluation(0.0, log_probs, np.array([0, 1, 0, 0]), NAMES[:2])
+    found = of_bets.reliability
+    filled = found.size > 0
     np.testing.assert_allclose(found.confidence[filled], [0.6, 0.9])
     np.testing.assert_allclose(found.accuracy[filled], [1.0, 0.5])
-    np.testing.assert_allclose(found.error, (0.4 + 0.4) / 2)
+    np.testing.assert_allclose(of_bets.calibration_error, (0.4 + 0.4) / 2)
 
 
 def test_calibration_error_is_small_for_a_calibrated_classifier():
-    assert evaluation(count=20_000).calibration.error < 0.02
+    assert evaluation(count=20_000).calibration_error < 0.02
 
 
 @pytest.mark.parametrize("classes", [2, 4])
