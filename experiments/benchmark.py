@@ -159,7 +159,7 @@ def run(
     """
     peers = _peers(without, quick=quick)
     console = Console()
-    console.width = max(console.width, 100)  # where it is not a terminal, a table needs as much
+    console.width = max(console.width, 120)  # where it is not a terminal, a table needs as much
     options = {
         "operations": list(operations),
         "quick": quick,
