@@ -88,7 +88,7 @@ def jensen_shannon_loss(
         teacher_logits,
         where,
         of_temperature(temperature),
-        _share(beta),
+        beta_option(beta),
         sample_weight,
         axis=checks.static_axis(axis),
         reverse=False,
@@ -98,7 +98,8 @@ def jensen_shannon_loss(
     )
 
 
-def _share(value: Scalar) -> Array:
+def beta_option(value: Scalar) -> Array:
+    """The teacher's share of the mixture, checked if it is known."""
     share = scalar("beta", value, 0.0, 1.0)
     if not isinstance(share, jax.core.Tracer) and float(share) in (0.0, 1.0):
         raise ValueError(
@@ -207,7 +208,7 @@ def linear_jensen_shannon_loss(
         teacher,
         teacher_logits,
         of_temperature(temperature),
-        _share(beta),
+        beta_option(beta),
         sample_weight,
         where,
         class_axis=checks.integer_option("class_axis", class_axis),

@@ -10,9 +10,18 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import linear, linear_statistics, softmax, statistics
+from . import (
+    distillation,
+    jensen_shannon,
+    linear,
+    linear_statistics,
+    softmax,
+    statistics,
+    top_k,
+)
 from ._arguments import checks, placement, reductions
 from ._arguments.compiled import array
 from ._arguments.options import temperature
@@ -27,23 +36,35 @@ _OF_LOGITS: tuple[Callable[..., Any], ...] = (
     softmax.softmax_cross_entropy_with_integer_labels,
     softmax.softmax_cross_entropy,
     statistics.softmax_statistics,
+    distillation.distillation_loss,
+    jensen_shannon.jensen_shannon_loss,
+    top_k.top_k_distillation_loss,
 )
 _OF_LAYER: tuple[Callable[..., Any], ...] = (
     linear.linear_softmax_cross_entropy,
     linear_statistics.linear_softmax_statistics,
+    distillation.linear_distillation_loss,
+    jensen_shannon.linear_jensen_shannon_loss,
+    top_k.linear_top_k_distillation_loss,
 )
 _ARRAYS = (
     *("logits", "hidden", "kernel", "labels", "bias"),
     *("weight", "sample_weight", "where", "temperature"),
+    *("teacher_logits", "teacher_hidden", "teacher_kernel", "teacher_bias"),
+    *("teacher_ids", "teacher_log_probs"),
 )
-_SCALARS = ("label_smoothing", "z_loss", "logit_soft_cap")
+_SCALARS = ("label_smoothing", "z_loss", "logit_soft_cap", "teacher_logit_soft_cap", "beta")
 # What the functions check of a value they know, before it is traced.
 _CHECKS: dict[str, Callable[..., Any]] = {
     "axis": checks.static_axis,
     "label_smoothing": functools.partial(checks.float_option, "label_smoothing", high=1.0),
     "z_loss": functools.partial(checks.float_option, "z_loss"),
     "temperature": temperature,
-    "logit_soft_cap": functools.partial(checks.soft_cap, "logit_soft_cap"),
+    "beta": jensen_shannon.beta_option,
+    **{
+        name: functools.partial(checks.soft_cap, name)
+        for name in ("logit_soft_cap", "teacher_logit_soft_cap")
+    },
     **{
         name: functools.partial(checks.integer_option, name)
         for name in ("ignore_index", "num_classes", "memory_budget")
@@ -76,7 +97,8 @@ def on_mesh(
 
     Args:
       function: `softmax_cross_entropy_with_integer_labels`, `softmax_cross_entropy`,
-        `softmax_statistics`, `linear_softmax_cross_entropy` or `linear_softmax_statistics`.
+        `softmax_statistics`, `distillation_loss`, `top_k_distillation_loss`, `jensen_shannon_loss`,
+        or the linear form of one of them.
       mesh: its axes may be of type Auto or Explicit. None: the mesh of `jax.set_mesh` at the time
         of the call.
       rows: mesh axis or axes over which the rows are sharded: a name or a tuple of names for the
@@ -85,8 +107,9 @@ def on_mesh(
         class axis, if there are several) or of the kernel. Bias, class weights, a `where` over
         classes, and labels that hold a number for each class are sharded with them.
       width: for the linear form: mesh axis or axes over which the kernel's other axis, D, is
-        sharded. They must be among those of `rows`. The kernel is gathered along this axis once, in
-        the dtype of `hidden`. Its gradient is reduced and scattered in the dtype of the kernel.
+        sharded. They must be among those of `rows`. The kernel, and that of a teacher, is gathered
+        along this axis once, in the dtype of the hidden states. Its gradient is reduced and
+        scattered in the dtype of the kernel.
 
     Returns:
       A function with the arguments of `function` except `axis_name`. It takes whole (global)
@@ -175,7 +198,8 @@ def _run(task: _Task, arrays: dict[str, Array]) -> Any:
         jax.eval_shape(functools.partial(task.function, **options), **whole)
     shapes = {name: x.shape for name, x in arrays.items()}
     if task.function in _OF_LAYER:
-        specs, rows = placement.of_layer(plan, shapes, options["class_axis"])
+        axes = options["class_axis"], options.get("teacher_class_axis", -1)
+        specs, rows = placement.of_layer(plan, shapes, *axes)
     else:
         soft = task.function is softmax.softmax_cross_entropy
         specs, rows = placement.of_logits(plan, shapes, options["axis"], soft=soft)
@@ -200,6 +224,20 @@ def _reducer(options: dict[str, Any]) -> reductions.Reducer:
     return reductions.reducer(options.get("reduction", "none"), options.get("reduction_axis"))
 
 
+def _gathered(plan: placement.Plan, kernel: Array, dtype: DTypeLike, axis: int) -> Array:
+    """The kernel, whole along this axis, gathered in the narrow dtype of the hidden states."""
+    # Cast before gathering. In the derivative, the sum over the other row axes then comes after
+    # the reduce-scatter, and sums only this device's part.
+    kernel = sharded.vary(kernel, plan.row_axes)
+    gather = functools.partial(jax.lax.all_gather, axis_name=plan.width, axis=axis, tiled=True)
+    narrow = kernel.astype(dtype)
+    if narrow.dtype == kernel.dtype:
+        return gather(kernel)
+    # Its gradient is summed in the wide dtype.
+    read = jax.lax.stop_gradient(gather(narrow)).astype(kernel.dtype)
+    return with_slope_of(gather(kernel), read)
+
+
 def _local(task: _Task, over: tuple[str, ...], parts: dict[str, Array]) -> Any:
     """What each device does with its parts of the arrays.
 
@@ -207,21 +245,15 @@ def _local(task: _Task, over: tuple[str, ...], parts: dict[str, Array]) -> Any:
     """
     plan, options = task.plan, dict(task.options)
     if plan.width:
-        # Cast before gathering. In the derivative, the sum over the other row axes then comes after
-        # the reduce-scatter, and sums only this device's part.
-        kernel = sharded.vary(parts["kernel"], plan.row_axes)
-        width_axis = 1 - options["class_axis"] % 2
-        gather = functools.partial(
-            jax.lax.all_gather, axis_name=plan.width, axis=width_axis, tiled=True
-        )
-        narrow = kernel.astype(parts["hidden"].dtype)
-        if narrow.dtype != kernel.dtype:
-            # The kernel is gathered in the narrow dtype, its gradient is summed in the wide one.
-            read = jax.lax.stop_gradient(gather(narrow)).astype(kernel.dtype)
-            kernel = with_slope_of(gather(kernel), read)
-        else:
-            kernel = gather(kernel)
-        parts = {**parts, "kernel": kernel}
+        for prefix in ("", "teacher_"):
+            if f"{prefix}kernel" in parts:
+                kernel = _gathered(
+                    plan,
+                    parts[f"{prefix}kernel"],
+                    parts[f"{prefix}hidden"].dtype,
+                    1 - options[f"{prefix}class_axis"] % 2,
+                )
+                parts = {**parts, f"{prefix}kernel": kernel}
     reducer = _reducer(options)
     if reducer.kind == "mean":
         options["reduction"] = "ratio"  # ratios add up over the devices

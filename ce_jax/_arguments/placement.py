@@ -18,6 +18,8 @@ Shapes = dict[str, tuple[int, ...]]
 Specs = dict[str, tuple[Names, ...]]
 
 _OF_ROWS = ("labels", "where", "sample_weight", "temperature")
+# Of the classes of each row that are known.
+_KNOWN = ("teacher_ids", "teacher_log_probs")
 
 
 class Plan(NamedTuple):
@@ -27,7 +29,7 @@ class Plan(NamedTuple):
       mesh: a `Mesh` or an `AbstractMesh`.
       rows: mesh axes of each of the leading axes of the labels.
       classes: mesh axis of the classes.
-      width: mesh axes of the kernel's axis that meets `hidden`.
+      width: mesh axes of the kernel's axis that meets `hidden`, and of a teacher's kernel.
     """
 
     mesh: Any
@@ -99,7 +101,7 @@ def of_logits(
     by_axis: dict[int, Names] = dict(zip(rest, rows, strict=True)) | {axes[0]: plan.classes}
     logits = tuple(by_axis.get(a) for a in range(len(shape)))
     row_shape = tuple(shape[a] for a in rest)
-    by_class = {"logits", "labels"} if soft else {"logits"}
+    by_class = {"logits", "teacher_logits"} | ({"labels"} if soft else set())
     if len(shapes.get("where", ())) == len(shape):
         by_class.add("where")
 
@@ -110,21 +112,24 @@ def of_logits(
             return _broadcast(logits, shapes[name], shape)
         if name in _OF_ROWS:
             return _broadcast(rows, shapes[name], row_shape)
-        return ()
+        return (*rows, None) if name in _KNOWN else ()
 
     return {name: spec(name) for name in shapes}, rows
 
 
-def of_layer(plan: Plan, shapes: Shapes, class_axis: int) -> tuple[Specs, tuple[Names, ...]]:
+def of_layer(
+    plan: Plan, shapes: Shapes, class_axis: int, teacher_class_axis: int
+) -> tuple[Specs, tuple[Names, ...]]:
     """Specs of the arguments of a linear form, and of its loss."""
     row_shape = shapes["hidden"][:-1]
     rows = _rows(plan, len(row_shape))
     kernel: tuple[Names, Names] = (plan.width or None, plan.classes)
     by_name: Specs = {
-        "hidden": (*rows, None),
+        **dict.fromkeys(("hidden", "teacher_hidden", *_KNOWN), (*rows, None)),
         "kernel": kernel if class_axis in (1, -1) else kernel[::-1],
-        "bias": (plan.classes,),
-        "weight": (plan.classes,),
+        "teacher_kernel": kernel if teacher_class_axis in (1, -1) else kernel[::-1],
+        "teacher_logits": (*rows, plan.classes),
+        **dict.fromkeys(("bias", "teacher_bias", "weight"), (plan.classes,)),
     }
 
     def spec(name: str) -> tuple[Names, ...]:
