@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from experiments import distillation
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 app = typer.Typer()
 app.command()(distillation.main)
 

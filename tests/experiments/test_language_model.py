@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from experiments import language_model as lm
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 LENGTH = 16
 ROWS = lm.rows_of(lm.README.read_bytes(), LENGTH)
 BATCH = jnp.asarray(ROWS[:8])

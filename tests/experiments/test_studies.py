@@ -20,6 +20,8 @@ from experiments.studies import command, report, training
 from experiments.studies.training import side_by_side, single, train
 from experiments.training.loop import Settings
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 STUDIES = {
     "imbalance": imbalance,
     "noisy_labels": noisy_labels,

@@ -12,6 +12,8 @@ from experiments.output.runs import RunFolder
 from experiments.training.loop import Settings, Trainer, fit
 from experiments.training.objectives import make_objective
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 SETTINGS = Settings(
     epochs=3, batch_size=64, learning_rate=2e-3, weight_decay=0.1, dropout=0.2, seed=0
 )
