@@ -18,6 +18,8 @@ from tests.comparison import close, compare, together
 from tests.helpers import GARBAGE, compilations, covering
 from tests.test_memory import temporaries
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 INF, NAN = np.inf, np.nan
 ROWS, SAMPLES, ITEMS, WIDTH = 5, 4, 9, 3
 SCORES = {

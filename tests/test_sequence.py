@@ -11,6 +11,8 @@ import ce_jax
 from tests import reference_post_training
 from tests.comparison import compare
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 TOKENS = np.array([[5, 6, 7, 8, 0, 0], [3, 3, 3, 3, 3, 3]])
 SEGMENTS = np.array([[1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3]])
 
