@@ -56,7 +56,7 @@ _ARRAYS = (
 _SCALARS = ("label_smoothing", "z_loss", "logit_soft_cap", "teacher_logit_soft_cap", "beta")
 # What the functions check of a value they know, before it is traced.
 _CHECKS: dict[str, Callable[..., Any]] = {
-    "axis": checks.static_axis,
+    **dict.fromkeys(("axis", "reduction_axis"), checks.static_axis),
     "label_smoothing": functools.partial(checks.float_option, "label_smoothing", high=1.0),
     "z_loss": functools.partial(checks.float_option, "z_loss"),
     "temperature": temperature,

@@ -363,6 +363,48 @@ def test_batched_by_vmap():
         close(found, alone(x, kernel), 1e-12)
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp-tensor"])
+def test_batched_masks(layout):
+    """Each of a batch of masks has its own number of rows that count, on each device."""
+    layout = LAYOUTS[layout]
+    loss = ce_jax.on_mesh(ce_jax.linear_softmax_cross_entropy, layout.mesh(), **layout.spread)
+    hidden, kernel = draws(BATCH, LENGTH, WIDTH), draws(WIDTH, HELD)
+    labels = jnp.asarray(problem()["labels"])
+    where = jnp.asarray(np.random.default_rng(3).random((3, BATCH, LENGTH)) < 0.4)
+
+    def total(loss, hidden, kernel, where):
+        found = loss(hidden, kernel, labels, where=where, ignore_index=3)
+        return jnp.sum(jnp.sin(found))
+
+    def batched(loss):
+        run = jax.value_and_grad(functools.partial(total, loss), (0, 1))
+        return jax.jit(jax.vmap(run, (None, None, 0)))(hidden, kernel, where)
+
+    found, wanted = batched(loss), batched(ce_jax.linear_softmax_cross_entropy)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        close(x, y, 1e-12)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_mask_that_alone_is_sharded():
+    """Over an explicit mesh axis, along which rows cannot be sorted."""
+    mesh = LAYOUTS["data"].mesh(EXPLICIT)
+    hidden, kernel = draws(BATCH, WIDTH), draws(WIDTH, HELD)
+    where, labels = np.arange(BATCH) % 3 != 1, np.arange(BATCH)
+    wanted = ce_jax.linear_softmax_cross_entropy(hidden, kernel, labels, where=where)
+    teacher = {"teacher_hidden": hidden[::-1], "teacher_kernel": kernel}
+    divergence = ce_jax.linear_distillation_loss(hidden, kernel, where=where, **teacher)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(where, NamedSharding(mesh, jax.P("data")))
+        whole = NamedSharding(mesh, jax.P())
+        hidden, kernel, labels = jax.device_put((hidden, kernel, labels), whole)
+        teacher = jax.device_put(teacher, whole)
+        found = ce_jax.linear_softmax_cross_entropy(hidden, kernel, labels, where=placed)
+        close(found, wanted, 1e-12)
+        found = ce_jax.linear_distillation_loss(hidden, kernel, where=placed, **teacher)
+        close(found, divergence, 1e-12)
+
+
 def test_forward_mode_and_second_derivatives():
     """A tangent pushed forward, and a Hessian-vector product, are those of one device."""
     layout = LAYOUTS["fsdp-tensor"]

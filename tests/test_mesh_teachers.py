@@ -2,6 +2,8 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -119,6 +121,51 @@ def test_known_classes_of_a_layer():
     options = {"num_classes": CLASSES, "reduction": "mean"}
     check("linear_top_k_distillation_loss", "fsdp-tensor", arrays, wrt, **options)
     check("linear_top_k_distillation_loss", "data", arrays, wrt, EXPLICIT, **options)
+
+
+def test_a_weight_of_zero_beside_classes_that_are_masked_on_one_device():
+    """The slope by that weight is the row's loss, whatever padding holds."""
+    layout = LAYOUTS["data-tensor"]
+    given, _ = problem()
+    arrays = {k: given[k] for k in STUDENT} | {"teacher_logits": given["teacher_logits"].copy()}
+    arrays["hidden"] = np.where(np.isfinite(arrays["hidden"]), arrays["hidden"], 0.5)
+    arrays["teacher_logits"][1, 0, :6] = -np.inf  # all that the first of four devices holds
+    arrays["teacher_logits"][..., CLASSES:] = np.inf
+    arrays["sample_weight"] = np.ones((BATCH, LENGTH))
+    arrays["sample_weight"][1, 0] = 0
+    options = {"num_classes": CLASSES, "reduction": "sum"}
+    compare(
+        ce_jax.linear_distillation_loss,
+        reference_distillation.linear_distillation_loss,
+        layout,
+        arrays,
+        ("hidden", "kernel", "sample_weight"),
+        **options,
+    )
+    loss = ce_jax.on_mesh(ce_jax.linear_distillation_loss, layout.mesh(), **layout.spread)
+    by_row = loss(**arrays, num_classes=CLASSES, reduction="sum", reduction_axis=[1])
+    total = reference_distillation.linear_distillation_loss(**arrays, **options)
+    np.testing.assert_allclose(np.sum(by_row), total, rtol=1e-12)
+
+
+def test_batched_masks():
+    """Each of a batch of masks has its own number of rows that count, on each device."""
+    layout = LAYOUTS["fsdp-tensor"]
+    loss = ce_jax.on_mesh(ce_jax.linear_distillation_loss, layout.mesh(), **layout.spread)
+    given, _ = problem()
+    arrays = {k: jnp.asarray(given[k]) for k in (*STUDENT, *TEACHER)}
+    arrays |= {k: jnp.where(jnp.isfinite(x), x, 0.5) for k, x in arrays.items()}
+    where = jnp.asarray(np.random.default_rng(3).random((3, BATCH, LENGTH)) < 0.4)
+
+    def batched(loss):
+        def total(arrays, where):
+            return jnp.sum(jnp.sin(loss(**arrays, teacher_class_axis=0, where=where)))
+
+        return jax.jit(jax.vmap(jax.value_and_grad(total), (None, 0)))(arrays, where)
+
+    found, wanted = batched(loss), batched(ce_jax.linear_distillation_loss)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-11)
 
 
 def test_beta_is_checked_before_it_is_traced():

@@ -92,7 +92,7 @@ def layer(
     label = jax.tree.map(jnp.ravel, label)
     count = tokens.hidden.shape[0]
     order = None
-    if label.counts is not None and _platform.is_local(hidden):
+    if label.counts is not None and all(map(_platform.is_local, jax.tree.leaves((tokens, label)))):
         order = order_of(label.counts)
         tokens, label = in_order(order, (tokens, label._replace(counts=None)))
         label = label._replace(counts=jnp.arange(count, dtype=jnp.int32) < order.counting)

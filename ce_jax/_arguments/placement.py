@@ -167,17 +167,17 @@ def check_divisible(plan: Plan, shapes: Shapes, specs: Specs) -> None:
                 raise ValueError(
                     f"{name} has {size} entries in axis {axis}, which is sharded over the "
                     f"{devices} devices of {entry!r}: write a multiple of {devices}. "
-                    + _remedy(plan, entry)
+                    + _remedy(plan, name, entry)
                 )
 
 
-def _remedy(plan: Plan, entry: Names) -> str:
+def _remedy(plan: Plan, name: str, entry: Names) -> str:
     if entry is not None and entry == plan.classes:
         return (
             "Pad the classes: a kernel with any numbers, and write num_classes=; logits with "
             "-inf, and labels and weight with 0"
         )
-    if entry == plan.width:
+    if name in ("kernel", "teacher_kernel"):
         return "Use fewer devices for width, or pad hidden and kernel with 0"
     return "Pad the rows, and exclude the padding with where or ignore_index"
 

@@ -104,14 +104,16 @@ def two_heads(
     weights = reductions.weights("sample_weight", sample_weight, s.rows, dtype)
     used = None if counts is None else counts.ravel()
     if weights is not None:  # a row of weight 0 that is not finite has no effect
-        heard = (weights.ravel() != 0) | _finite(s.side) & _finite(t.side)
+        finite = [_finite(x.side, classes, axis_name) for x in (s, t)]
+        heard = (weights.ravel() != 0) | finite[0] & finite[1]
         used = heard if used is None else used & heard
 
     if memory_budget is None:
         memory_budget = block_sizes.default_budget(s.kernel_bytes + t.kernel_bytes)
     order = None
     if counts is not None and used is not None and teacher is not None:
-        order = order_of(used) if _platform.is_local(_leaf(s.side)) else None
+        local_rows = map(_platform.is_local, (_leaf(s.side), _leaf(t.side), used))
+        order = order_of(used) if all(local_rows) else None
     tokens, local = _leaf(s.side).shape[0], s.local if axis_name is not None else classes
     at_once = tokens if order is None else -(-tokens // 2)
     pair_bytes = s.logit_bytes + t.logit_bytes
@@ -171,10 +173,14 @@ def _leaf(side: Side) -> Array:
     return side.hidden if side.logits is None else side.logits
 
 
-def _finite(side: Side) -> Bool[Array, " tokens"]:
-    """Where there is a softmax; logits may be -inf."""
+def _finite(side: Side, classes: int, axis_name: str | None) -> Bool[Array, " tokens"]:
+    """Where there is a softmax; logits may be -inf, and padding may be anything."""
     if side.logits is not None:
-        return jnp.isfinite(targets.largest(side.logits))
+        z, local = side.logits, side.logits.shape[-1]
+        if classes < sharded.all_classes(local, axis_name):
+            ids = jnp.arange(local, dtype=jnp.int32) + sharded.first_class(local, axis_name)
+            z = jnp.where(ids[None] < classes, z, -jnp.inf)
+        return jnp.isfinite(sharded.max_over(targets.largest(z), axis_name))
     return jnp.all(jnp.isfinite(side.hidden), -1)
 
 

@@ -207,6 +207,7 @@ def pulled_back(
     options: Options, residuals: Residuals, g: tile.RowStatistics
 ) -> tuple[Tokens, Head, Target]:
     """Cotangents of what the statistics were computed from, given theirs."""
+    residuals, g = sharded.align((residuals, g))
     tokens, head, target, counting, part = residuals
     tokens_of_tile = read_by_all(tokens)
 

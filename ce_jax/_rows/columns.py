@@ -81,7 +81,8 @@ def _fused_fwd(form: Form, inputs: Any, fixed: Any) -> tuple[Any, Any]:
 # As a whole for those who differentiate outside `jit`, where loops would be compiled in each call.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None]:
-    inputs, fixed, sums = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
+    residuals = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
+    (inputs, fixed, sums), g = sharded.align((residuals, g))
     inputs_of_block = read_by_all(inputs)
 
     def step(carry: Any, first: First, size: int) -> Any:

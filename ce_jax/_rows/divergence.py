@@ -205,7 +205,7 @@ def nothing(options: Options, inputs: Inputs, used: Used) -> Partial:
 
 def _start(options: Options, inputs: Inputs, used: Used) -> _Sums:
     part = nothing(options, inputs, used)
-    return _Sums(part, part, part.sum_exp)
+    return _Sums(part, part, jnp.zeros_like(part.sum_exp))
 
 
 def _fold(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._platform import block_sizes
+from . import sharded
 from .numerics import tempered
 from .tile import ABSENT, First, wide
 
@@ -160,6 +161,9 @@ def over_blocks(
 
     def one(carry: _Carry, first: First, size: int) -> _Carry:
         run = jax.checkpoint(lambda c, f: step(c, f, size), prevent_cse=False)
+        # If a mask is batched, JAX turns `cond` into a select, and all that a block reads then
+        # varies over the devices.
+        first = sharded.like(jnp.asarray(first, jnp.int32), jax.tree.leaves(carry)[0])
         return run(carry, first)
 
     size, full, rest = cut(total, most)

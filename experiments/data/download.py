@@ -66,8 +66,8 @@ def download(
             error.close()
         except urllib.error.URLError as error:
             failures.append(f"{url}: {error.reason}")
-        except ValueError:
-            failures.append(f"{url}: wrong checksum")
+        except ValueError as error:
+            failures.append(f"{url}: {'wrong checksum' if 'hash' in str(error) else error}")
         except (OSError, HTTPException) as error:
             failures.append(f"{url}: {error or type(error).__name__}")
     raise DataError(f"{name} could not be downloaded ({'; '.join(failures)})")
