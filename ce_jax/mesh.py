@@ -105,7 +105,8 @@ def on_mesh(
         first axis of the loss, or a `PartitionSpec` for its leading axes.
       classes: mesh axis over which the classes are sharded: the classes of the logits (the first
         class axis, if there are several) or of the kernel. Bias, class weights, a `where` over
-        classes, and labels that hold a number for each class are sharded with them.
+        classes, and labels that hold a number for each class are sharded with them. Pad the
+        classes of a teacher like those of the student.
       width: for the linear form: mesh axis or axes over which the kernel's other axis, D, is
         sharded. They must be among those of `rows`. The kernel, and that of a teacher, is gathered
         along this axis once, in the dtype of the hidden states. Its gradient is reduced and

@@ -68,6 +68,7 @@ def jensen_shannon(
     )
     normalisers, fixed = visiting(options, normalisers, inputs, used, counting)
     form, _ = visiting(options, form, inputs, used, counting)
+    # The start is a loop of its own, so it gets the constants as the loop does.
     form = form._replace(start=functools.partial(_start, normalisers))
     found: Array = over_columns(form, inputs, fixed, forward_mode=forward_mode)
     return found
