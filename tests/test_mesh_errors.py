@@ -111,6 +111,12 @@ def test_calls(mesh, given, error, message):
         loss(**given)
 
 
+def test_rows_that_do_not_divide_over_the_axes_of_width(mesh):
+    loss = ce_jax.on_mesh(LOSS, mesh, rows=("data",), width=("data",))
+    with pytest.raises(ValueError, match=r"hidden has 5 entries in axis 0.*Pad the rows"):
+        loss(**arguments(rows=5))
+
+
 def test_calls_with_logits(mesh):
     loss = ce_jax.on_mesh(DENSE, mesh, rows=P("data", "model"))
     with pytest.raises(ValueError, match=r"rows must name mesh axes for at most the 1 axes"):
