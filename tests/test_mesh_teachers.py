@@ -148,22 +148,35 @@ def test_a_weight_of_zero_beside_classes_that_are_masked_on_one_device():
     np.testing.assert_allclose(np.sum(by_row), total, rtol=1e-12)
 
 
-def test_batched_masks():
+@pytest.mark.parametrize(
+    ("name", "of_teacher", "options"),
+    [
+        ("linear_distillation_loss", TEACHER, {"teacher_class_axis": 0}),
+        ("linear_jensen_shannon_loss", TEACHER, {"teacher_class_axis": 0}),
+        ("linear_top_k_distillation_loss", ("teacher_ids", "teacher_log_probs"), {}),
+    ],
+)
+def test_batched_masks(name, of_teacher, options):
     """Each of a batch of masks has its own number of rows that count, on each device."""
     layout = LAYOUTS["fsdp-tensor"]
-    loss = ce_jax.on_mesh(ce_jax.linear_distillation_loss, layout.mesh(), **layout.spread)
+    function = getattr(ce_jax, name)
+    loss = ce_jax.on_mesh(function, layout.mesh(), **layout.spread)
     given, _ = problem()
-    arrays = {k: jnp.asarray(given[k]) for k in (*STUDENT, *TEACHER)}
-    arrays |= {k: jnp.where(jnp.isfinite(x), x, 0.5) for k, x in arrays.items()}
+    fixed = {k: jnp.asarray(given[k]) for k in of_teacher}
+    arrays = {k: jnp.asarray(given[k]) for k in STUDENT}
+    arrays, fixed = (
+        {k: jnp.where(jnp.isfinite(x), x, 0).astype(x.dtype) for k, x in some.items()}
+        for some in (arrays, fixed)
+    )
     where = jnp.asarray(np.random.default_rng(3).random((3, BATCH, LENGTH)) < 0.4)
 
     def batched(loss):
         def total(arrays, where):
-            return jnp.sum(jnp.sin(loss(**arrays, teacher_class_axis=0, where=where)))
+            return jnp.sum(jnp.sin(loss(**arrays, **fixed, **options, where=where)))
 
         return jax.jit(jax.vmap(jax.value_and_grad(total), (None, 0)))(arrays, where)
 
-    found, wanted = batched(loss), batched(ce_jax.linear_distillation_loss)
+    found, wanted = batched(loss), batched(function)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-11)
 

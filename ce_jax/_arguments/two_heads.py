@@ -176,10 +176,8 @@ def _leaf(side: Side) -> Array:
 def _finite(side: Side, classes: int, axis_name: str | None) -> Bool[Array, " tokens"]:
     """Where there is a softmax; logits may be -inf, and padding may be anything."""
     if side.logits is not None:
-        z, local = side.logits, side.logits.shape[-1]
-        if classes < sharded.all_classes(local, axis_name):
-            ids = jnp.arange(local, dtype=jnp.int32) + sharded.first_class(local, axis_name)
-            z = jnp.where(ids[None] < classes, z, -jnp.inf)
+        local = side.logits.shape[-1]
+        z = sharded.without_padding(side.logits, classes, local, axis_name)
         return jnp.isfinite(sharded.max_over(targets.largest(z), axis_name))
     return jnp.all(jnp.isfinite(side.hidden), -1)
 

@@ -173,10 +173,7 @@ def _tile_of(
     local = side.logits.shape[-1]
     z = take(side.logits, first, size, side.logits.ndim - 1)
     z = z.astype(tile.wide(z.dtype))
-    if options.classes < sharded.all_classes(local, options.axis_name):
-        ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
-        ids = ids + sharded.first_class(local, options.axis_name) + first
-        z = jnp.where(ids < options.classes, z, -jnp.inf)
+    z = sharded.without_padding(z, options.classes, local, options.axis_name, first)
     return z, lambda dz: Side(logits=dz)
 
 

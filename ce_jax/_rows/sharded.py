@@ -121,6 +121,21 @@ def all_classes(local_classes: int, axis_name: str | None) -> int:
     return local_classes if axis_name is None else local_classes * jax.lax.axis_size(axis_name)
 
 
+def without_padding(
+    z: Float[Array, "*rows block"],
+    classes: int,
+    local_classes: int,
+    axis_name: str | None,
+    first: int | Integer[Array, ""] = 0,
+) -> Float[Array, "*rows block"]:
+    """Logits of this device's classes from `first` on, with -inf beyond the first `classes`."""
+    if classes >= all_classes(local_classes, axis_name):
+        return z
+    ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+    ids = ids + first_class(local_classes, axis_name) + first
+    return jnp.where(ids < classes, z, -jnp.inf)
+
+
 def sum_over(x: Float[Array, "*rows"], axis_name: str | None) -> Float[Array, "*rows"]:
     """The sum over the devices of the class axis."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
