@@ -13,7 +13,7 @@ import jax
 import pytest
 from jax._src import compiler
 
-from ce_jax import _platform
+from ce_jax._rows import sharded
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -87,7 +87,7 @@ def cheap_programs():
 @pytest.fixture
 def one_device(monkeypatch):
     """As on one, where a platform has its own ways: over the eight here arrays might be sharded."""
-    monkeypatch.setattr(_platform, "_may_be_sharded", lambda: False)
+    monkeypatch.setattr(sharded, "_may_be_sharded", lambda: False)
     jax.clear_caches()  # it is asked when a loss is traced
     yield
     jax.clear_caches()

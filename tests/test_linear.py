@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import ce_jax
-from ce_jax import _platform
 from ce_jax._platform import block_sizes
+from ce_jax._rows import sharded
 from tests import comparison, linear, reference, reference_linear
 from tests.comparison import accuracy, close
 from tests.helpers import covering, named
@@ -45,7 +45,7 @@ def few_tokens():
         patch.setattr(block_sizes, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
         # Rows that do not count are left out where arrays are known to be on one device.
         patch.setattr(block_sizes, "rows", lambda: linear.FEWEST_TOKENS)
-        patch.setattr(_platform, "_may_be_sharded", lambda: False)
+        patch.setattr(sharded, "_may_be_sharded", lambda: False)
         jax.clear_caches()
         yield
 

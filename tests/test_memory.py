@@ -60,6 +60,16 @@ def test_the_gradient_takes_no_more_than_optax(name, dtype):
     assert used <= limit
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("loss", [integer, smoothed])
+def test_bfloat16_logits_are_not_stored_in_float32(loss, differentiated):
+    rows = 8 * ROWS
+    function = jax.value_and_grad(loss) if differentiated else loss
+    used = temporaries(function, ((rows, CLASSES), jnp.bfloat16), ((rows,), jnp.int32))
+    # A few numbers for each row, and the partial sums of smoothing: 16 for each.
+    assert used <= 256 * rows
+
+
 @pytest.mark.parametrize("row_option", [None, "ignore_index", "where", "sample_weight"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
 def test_the_loss_of_ids_and_its_gradient_build_nothing_of_the_logits_size(row_option, options):

@@ -44,8 +44,11 @@ def without_platforms(monkeypatch):
     def forget():
         monkeypatch.setattr(_platform, "normaliser", tile.normaliser)
         monkeypatch.setattr(_platform, "read", tile.read)
+        monkeypatch.setattr(_platform, "reread", lambda *both: both)
         jax.clear_caches()
 
+    monkeypatch.setattr(cpu, "_CACHED_BYTES", 0)
+    jax.clear_caches()
     yield forget
     jax.clear_caches()
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .. import _platform
 from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.head import Head, Tokens
@@ -92,7 +91,7 @@ def layer(
     label = jax.tree.map(jnp.ravel, label)
     count = tokens.hidden.shape[0]
     order = None
-    if label.counts is not None and all(map(_platform.is_local, jax.tree.leaves((tokens, label)))):
+    if label.counts is not None and all(map(sharded.is_local, jax.tree.leaves((tokens, label)))):
         order = order_of(label.counts)
         tokens, label = in_order(order, (tokens, label._replace(counts=None)))
         label = label._replace(counts=jnp.arange(count, dtype=jnp.int32) < order.counting)

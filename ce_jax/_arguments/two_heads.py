@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .. import _platform
 from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.divergence import Options, Side
@@ -112,7 +111,7 @@ def two_heads(
         memory_budget = block_sizes.default_budget(s.kernel_bytes + t.kernel_bytes)
     order = None
     if counts is not None and used is not None and teacher is not None:
-        local_rows = map(_platform.is_local, (_leaf(s.side), _leaf(t.side), used))
+        local_rows = map(sharded.is_local, (_leaf(s.side), _leaf(t.side), used))
         order = order_of(used) if all(local_rows) else None
     tokens, local = _leaf(s.side).shape[0], s.local if axis_name is not None else classes
     at_once = tokens if order is None else -(-tokens // 2)

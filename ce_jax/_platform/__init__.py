@@ -1,11 +1,12 @@
 """Ways to read a tile faster, or in less memory, than `_rows.tile`, for one platform each.
 
-Three ways are left, each in the file of its platform, with what it gains:
+Each is in the file of its platform, with what it gains:
 
     where                                        what                      way
     GPU (CUDA), a tile of more than 8 MB         maximum and normaliser    gpu.normaliser
-    CPU, smoothing, or soft labels of 64         sums over the classes     cpu.read
-    classes and more
+    CPU, bfloat16 of 8 MB in float32             every reading             cpu.apart
+    CPU, soft labels of 64 classes and more      sums over the classes     cpu.apart
+    CPU, smoothing                               sums over the classes     cpu.row_sums
     CPU                                          argmax                    cpu.first_of
 
 Everything else is read the plain way. No way changes a result but in its last digits, and the time
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from .._rows import tile
+from .._rows import sharded, tile
 from . import cpu, gpu
 
 
@@ -29,9 +30,14 @@ def normaliser(
     z: Float[Array, "*rows classes"],
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """`tile.normaliser`, in the way of the platform."""
-    if not is_own(z) or z.size * z.dtype.itemsize <= gpu.CACHED_BYTES:
+    ways: dict[str, Any] = {}
+    if sharded.is_own(z) and z.size * z.dtype.itemsize > gpu.CACHED_BYTES:
+        ways["cuda"] = gpu.normaliser
+    if sharded.is_own(z) and cpu.stores_wide(z):
+        ways["cpu"] = cpu.normaliser
+    if not ways:
         return tile.normaliser(z)
-    row_max, sum_exp = jax.lax.platform_dependent(z, cuda=gpu.normaliser, default=tile.normaliser)
+    row_max, sum_exp = jax.lax.platform_dependent(z, **ways, default=tile.normaliser)
     return jax.lax.stop_gradient(row_max), sum_exp
 
 
@@ -42,36 +48,18 @@ def read(
     **options: Any,
 ) -> tile.Partial:
     """`tile.read`, in the way of the platform."""
-    plain: Any = functools.partial(tile.read, **options)
-    if not is_own(z) or not cpu.reads(z, target, argmax=options.get("argmax", False)):
+    plain, own = (functools.partial(f, **options) for f in (tile.read, cpu.read))
+    if not sharded.is_own(z) or not (options.get("argmax") or cpu.shares(z, target)):
         return plain(z, target, normaliser)
-    on_a_cpu = functools.partial(cpu.read, **options)
-    part: tile.Partial = jax.lax.platform_dependent(
-        z, target, normaliser, cpu=on_a_cpu, default=plain
-    )
+    part: tile.Partial = jax.lax.platform_dependent(z, target, normaliser, cpu=own, default=plain)
     return part
 
 
-def is_own(z: Array) -> bool:
-    """Whether all of an array is known to be on one device, and its axes to be of known length.
-
-    To read a sharded axis in another way would move data, and a symbolic one has no length.
-    """
-    return all(isinstance(size, int) for size in z.shape) and is_local(z)
-
-
-def is_local(z: Array) -> bool:
-    """Whether all of an array is known to be on one device."""
-    spread = any(axis is not None for axis in jax.typeof(z).sharding.spec)
-    return not spread and not _may_be_sharded()
-
-
-def _may_be_sharded() -> bool:
-    """Whether there are devices over which arrays may be sharded without JAX telling us.
-
-    Over mesh axes that are explicit it tells, and where they are manual, as in `jax.shard_map`,
-    arrays are a device's own.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    several = max(jax.device_count(), mesh.size) > 1
-    return several and (mesh.empty or bool(mesh.auto_axes))
+def reread(
+    z: Float[Array, "*rows classes"], part: tile.Partial
+) -> tuple[Float[Array, "*rows classes"], tile.Partial]:
+    """The same tile and statistics, for the gradient, in the way of the platform."""
+    both = z, part
+    if sharded.is_own(z) and cpu.stores_wide(z):
+        both = jax.lax.platform_dependent(*both, cpu=cpu.apart, default=lambda *same: same)
+    return both

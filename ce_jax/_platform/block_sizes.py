@@ -26,8 +26,6 @@ _FEWEST_TOKENS = 1024
 _ALIGNMENT = 128
 # Indices into a larger tile overflow 32 bits in XLA.
 _LARGEST_TILE = 2**31 - 1
-
-
 # What is taken for a number that is not known: a usual one of tokens in training.
 _IF_UNKNOWN = 8192
 # About what a CPU's cache keeps; blocks of a quarter of it still take little more time.

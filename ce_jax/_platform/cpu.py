@@ -1,25 +1,29 @@
-"""Several sums over the same classes in one reading of a tile, for a CPU.
+"""What is added up over a tile, without storing arrays of its size, for a CPU.
 
-XLA has a fast kernel for one sum of simple arithmetic. Where a select is among what is added up, or
-two sums share an operand, it first stores an array of the size of the tile. As one reduction with
-several operands they are one loop, which computes what it adds up and stores nothing.
+XLA has a fast kernel for one sum of simple arithmetic. What two of them share it first stores: the
+logits relative to their maximum, or bfloat16 logits in float32. So a second reading is kept `apart`
+from the first, and computes for itself. Smoothing has a select among what it adds up, which the
+kernel does not know: its sums are one reduction with several operands, a loop that stores nothing.
 
 Value and gradient on two cores, in times of the plain way, default malloc (jax 0.10.2):
 
-                                   8192x1000              1024x32768
-                              float32   bfloat16      float32   bfloat16
-    soft labels                  0.57       0.78         0.82       0.61
-      temporaries, MB       0 for 33  66 for 98    1 for 134  134 for 403
-    smoothing                    0.48       0.33         0.71       0.57
-      temporaries, MB       0 for 66  33 for 99    1 for 268  134 for 537
+                                     8192x1000               1024x32768
+                                float32   bfloat16       float32   bfloat16
+    class ids                         -       1.16             -       0.75
+      temporaries, MB                 -   0 for 33             -  0 for 134
+    soft labels                    0.66       0.41          0.76       0.67
+      temporaries, MB          0 for 33  33 for 98     0 for 134  134 for 403
+    smoothing                      0.58       0.32          0.69       0.49
+      temporaries, MB          0 for 66   0 for 99     1 for 268    0 for 537
 
-The loss alone takes what it takes in the plain way, or less. The argmax beside a loss of class ids
-takes no temporaries for 138 MB in float32 and bfloat16, 4096x8192, and 0.5 of its time.
+The loss alone takes 0.2 to 0.4 of the plain way in bfloat16 and with smoothing, and what it takes
+there for soft labels in float32. The argmax beside a loss of class ids takes no temporaries for
+138 MB in float32 and bfloat16, 4096x8192, and 0.5 of its time.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +31,42 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import tile
 
-# The loop adds up one by one: of more numbers too many digits would be lost.
+_Tree = TypeVar("_Tree")
+
+# The loop adds up one by one: more numbers would lose too many digits.
 _LONGEST = 1 << 9
 
-# Soft labels of fewer classes take as long in the plain way, and half the time to compile.
+# Soft labels of fewer classes take as long in the plain way.
 _FEWEST = 64
 
-
-def reads(z: Float[Array, "*rows classes"], target: tile.Target, *, argmax: bool) -> bool:
-    """Whether a tile is better read in this way than in the plain one."""
-    return argmax or _adds_several(z, target)
+# A tile of no more in float32 stays in the cache, and to store it takes less than to convert twice.
+_CACHED_BYTES = 1 << 23
 
 
-def _adds_several(z: Float[Array, "*rows classes"], target: tile.Target) -> bool:
+def shares(z: Float[Array, "*rows classes"], target: tile.Target) -> bool:
+    """Whether in the plain way an array would be stored for two sums."""
     soft = target.probs is not None and z.shape[-1] >= _FEWEST
-    return soft or target.classes is not None
+    return soft or target.classes is not None or stores_wide(z)
+
+
+def stores_wide(z: Float[Array, "*rows classes"]) -> bool:
+    """Whether a tile would be stored in float32, outside the cache; of float16 it is in any way."""
+    return z.dtype == jnp.bfloat16 and 4 * z.size > _CACHED_BYTES
+
+
+def apart(*arrays: _Tree) -> tuple[_Tree, ...]:
+    """The same arrays, of which nothing that is made shares anything with what was made before."""
+    again: tuple[_Tree, ...] = jax.lax.optimization_barrier(arrays)
+    return again
+
+
+def normaliser(
+    z: Float[Array, "*rows classes"],
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """As `tile.normaliser`, in two readings that each convert the logits."""
+    row_max = tile.row_maxima(z)
+    (again,) = apart(z)
+    return row_max, tile.sum_exp(again, row_max)
 
 
 def read(
@@ -50,16 +75,13 @@ def read(
     normaliser: tuple[Float[Array, "*rows"], Float[Array, "*rows"]],
     **options: Any,
 ) -> tile.Partial:
-    """As `tile.read`.
-
-    Sums apart from the maximum that the normaliser is made with: of what is relative to the same
-    one XLA would store the difference.
-    """
-    if not _adds_several(z, target):
+    """As `tile.read`, apart from the reading that the normaliser was made in."""
+    if not shares(z, target):
         return tile.read(z, target, normaliser, first_of=first_of, **options)
     row_max, sum_exp = normaliser
-    apart = jax.lax.optimization_barrier(row_max), sum_exp
-    return tile.read(z, target, apart, row_sums, first_of, **options)._replace(base=row_max)
+    z, base = apart(z, row_max)
+    part = tile.read(z, target, (base, sum_exp), row_sums, first_of, **options)
+    return part._replace(base=row_max)
 
 
 def first_of(reached: Bool[Array, "*rows classes"]) -> Integer[Array, "*rows"]:

@@ -169,6 +169,7 @@ def _pulled_back(options: Options, residuals: _Residuals, g: RowStatistics) -> t
     # A scalar may come as a literal.
     logits, target, counts, part = jax.tree.map(jnp.asarray, residuals)
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
+    logits, part = _platform.reread(logits, part)
     dz, d_target = tile.pullback(logits, target, part, g, first_class=first_class)
     of_numbers = target._replace(labels=ABSENT, picked=ABSENT)
     d_target = jax.tree.map(sharded.with_sharding_of, d_target, of_numbers)

@@ -43,7 +43,7 @@ def instantiated(tree: _Tree) -> _Tree:
 
 @jax.custom_jvp
 def product(weight: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`weight * x` for x > -inf, where 0 times infinity is 0.
+    """`weight * x` for x >= 0, where 0 times infinity is 0.
 
     An infinite `x` counts as the largest number, which 0 makes 0; the product times that number
     once more makes any other infinite.
@@ -63,18 +63,20 @@ def _product_jvp(
     return product(weight, x), by_weight * t_weight + weight * t_x
 
 
-def not_negative(
-    x: Float[Array, "*rows"], rounding: Float[Array, "*rows"] | float = jnp.inf
-) -> Float[Array, "*rows"]:
-    """`x`, or 0 where it is below that by rounding alone; its derivative as it was.
+@jax.custom_jvp
+def not_negative(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` of which the truth is not negative: `|x|`, with the derivative of `x`.
 
     A compiler may compute logits twice that were scaled by the user, and contract the scaling with
     what follows in one place only: the largest logit is then above the maximum by its last digit.
-    (`temperature` scales in one place.) `rounding` is how far: a sum under a target that is
-    negative somewhere may be below 0 in truth.
+    (`temperature` scales in one place.)
     """
-    below = (x < 0) & (x >= -rounding)
-    return x + jax.lax.stop_gradient(jnp.where(below, -x, 0))
+    return jnp.abs(x)
+
+
+@not_negative.defjvp
+def _not_negative_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return not_negative(*primals), *tangents
 
 
 @jax.custom_jvp

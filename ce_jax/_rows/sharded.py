@@ -51,6 +51,31 @@ def with_sharding_of(d: Array, x: Array) -> Array:
     return d if jax.typeof(d).sharding.spec == spec else reshard(d, spec)
 
 
+def is_own(z: Array) -> bool:
+    """Whether all of an array is known to be on one device, and its axes to be of known length.
+
+    To read a sharded axis in another way would move data, and a symbolic one has no length.
+    """
+    return all(isinstance(size, int) for size in z.shape) and is_local(z)
+
+
+def is_local(z: Array) -> bool:
+    """Whether all of an array is known to be on one device."""
+    spread = any(axis is not None for axis in jax.typeof(z).sharding.spec)
+    return not spread and not _may_be_sharded()
+
+
+def _may_be_sharded() -> bool:
+    """Whether there are devices over which arrays may be sharded without JAX telling us.
+
+    Over mesh axes that are explicit it tells, and where they are manual, as in `jax.shard_map`,
+    arrays are a device's own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    several = max(jax.device_count(), mesh.size) > 1
+    return several and (mesh.empty or bool(mesh.auto_axes))
+
+
 def inside_shard_map() -> bool:
     """Whether arrays are a device's parts of larger ones."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)

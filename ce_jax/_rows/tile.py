@@ -183,12 +183,12 @@ def read(
         out = out._replace(label_logit=label_logit(z, target.labels, first_class))
     if target.probs is not None:
         probs = target.probs.astype(surprise.dtype)
-        cross = product(probs, surprise)
-        out = out._replace(**row_sums({"cross": cross, "target_sum": probs}))
+        cross = product(probs, not_negative(surprise))
+        out = out._replace(**row_sums({"cross": cross}), **row_sums({"target_sum": probs}))
     if target.classes is not None:
         classes, allowed = _spread(target.classes, z)
         sums = {
-            "uniform": classes * _finite(surprise),
+            "uniform": classes * _finite(not_negative(surprise)),
             "classes_count": allowed.astype(surprise.dtype),
         }
         if target.classes.ndim:
@@ -213,7 +213,8 @@ def rebase(
     With `ahead` the difference of both `lse`, `lse - z` grows by that in each class, and a share
     `exp(-ahead)` of all probability is in the part. `argmax` stays what it was.
     """
-    ahead = origin(row_max) - origin(part.base) + _log(sum_exp) - _log(part.sum_exp)
+    from_base = origin(row_max) - origin(part.base)
+    ahead = not_negative(from_base + _log(sum_exp) - _log(part.sum_exp))
     out = part._replace(base=row_max, sum_exp=scaled_sum(part.base, part.sum_exp, row_max))
     if part.cross is not None:
         out = out._replace(cross=part.cross + product(part.target_sum, ahead))
@@ -253,15 +254,12 @@ def finish(part: Partial) -> RowStatistics:
         lse=base + log_sum,
         label_logit=part.label_logit,
         uniform_count=part.classes_count,
+        cross=part.cross,
+        uniform=part.uniform,
         argmax=part.argmax,
     )
-    rounding = 2 * jnp.finfo(base.dtype).eps * jnp.abs(base)
     if part.label_logit is not None:
         out = out._replace(cross=not_negative(log_sum - (part.label_logit - base)))
-    elif part.cross is not None:
-        out = out._replace(cross=not_negative(part.cross, rounding * part.target_sum))
-    if part.uniform is not None:
-        out = out._replace(uniform=not_negative(part.uniform, rounding * part.classes_sum))
     if part.entropy is not None:
         out = out._replace(entropy=not_negative(part.entropy))
     return _batched_alike(out, part)
