@@ -143,6 +143,8 @@ def _visited(options: Options, head: Head) -> int:
     return options.classes if options.axis_name is None else head.kernel.shape[options.class_axis]
 
 
+# Traced once, for the statistics and for the rule of their derivative.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _partial(
     options: Options, tokens: Tokens, head: Head, target: Target, counting: Counting
 ) -> Partial:

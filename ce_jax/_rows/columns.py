@@ -57,6 +57,8 @@ def over_columns(form: Form, inputs: Any, fixed: Any, *, forward_mode: bool = Fa
     return _fused(form, inputs, fixed)
 
 
+# Traced once, for the result and for the rule of its derivative.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def sums(form: Form, inputs: Any, fixed: Any) -> Any:
     """The sums over all columns, those of all devices if they are to be joined."""
     inputs_of_block = read_by_all(inputs)

@@ -119,6 +119,8 @@ def _constant_unless_jvp(
     return _constant_unless(counts, logits), _silenced(counts, d_logits)
 
 
+# Traced once, for the statistics and for the rule of their derivative.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _whole_rows(options: Options, logits: Array, target: Target, counts: Array | None) -> Partial:
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
     logits, picked = pick(logits, target.picked, first_class)

@@ -205,23 +205,29 @@ def read(
     return out
 
 
-def rebase(
-    part: Partial, row_max: Float[Array, "*rows"], sum_exp: Float[Array, "*rows"]
+def share_of(
+    part: Partial,
+    scaled: Float[Array, "*rows"],
+    row_max: Float[Array, "*rows"],
+    sum_exp: Float[Array, "*rows"],
 ) -> Partial:
     """What a part adds to the statistics of a softmax over more classes, given its normaliser.
 
-    With `ahead` the difference of both `lse`, `lse - z` grows by that in each class, and a share
-    `exp(-ahead)` of all probability is in the part. `argmax` stays what it was.
+    `scaled` is the part's own sum of exponentials relative to `row_max`. With `ahead` the
+    difference of both `lse`, `lse - z` grows by that in each class, and a share `exp(-ahead)` of
+    all probability is in the part.
     """
+    out = part._replace(base=ABSENT, sum_exp=ABSENT, argmax=ABSENT)
+    if part.cross is None and part.uniform is None and part.entropy is None:
+        return out
     from_base = origin(row_max) - origin(part.base)
     ahead = not_negative(from_base + _log(sum_exp) - _log(part.sum_exp))
-    out = part._replace(base=row_max, sum_exp=scaled_sum(part.base, part.sum_exp, row_max))
     if part.cross is not None:
         out = out._replace(cross=part.cross + product(part.target_sum, ahead))
     if part.uniform is not None:
         out = out._replace(uniform=part.uniform + part.classes_sum * _finite(ahead))
     if part.entropy is not None:
-        share = out.sum_exp / _nonzero(sum_exp)
+        share = scaled / _nonzero(sum_exp)
         out = out._replace(entropy=share * (part.entropy + _finite_exponent(ahead)))
     return out
 
@@ -239,10 +245,11 @@ def merge(a: Partial, b: Partial) -> Partial:
     if a.argmax is not None:
         of_equals = jnp.where(a.base == b.base, jnp.minimum(a.argmax, b.argmax), a.argmax)
         argmax = jnp.where(b.base > a.base, b.argmax, of_equals)
-    sum_exp = scaled_sum(*a[:2], row_max) + scaled_sum(*b[:2], row_max)
-    parts = (rebase(x, row_max, sum_exp)._replace(base=ABSENT, argmax=ABSENT) for x in (a, b))
-    total: Partial = jax.tree.map(jnp.add, *parts)
-    return total._replace(base=row_max, argmax=argmax)
+    of_a, of_b = (scaled_sum(x.base, x.sum_exp, row_max) for x in (a, b))
+    sum_exp = of_a + of_b
+    shares = share_of(a, of_a, row_max, sum_exp), share_of(b, of_b, row_max, sum_exp)
+    total: Partial = jax.tree.map(jnp.add, *shares)
+    return total._replace(base=row_max, sum_exp=sum_exp, argmax=argmax)
 
 
 def finish(part: Partial) -> RowStatistics:
