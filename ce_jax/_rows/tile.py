@@ -205,12 +205,7 @@ def read(
     return out
 
 
-def share_of(
-    part: Partial,
-    scaled: Float[Array, "*rows"],
-    row_max: Float[Array, "*rows"],
-    sum_exp: Float[Array, "*rows"],
-) -> Partial:
+def share_of(part: Partial, scaled: Array, row_max: Array, sum_exp: Array) -> Partial:
     """What a part adds to the statistics of a softmax over more classes, given its normaliser.
 
     `scaled` is the part's own sum of exponentials relative to `row_max`. With `ahead` the
