@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from . import _platform
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
@@ -200,18 +201,18 @@ def _logistic_jvp(elements: _Elements, tangents: tuple[Any, ...]) -> tuple[Array
 
 @jax.custom_vjp
 def _fused(z: Array, y: Array, pos_weight: Array | None) -> Float[Array, "*shape"]:
-    return _logistic(z, y, pos_weight)
+    return _platform.elementwise(_logistic, z, y, pos_weight)
 
 
 def _fused_fwd(z: Array, y: Array, pos_weight: Array | None) -> tuple[Array, _Elements]:
-    return _logistic(z, y, pos_weight), (z, y, pos_weight)
+    return _platform.elementwise(_logistic, z, y, pos_weight), (z, y, pos_weight)
 
 
 # One program: outside `jit`, JAX would run the steps of the derivative one by one.
 @functools.partial(jax.jit, inline=True)
 def _fused_bwd(elements: _Elements, g: Array) -> tuple[Array | None, ...]:
     z, y, pos_weight = jax.tree.map(jnp.asarray, elements)
-    dz, *others = _slopes(z, y, pos_weight)
+    dz, *others = _platform.elementwise(_slopes, z, y, pos_weight)
     # An infinite derivative with respect to a label, times a weight of 0, would be NaN.
     gradients = ((g * dz).astype(z.dtype), *(weighted(g, d) for d in others))
     return (*gradients, None) if pos_weight is None else gradients

@@ -8,15 +8,16 @@ Each is in the file of its platform, with what it gains:
     CPU, soft labels of 64 classes and more      sums over the classes     cpu.apart
     CPU, smoothing                               sums over the classes     cpu.row_sums
     CPU                                          argmax                    cpu.first_of
+    CPU, fewer than 64 columns                   the sigmoid loss          cpu.in_one_row
 
 Everything else is read the plain way. No way changes a result but in its last digits, and the time
-of none depends on the numbers. Formulas of losses live in `_rows`. `block_sizes` chooses how large
-the blocks of the linear form are.
+of none depends on the numbers. `block_sizes` chooses the blocks of the linear form.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,9 +27,7 @@ from .._rows import sharded, tile
 from . import cpu, gpu
 
 
-def normaliser(
-    z: Float[Array, "*rows classes"],
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+def normaliser(z: Float[Array, "*rows classes"]) -> tile.Normaliser:
     """`tile.normaliser`, in the way of the platform."""
     ways: dict[str, Any] = {}
     if sharded.is_own(z) and z.size * z.dtype.itemsize > gpu.CACHED_BYTES:
@@ -44,7 +43,7 @@ def normaliser(
 def read(
     z: Float[Array, "*rows classes"],
     target: tile.Target,
-    normaliser: tuple[Float[Array, "*rows"], Float[Array, "*rows"]],
+    normaliser: tile.Normaliser,
     **options: Any,
 ) -> tile.Partial:
     """`tile.read`, in the way of the platform."""
@@ -53,6 +52,14 @@ def read(
         return plain(z, target, normaliser)
     part: tile.Partial = jax.lax.platform_dependent(z, target, normaliser, cpu=own, default=plain)
     return part
+
+
+def elementwise(function: Callable[..., Any], z: Array, *others: Array | None) -> Any:
+    """A function of each element of arrays of one shape, in the way of the platform."""
+    if z.ndim < 2 or not sharded.is_own(z) or z.shape[-1] >= cpu.FEWEST:
+        return function(z, *others)
+    in_one_row = functools.partial(cpu.in_one_row, function)
+    return jax.lax.platform_dependent(z, *others, cpu=in_one_row, default=function)
 
 
 def reread(

@@ -1,8 +1,7 @@
 """Division of the linear form's work: by tokens or by classes, and the sizes of the blocks.
 
-A number of tokens, or of the classes of a contrastive loss, may be symbolic (`jax.export`): it has
-no value when the program is made. The size of a block is then that for some fixed number of them,
-and how many blocks there are is left to the program (`_rows.head.cut`).
+A number of tokens may be symbolic (`jax.export`): it has no value when the program is made. Blocks
+are then those for some fixed number, and how many there are is left to the program.
 """
 
 from __future__ import annotations
@@ -36,13 +35,11 @@ def default_budget(kernel_bytes: int, logits: tuple[int, int] | None = None) -> 
     """Bytes of temporaries: a third of the kernel's, within 256 MB and 1 GB; 17 MB on a CPU.
 
     An accelerator needs blocks large enough to keep its matrix units busy; a CPU does not. On an
-    H200 8192 bfloat16 tokens of width 2304 with 256000 classes take 74, 71, 68 and 66 ms in blocks
-    of 1920, 3200, 6400 (the default) and 12800 classes. Blocks of 1024 and 2048 tokens take 52 and
-    50, and 3.0 and 4.5 GB, of which 2.4 GB add up the kernel's gradient. Where this is the result
-    itself, it takes nothing. Then `logits` are the tokens and the bytes of each one's logits, and
-    the default has room for a quarter of them within 1.3 GB, or for 1024 tokens within 2 GB.
-
-    Where one CPU plays several devices, they share its cache.
+    H200 8192 bfloat16 tokens of width 2304 with 256000 classes take 74 to 66 ms in blocks of 1920
+    to 12800 classes. Blocks of 1024 tokens take 52, and 3.0 GB, of which 2.4 add up the kernel's
+    gradient. Where this is the result itself, it takes nothing. Then `logits` are the tokens and
+    the bytes of each one's logits, and the default has room for a quarter of them within 1.3 GB, or
+    for 1024 tokens within 2 GB. Where one CPU plays several devices, they share its cache.
     """
     if jax.default_backend() == "cpu":
         mesh = jax.sharding.get_abstract_mesh()

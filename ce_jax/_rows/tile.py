@@ -125,6 +125,8 @@ def nothing_seen(
     )
 
 
+# The largest logit of each row, and the sum of exponentials relative to it.
+Normaliser = tuple[Float[Array, "*rows"], Float[Array, "*rows"]]
 # Adds up arrays over the classes, each by itself; and finds the first class that is marked.
 RowSums = Callable[[dict[str, Array]], dict[str, Array]]
 FirstOf = Callable[[Bool[Array, "*rows classes"]], Integer[Array, "*rows"]]
@@ -142,9 +144,7 @@ def sum_exp(
     return jnp.sum(jnp.exp(shift(z, row_max)), -1)
 
 
-def normaliser(
-    z: Float[Array, "*rows classes"],
-) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+def normaliser(z: Float[Array, "*rows classes"]) -> Normaliser:
     """The `row_maxima`, and the sum of exponentials relative to them."""
     row_max = row_maxima(z)
     return row_max, sum_exp(z, row_max)
@@ -164,7 +164,7 @@ def first_of(reached: Bool[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
 def read(
     z: Float[Array, "*rows classes"],
     target: Target,
-    normaliser: tuple[Float[Array, "*rows"], Float[Array, "*rows"]],
+    normaliser: Normaliser,
     row_sums: RowSums = row_sums,
     first_of: FirstOf = first_of,
     *,
