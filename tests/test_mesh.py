@@ -28,7 +28,7 @@ STATISTICS = {k: OPTIONS[k] for k in ("ignore_index", "num_classes", "logit_soft
 SMOOTH = ("hidden", "kernel", "bias", "weight", "sample_weight")
 SLOPES = 1e-11
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("x64")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("x64", "cheap_programs")]
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from tests.test_mesh import compare
 BATCH, LENGTH, WIDTH, CLASSES, HELD, KNOWN = 8, 2, 8, 21, 24, 3
 EXPLICIT = AxisType.Explicit
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("x64")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("x64", "cheap_programs")]
 
 
 def problem():
