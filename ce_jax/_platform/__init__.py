@@ -1,7 +1,5 @@
 """Ways to read a tile faster, or in less memory, than `_rows.tile`, for one platform each.
 
-Each is in the file of its platform, with what it gains:
-
     where                                        what                      way
     GPU (CUDA), a tile of more than 8 MB         maximum and normaliser    gpu.normaliser
     CPU, bfloat16 of 8 MB in float32             every reading             cpu.apart
@@ -10,8 +8,9 @@ Each is in the file of its platform, with what it gains:
     CPU                                          argmax                    cpu.first_of
     CPU, fewer than 64 columns                   the sigmoid loss          cpu.in_one_row
 
-Everything else is read the plain way. No way changes a result but in its last digits, and the time
-of none depends on the numbers. `block_sizes` chooses the blocks of the linear form.
+The file of a platform says what its ways gain. Everything else is read the plain way. No way changes
+a result but in its last digits, and the time of none depends on the numbers. `block_sizes` chooses
+the blocks of the linear form.
 """
 
 from __future__ import annotations
@@ -62,11 +61,9 @@ def elementwise(function: Callable[..., Any], z: Array, *others: Array | None) -
     return jax.lax.platform_dependent(z, *others, cpu=in_one_row, default=function)
 
 
-def reread(
-    z: Float[Array, "*rows classes"], part: tile.Partial
-) -> tuple[Float[Array, "*rows classes"], tile.Partial]:
+def reread(z: Array, part: tile.Partial) -> tuple[Array, tile.Partial]:
     """The same tile and statistics, for the gradient, in the way of the platform."""
     both = z, part
     if sharded.is_own(z) and cpu.stores_wide(z):
-        both = jax.lax.platform_dependent(*both, cpu=cpu.apart, default=lambda *same: same)
+        both = jax.lax.platform_dependent(*both, cpu=cpu.reread, default=lambda *same: same)
     return both

@@ -9,15 +9,13 @@ Value and gradient on two cores, in times of the plain way, default malloc (jax 
 
                       8192x1000             1024x32768
                  float32   bfloat16     float32   bfloat16
-    class ids          -       1.16           -       0.75
     soft labels     0.66       0.41        0.76       0.67
     smoothing       0.58       0.32        0.69       0.49
 
 Temporaries are 0 for 33 to 537 MB, but 33 for 98 and 134 for 403 of bfloat16 soft labels. The loss
-alone takes 0.2 to 0.4, or as long for soft labels in float32. The argmax beside a loss of class ids
-takes 0.5 of the time and no temporaries for 138 MB, 4096x8192.
-
-The sigmoid loss in one row takes 0.39 at 131072x10, 0.57 at 32768x48 and 0.03 at 1048576x1.
+alone takes 0.2 to 0.4, of bfloat16 class ids too, or as long for soft labels in float32. The argmax
+takes 0.5 of the time of class ids, and no temporaries for 138 MB, 4096x8192. The sigmoid loss takes
+0.39 in one row at 131072x10, 0.57 at 32768x48 and 0.03 at 1048576x1.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import tile
 
-# The loop adds up one by one: more numbers would lose too many digits.
+# The loop adds up one by one: of more numbers too many digits would be lost.
 _LONGEST = 1 << 9
 
 # Soft labels of fewer classes take as long in the plain way; a loop over more columns is fast.
@@ -76,6 +74,12 @@ def read(
     z, base = apart(z, row_max)
     part = tile.read(z, target, (base, sum_exp), row_sums, first_of, **options)
     return part._replace(base=row_max)
+
+
+def reread(z: Array, part: tile.Partial) -> tuple[Array, tile.Partial]:
+    """For the gradient. That of class ids shares the exponentials that `normaliser` added up."""
+    of_ids = part.cross is None and part.uniform is None and part.entropy is None
+    return (*apart(z), part) if of_ids else apart(z, part)
 
 
 def in_one_row(function: Callable[..., Any], z: Array, *others: Array | None) -> Any:
