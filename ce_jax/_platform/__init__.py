@@ -8,7 +8,7 @@
     CPU                                          argmax                    cpu.first_of
     CPU, fewer than 64 columns                   the sigmoid loss          cpu.in_one_row
 
-The file of a platform says what its ways gain. Everything else is read the plain way. No way changes
+Each platform's file says what its ways gain. Everything else is read the plain way. No way changes
 a result but in its last digits, and the time of none depends on the numbers. `block_sizes` chooses
 the blocks of the linear form.
 """
