@@ -57,6 +57,7 @@ def _forget_programs():
 _CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 if jax.__version_info__ < (0, 11):
     _CHEAP["xla_cpu_use_fusion_emitters"] = False
+_OPTIONS_OF = compiler.get_compile_options
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +65,16 @@ def cheap_programs():
     """Lets XLA compile in a third of the time and leave out LLVM's optimisations.
 
     For modules that ask what a transform, an option or a reduction gives, and how often something
-    is compiled. What looks at memory, compiled programs, rounding or extreme values needs
-    programs as users have them. For a whole module, because a program is compiled once and kept
-    for the tests that follow. JAX has no public option for all programs of a process.
+    is compiled. A test among them that looks at memory, rounding or extreme values takes
+    `usual_programs`. For a whole module, because a program is compiled once and kept for the tests
+    that follow. JAX has no public option for all programs of a process.
     """
     if jax.default_backend() != "cpu":
         yield
         return
 
-    options_of = compiler.get_compile_options
-
     def cheap(*args, **kwargs):
-        options = options_of(*args, **kwargs)
+        options = _OPTIONS_OF(*args, **kwargs)
         options.env_option_overrides = [*options.env_option_overrides, *_CHEAP.items()]
         return options
 
@@ -85,12 +84,26 @@ def cheap_programs():
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-    """As on one, where a platform has its own ways: over the eight here arrays might be sharded."""
-    monkeypatch.setattr(sharded, "_may_be_sharded", lambda: False)
-    jax.clear_caches()  # it is asked when a loss is traced
+def usual_programs(monkeypatch):
+    """Programs as users have them, for a test in a module of `cheap_programs`."""
+    monkeypatch.setattr(compiler, "get_compile_options", _OPTIONS_OF)
+    jax.clear_caches()
     yield
     jax.clear_caches()
+
+
+def _on_one_device():
+    """As on one, where a platform has its own ways: over the eight here arrays might be sharded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "_may_be_sharded", lambda: False)
+        jax.clear_caches()  # it is asked when a loss is traced
+        yield
+    jax.clear_caches()
+
+
+one_device = pytest.fixture(_on_one_device)
+# Programs are kept for the tests of a module that follow.
+module_on_one_device = pytest.fixture(scope="module")(_on_one_device)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import ce_jax
 from ce_jax._rows.bins import bin_sums
 from tests import reference_beyond
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 adaptive_error = functools.partial(ce_jax.expected_calibration_error, adaptive=True)
 
 
@@ -127,6 +129,7 @@ def test_the_derivative_of_tied_predictions():
     np.testing.assert_allclose(jnp.sort(slope), np.array([-1, -1, 1, 1, 1, 1]) / 6, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.usefixtures("x64")
 def test_a_border_is_the_number_nearest_to_its_fraction(dtype):
@@ -141,6 +144,7 @@ def test_a_border_is_the_number_nearest_to_its_fraction(dtype):
         np.testing.assert_array_equal(found.size, np.arange(bins) > 0, err_msg=f"{bins} bins")
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_a_large_sum_does_not_swallow_what_is_added_to_it():
     """As one accumulator does from 2^25 on, where a float32 is 4 from the next: all that follows.
 
@@ -212,6 +216,7 @@ def softmax64(logits):
     return p / p.sum(-1, keepdims=True)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_logits(dtype):
     """No worse than the textbook's formulas in that dtype, and as good as of float32 logits."""
@@ -243,6 +248,7 @@ def test_narrow_logits(dtype):
         np.testing.assert_allclose(found, true, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_confidences(dtype, adaptive):
@@ -258,6 +264,7 @@ def test_narrow_confidences(dtype, adaptive):
         np.testing.assert_allclose(mine, true, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_temperature_of_narrow_logits(dtype):
     """That of the same logits in float64."""

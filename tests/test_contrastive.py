@@ -17,6 +17,8 @@ from tests.helpers import GARBAGE, WRONG_NAME, compilations
 from tests.test_linear_transforms import dot_products
 from tests.test_memory import temporaries
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 N, WIDTH = 7, 3
 PAIRS = {"info_nce_loss": ("queries", "keys"), "clip_loss": ("images", "texts")}
 PAIRS |= {"siglip_loss": ("images", "texts"), "supervised_contrastive_loss": ("embeddings",)}
@@ -208,6 +210,7 @@ def test_a_symbolic_batch(name):
         jax.tree.map(lambda a, b: close(a, b, 1e-5, size=1.0), found, wanted)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @every_loss
 def test_no_matrix_of_all_pairs(name):
     """Value and gradient; the matrix alone would take 64 MB."""
@@ -303,6 +306,7 @@ def value_and_gradients(name, arguments, **options):
     return functools.partial(both, smooth), both, smooth
 
 
+@pytest.mark.usefixtures("usual_programs")
 @every_loss
 def test_extremes(name):
     """Pairs that do not exist, and hold anything; no pair at all; enormous logits."""
@@ -331,6 +335,7 @@ def test_extremes(name):
         assert np.any(gradient != 0)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("rows", [0, 1])
 @every_loss
 def test_smallest_batches(name, rows):

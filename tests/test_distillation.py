@@ -14,6 +14,8 @@ from tests import reference, reference_distillation
 from tests.comparison import close, compare
 from tests.helpers import GARBAGE, WRONG_NAME, compilations
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 INF, NAN = np.inf, np.nan
 DENSE, LINEAR = "distillation_loss", "linear_distillation_loss"
 CLASSES = 7
@@ -159,6 +161,7 @@ def test_transformations():
     np.testing.assert_allclose(backward, product, rtol=0, atol=1e-8)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.cpu
 @pytest.mark.parametrize("given", [False, True], ids=["two layers", "logits given"])
 def test_no_logits_are_held(given):
@@ -186,6 +189,7 @@ def test_no_logits_are_held(given):
         np.testing.assert_allclose(spent[0] / spent[1], 6 / 8, atol=0.03)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_close_to_the_teacher():
     """Where cross-entropy less entropy has no digit left, the divergence has many."""
     draw = np.random.default_rng(0)
@@ -199,6 +203,7 @@ def test_close_to_the_teacher():
     np.testing.assert_array_equal(ce_jax.distillation_loss(teacher, teacher), 0.0)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_bfloat16():
     """Of student or teacher alone: both are compared in float32, gradients have their dtypes."""
     arguments = linear_arguments()
@@ -227,6 +232,7 @@ def test_bfloat16():
         close(gradient, slope, 2**-6 if name in names[:2] else 1e-5, name)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_extremes(reverse):
     """Rows: huge logits; one class; a class only one side allows; nothing allowed, weight 0."""

@@ -15,6 +15,8 @@ from tests.comparison import close, compare, together
 from tests.helpers import GARBAGE, WRONG_NAME
 from tests.test_distillation import COLD, budget, dense_arguments, linear_arguments
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 INF, NAN = np.inf, np.nan
 DENSE, LINEAR = "jensen_shannon_loss", "linear_jensen_shannon_loss"
 CLASSES = 7
@@ -147,6 +149,7 @@ def test_close_to_the_teacher(size):
         assert np.max(np.abs(slope - wanted)) <= near * np.max(np.abs(first))
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_extremes():
     """Disjoint; huge logits; a class that one side bans; one class; nothing allowed, weight 0."""
     student = jnp.array(
@@ -186,6 +189,7 @@ def test_it_is_symmetric():
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("small", [1e-4, 1e-6])
 def test_the_limits_are_both_divergences(small, reverse):
@@ -205,6 +209,7 @@ def test_the_limits_are_both_divergences(small, reverse):
         close(found / share, slope, 1000 * small)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.cpu
 @pytest.mark.parametrize("given", [False, True], ids=["two layers", "logits given"])
 def test_no_logits_are_held(given):

@@ -12,6 +12,8 @@ from tests import linear, reference_linear
 from tests.mesh import LAYOUTS
 from tests.test_memory import temporaries
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 ROWS, WIDTH, CLASSES = 24, 32, 128
 NARROW = ["bfloat16", "float16"]
 WAYS = {
@@ -47,6 +49,7 @@ def errors(found, exact):
     return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", NARROW)
 def test_values_and_gradients(dtype, way):
@@ -78,6 +81,7 @@ def test_values_and_gradients(dtype, way):
         assert errors(ours["kernel"], exact["kernel"]) < errors(outside["kernel"], exact["kernel"])
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_the_kernels_gradient_is_the_accumulator():
     """1024 tokens that each add 2**-10 to what is 1 already: rounded once it would stay 1."""
     rows, classes = 1025, 2
@@ -92,6 +96,7 @@ def test_the_kernels_gradient_is_the_accumulator():
         np.testing.assert_allclose(slope, [[-1.0, 1.0]], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_by_tokens_there_is_one_narrow_kernel_and_one_block_of_logits():
     """The float32 gradient of the kernel is a result: no second buffer of its size exists."""
     rows, width, classes, block = 4096, 1024, 16384, 1024
@@ -185,6 +190,7 @@ def test_hidden_states_wider_than_the_kernel_are_an_error():
         )
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("statistics", [False, True])
 def test_a_sum_takes_three_matmuls(statistics):
     """With statistics beside it, too; two more read all logits again for theirs."""

@@ -9,7 +9,10 @@ import ce_jax
 from tests import reference
 from tests.comparison import close
 
-pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("x64", "one_device")]
+pytestmark = [
+    pytest.mark.sweep,
+    pytest.mark.usefixtures("x64", "module_on_one_device", "cheap_programs"),
+]
 
 ROWS, CLASSES = 4, 20
 draw = np.random.default_rng(21)

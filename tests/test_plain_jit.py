@@ -16,7 +16,7 @@ import ce_jax
 from tests import reference, reference_beyond
 from tests.comparison import close
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("cheap_programs")]
 
 ROWS, CLASSES = 8, 20
 PLACED = [(P("data", None), P()), (P("data", "model"), P("model")), (P("data", "model"), P())]

@@ -13,7 +13,7 @@ from tests import reference_post_training
 from tests.comparison import accuracy, compare, slopes_everywhere, together
 from tests.helpers import WRONG_NAME, compilations
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 mp = mpmath.mp
 KINDS = ("k1", "k2", "k3")
@@ -73,6 +73,7 @@ def test_divergence(case):
     compare(estimate, truth, arguments, dtype=jnp.dtype(case["dtype"]), loosen=2.0)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_ratios_that_overflow():
     """Clipped ones are bounds and have no slope; others are as large as they are."""
     log_prob = jnp.array([0.0, 0.0, -1e4, -1e4, 0.0, -1e4])
@@ -107,6 +108,7 @@ def test_at_the_old_policy_it_is_the_policy_gradient():
     np.testing.assert_array_equal(still, -1)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @every_kind
 def test_divergence_of_policies_that_are_close_or_far(kind):
     """No digits cancel near 0, and none but those of an exponential overflow."""

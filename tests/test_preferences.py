@@ -13,7 +13,7 @@ from tests import reference_post_training
 from tests.comparison import accuracy, compare, together
 from tests.helpers import WRONG_NAME, compilations
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 mp = mpmath.mp
 PAIR = ("chosen", "rejected")
@@ -113,6 +113,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes(name):
     """Each of the numbers keeps its digits, however small it is."""
@@ -136,6 +137,7 @@ def test_extremes(name):
         np.testing.assert_allclose([x[i] for x in slopes], wanted, rtol=rtol, atol=1e-37)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_odds_at_probability_one():
     """Value and slopes are limits, where there are any."""
 
@@ -153,6 +155,7 @@ def test_odds_at_probability_one():
     assert np.isfinite(by_better[:4]).all()
 
 
+@pytest.mark.usefixtures("usual_programs")
 @every_loss
 def test_an_answer_that_is_impossible(name):
     """A chosen one costs the most that there is, and a rejected one the least; no slope is NaN."""
@@ -340,6 +343,7 @@ def test_errors(call, error, message):
         call()
 
 
+@pytest.mark.usefixtures("usual_programs")
 @every_loss
 def test_narrow_numbers_are_widened_first(name):
     """Those of other dtypes meet in the widest, and the result is wide."""

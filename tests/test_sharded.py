@@ -13,7 +13,7 @@ import ce_jax
 from tests import hlo, reference, reference_linear
 from tests.comparison import close
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("cheap_programs")]
 
 ROWS, CLASSES, WIDTH = 8, 20, 6
 REAL_CLASSES = 17  # the last of the four shards is padding but for two classes
@@ -209,6 +209,7 @@ def test_what_would_be_silently_wrong_raises(mesh, problem):
         jax.shard_map(total, mesh=mesh, **specs)(logits, labels)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_devices_exchange_only_rows(mesh):
     """No collective of a vocab-parallel loss and its gradient is larger than the local rows."""
     rows, classes = 64, 512
@@ -259,6 +260,7 @@ def test_global_logits_under_plain_jit(problem, axis_type, spec, soft):
     )
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("spec", [P("data", None), P("data", "model"), P(None, "model")])
 @pytest.mark.parametrize("classes", [65536, 96000])
 def test_long_rows_are_not_gathered_under_plain_jit(spec, classes):

@@ -26,6 +26,7 @@ def test_symbolic_batch(name):
     compare(name, [{"b": 3, "t": 2}, {"b": 17, "t": 5}], **options)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", [name for name in BATCHED if takes(name, "reduction")])
 def test_symbolic_batch_of_a_mean(name):
     """With rows that do not count; of the linear form in a block of tokens, or two of them."""
@@ -33,6 +34,7 @@ def test_symbolic_batch_of_a_mean(name):
     compare(name, sizes, {"where": flags(CATALOGUE[name].out[0])}, reduction="mean")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", [name for name in BATCHED if takes(name, "forward_mode")])
 def test_symbolic_batch_in_forward_mode(name):
     options = {"memory_budget": SMALL_BLOCKS} if takes(name, "memory_budget") else {}

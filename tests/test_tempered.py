@@ -12,11 +12,14 @@ from tests import reference, reference_linear
 from tests.calls import call, narrow, takes, truth
 from tests.catalogue import CATALOGUE
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 
 def normal(*shape, scale=1.0, seed=0):
     return np.random.default_rng(seed).normal(size=shape) * scale
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_logits_are_not_rounded_again(dtype):
     """Divided before they are widened, log-probabilities would be off by 0.1 nats."""
@@ -32,6 +35,7 @@ def test_narrow_logits_are_not_rounded_again(dtype):
         )
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_hidden_states_are_not_rounded_again(dtype):
     hidden, kernel = (jnp.asarray(normal(*s), dtype) for s in ((50, 32), (32, 200)))
@@ -47,6 +51,7 @@ def test_narrow_hidden_states_are_not_rounded_again(dtype):
     np.testing.assert_allclose(found.log_prob, truth.log_prob, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_huge_logits_keep_what_they_differ_by():
     """Divided first, under `jit`, `x / T` of the maximum and of the sum may differ."""
     loss = functools.partial(ce_jax.softmax_cross_entropy_with_integer_labels, temperature=0.7)
@@ -57,6 +62,7 @@ def test_huge_logits_keep_what_they_differ_by():
     np.testing.assert_allclose(slope, [[-0.5 / 0.7, 0.5 / 0.7]], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("scale", [100.0, 1e5])
 def test_losses_and_entropies_are_not_negative(scale):
     """Whatever a compiler contracts: of a certain class they are 0, not -3e-5."""
@@ -130,6 +136,7 @@ def test_banned_classes_and_rows_that_do_not_count_leave_no_nan(form, masked):
         assert slopes[1][1] == 0
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_it_costs_no_copy_of_the_logits():
     from tests.test_memory import temporaries
 

@@ -14,6 +14,8 @@ from tests import reference, reference_distillation
 from tests.comparison import accuracy, close, compare, together
 from tests.helpers import GARBAGE, WRONG_NAME
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 INF, NAN = np.inf, np.nan
 DENSE, LINEAR = "top_k_distillation_loss", "linear_top_k_distillation_loss"
 TAILS = ("bucket", "renormalize", "drop")
@@ -132,6 +134,7 @@ def test_transformations(tail):
     np.testing.assert_allclose(backward, product, rtol=0, atol=1e-8)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.cpu
 def test_memory():
     """A quarter more than the plain linear loss at the most: nothing of `[N, k, D]` is gathered."""
@@ -157,6 +160,7 @@ def naive(logits, ids, log_probs):
     return jnp.sum(p * (log_probs - log_q), -1) + rest_p * (jnp.log(rest_p) - jnp.log(rest_q))
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("gap", [5.0, 12.0, 20.0, 40.0])
 def test_the_known_classes_hold_nearly_all(gap):
     """The student gives the others e^-gap, of which a difference from 1 keeps little or nothing."""
@@ -191,6 +195,7 @@ def test_the_known_classes_hold_nearly_all(gap):
         assert not np.isfinite(plain).all() or np.max(np.abs(plain - wanted)) > 1e-3
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("known_share", [0.3, 0.999])
 def test_close_to_the_teacher(known_share):
     """Where the terms cancel to a millionth of the largest, the loss still has digits."""
@@ -210,6 +215,7 @@ def test_close_to_the_teacher(known_share):
     assert np.all(found >= 0)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_far_from_0():
     """Digits are lost neither to a common offset nor to a temperature beside it."""
     arguments = arguments_of(DENSE)
@@ -226,6 +232,7 @@ def test_far_from_0():
     close(ce_jax.top_k_distillation_loss(**arguments), wanted, 1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("tail", TAILS)
 def test_extremes(tail):
     """Rows: huge logits; all classes known; a class the student bans; nothing allowed, weight 0."""
