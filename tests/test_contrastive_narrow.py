@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 from tests import reference, reference_contrastive
 from tests.test_contrastive import DEVICES, PAIRS, budget, every_loss, of, problem, scalars
 
+pytestmark = pytest.mark.sweep
+
 
 def naive(name, arguments):
     """Sum of the losses by the textbook, every step in the embeddings' own dtype."""

@@ -11,6 +11,8 @@ import ce_jax
 from ce_jax import Negatives
 from tests import reference, reference_distillation, reference_sampling
 
+pytestmark = pytest.mark.sweep
+
 ROWS, SAMPLES, ITEMS, WIDTH = 12, 8, 24, 8
 DRAW = np.random.default_rng(0)
 LABELS, IDS = DRAW.integers(ITEMS, size=ROWS), DRAW.integers(ITEMS, size=SAMPLES)

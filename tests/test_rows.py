@@ -127,7 +127,7 @@ def of_counting(name, arrays, counts):
 
 
 CASES = [
-    (name, way, option)
+    pytest.param(name, way, option, marks=[pytest.mark.sweep] if option else [])
     for name, way in WAYS
     for option in ({}, {"reduction": "mean"}, {"forward_mode": True})
     if all(takes(name, key) for key in option)

@@ -20,6 +20,7 @@ INF, NAN = np.inf, np.nan
 DENSE, LINEAR = "top_k_distillation_loss", "linear_top_k_distillation_loss"
 TAILS = ("bucket", "renormalize", "drop")
 ROWS, CLASSES, K = (2, 3), 7, 3
+sweep = pytest.mark.sweep
 
 
 def known(draw, rows=ROWS, classes=CLASSES, k=K, share=0.9):
@@ -91,7 +92,7 @@ def test_value_and_gradients(case):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", ["bucket", *(pytest.param(x, marks=sweep) for x in TAILS[1:])])
 def test_transformations(tail):
     """As one program: vmap of grad, second derivatives of both kinds, and forward mode."""
     arguments = arguments_of(LINEAR, masked=True, temperature=1.3, tail=tail)

@@ -262,6 +262,7 @@ def test_a_class_that_is_never_predicted_has_no_precision(tmp_path):
     assert "nan" not in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "goes_on"),
     [("write_whole", False), ("_append", True), ("_save", True), ("savefig", True)],
