@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -14,7 +13,7 @@ from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows import sharded
-from ._rows.tile import origin, wide
+from ._rows.tile import row_maxima, wide
 from .softmax import softmax_cross_entropy
 
 _Axis = int | tuple[int, ...] | None
@@ -117,7 +116,8 @@ def _forward(
     log_into = jnp.where(
         into_label > 0, jnp.log(jnp.where(into_label > 0, into_label, 1)), -jnp.inf
     )
-    top, joint_top = _base(z), _base(z + log_into)
+    # Constants, as they cancel.
+    top, joint_top = (row_maxima(x)[..., None] for x in (z, z + log_into))
     exp = jnp.exp(z - top)
     # A class with transition probability 0 may exceed the maximum of the others. It adds nothing,
     # but the derivative with respect to this probability is its exponential: keep it finite.
@@ -130,11 +130,6 @@ def _forward(
     loss = (top - joint_top)[..., 0] + jnp.log(jnp.sum(exp, -1)) - log_possible
     loss = targets.nan_if(label.unknown, loss, sample_weight)
     return reductions.reduce(loss, label.counts, sample_weight, reduction)
-
-
-def _base(x: Float[Array, "*rows classes"]) -> Float[Array, "*rows 1"]:
-    """The maximum of each row, or 0 where that is -inf; a constant, as it cancels."""
-    return origin(jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)))
 
 
 @reducible

@@ -109,9 +109,17 @@ def test_labels_that_are_masked_or_invalid():
 
 
 def test_argmax_is_the_first_of_equals():
-    logits = jnp.array([[1.0, 3.0, 3.0], [-jnp.inf, -5.0, -jnp.inf]])
-    found = ce_jax.softmax_statistics(logits, jnp.array([0, 1]))
-    np.testing.assert_array_equal(found.argmax, [1, 1])
+    """Also where the largest is the lowest finite number, or nothing is allowed."""
+    inf, lowest = jnp.inf, jnp.finfo("float32").min
+    logits = [[1.0, 3.0, 3.0], [-inf, -5.0, -inf], [-inf, -inf, lowest], [-inf, -inf, -inf]]
+    logits, wanted = jnp.array(logits), [1, 1, 2, 0]
+    labels = jnp.array([0, 1, 2, 0])
+    found = ce_jax.softmax_statistics(logits, labels)
+    np.testing.assert_array_equal(found.argmax, wanted)
+    for row, largest in zip(logits, wanted, strict=True):  # a class at a time
+        layer = jnp.zeros((1, 1)), jnp.zeros((1, 3)), jnp.zeros(1, int)
+        one = ce_jax.linear_softmax_statistics(*layer, bias=row, memory_budget=1)
+        np.testing.assert_array_equal(one.argmax, [largest])
 
 
 def test_a_masked_class_is_never_the_argmax():

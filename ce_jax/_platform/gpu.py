@@ -38,10 +38,11 @@ def normaliser(z: Float[Array, "*rows classes"]) -> tile.Normaliser:
     missing = [(0, 0)] * (z.ndim - 1) + [(0, _SIDE_BY_SIDE * width - z.shape[-1])]
     z = jnp.pad(z, missing, constant_values=-jnp.inf) if missing[-1][1] else z
     few = [x.astype(dtype) for x in jnp.split(z, _SIDE_BY_SIDE, -1)]
-    base = tile.origin(functools.reduce(jnp.maximum, few[1:] + few[:1]))
+    base = tile.finite_maximum(functools.reduce(jnp.maximum, few[1:] + few[:1]))
     sums = functools.reduce(jnp.add, (jnp.exp(x - base) for x in few))
-    start = (jnp.full((), -jnp.inf, dtype), jnp.zeros((), dtype))
-    parts = (functools.reduce(jnp.maximum, few), sums)
+    zero = jnp.zeros((), dtype)
+    start = (tile.finite_maximum(zero - jnp.inf), zero)
+    parts = (tile.finite_maximum(functools.reduce(jnp.maximum, few)), sums)
     found: tile.Normaliser = jax.lax.reduce(parts, start, _joined, (z.ndim - 1,))
     return found
 

@@ -61,7 +61,7 @@ def row_statistics(
     found = _of_counting(options, relative, target, counts, forward_mode)
     if found.picked is not None:  # which is relative to the maximum anyhow
         return found
-    ahead = tile.origin(row_max) / temperature
+    ahead = row_max / temperature
     ahead = ahead if counts is None else jnp.where(counts, ahead, 0)
     found = found._replace(lse=found.lse + ahead)
     if found.label_logit is not None:

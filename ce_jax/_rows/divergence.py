@@ -28,7 +28,7 @@ from .columns import WHOLE, Form, Visited, in_tiles, over_columns
 from .head import Head, Tokens, take
 from .numerics import tempered
 from .order import Counting
-from .tile import ABSENT, First, Partial, Target, merge, origin
+from .tile import ABSENT, First, Partial, Target, finite_maximum, merge, shift
 
 # Which rows are used; None for all.
 Used = Bool[Array, "*rows"] | None
@@ -195,9 +195,10 @@ def nothing(options: Options, inputs: Inputs, used: Used) -> Partial:
     size = min(options.p.block, options.columns)
     tile, _ = jax.eval_shape(lambda: tiles(options, inputs, used, 0, size)[0])
     zero = jnp.zeros(tile.shape[:-1], tile.dtype)
+    base = finite_maximum(zero - jnp.inf)
     if used is None:
-        return Partial(base=zero - jnp.inf, sum_exp=zero)
-    return Partial(base=jnp.where(used, -jnp.inf, zero), sum_exp=jnp.where(used, zero, 1))
+        return Partial(base=base, sum_exp=zero)
+    return Partial(base=jnp.where(used, base, 0), sum_exp=jnp.where(used, zero, 1))
 
 
 def _start(options: Options, inputs: Inputs, used: Used) -> _Sums:
@@ -217,7 +218,7 @@ def _fold(
 
 def _read(u: Float[Array, "*rows block"], v: Float[Array, "*rows block"]) -> _Sums:
     p, q = (tile.read(z, Target(), _platform.normaliser(z)) for z in (u, v))
-    u, v = u - origin(p.base)[..., None], v - origin(q.base)[..., None]
+    u, v = shift(u, p.base), shift(v, q.base)
     exp = jnp.exp(u)
     return _Sums(p, q, jnp.sum(exp * _where_likely(exp, u, v), -1))
 
@@ -232,11 +233,8 @@ def _rebased(
     sums: _Sums, p_max: Float[Array, "*rows"], q_max: Float[Array, "*rows"]
 ) -> Float[Array, "*rows"]:
     """The gap relative to other maxima."""
-    by_p, by_q = (
-        origin(sums.p.base) - origin(p_max),
-        origin(sums.q.base) - origin(q_max),
-    )
-    scale = jnp.where(sums.p.base == -jnp.inf, 0, jnp.exp(by_p))
+    by_p, by_q = sums.p.base - p_max, sums.q.base - q_max
+    scale = jnp.where(sums.p.sum_exp == 0, 0, jnp.exp(by_p))
     gap = scale * (sums.gap + sums.p.sum_exp * (by_p - by_q))
     return jnp.where(scale == 0, 0, gap)
 
@@ -262,7 +260,7 @@ def _pull(
     size: int,
 ) -> Inputs:
     (u, v), pull = tiles(options, inputs, used, first, size)
-    u, v = u - origin(sums.p.base)[..., None], v - origin(sums.q.base)[..., None]
+    u, v = shift(u, sums.p.base), shift(v, sums.q.base)
     exp = jnp.exp(u)
     p = exp / sums.p.sum_exp[..., None]
     q = jnp.exp(v) / sums.q.sum_exp[..., None]

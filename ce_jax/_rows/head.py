@@ -95,7 +95,9 @@ def _soft_cap(u: Float[Array, "..."], cap: Float[Array, ""]) -> Float[Array, "..
 
 def take(x: Array, first: First, size: int, axis: int = 0) -> Array:
     """`size` consecutive entries of an axis; all of them without a copy."""
-    return x if size == x.shape[axis] else jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+    if size == x.shape[axis]:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, first, size, axis, allow_negative_indices=False)
 
 
 def put(x: Array, block: Array, first: First, axis: int = 0) -> Array:

@@ -105,7 +105,7 @@ def _without(
 def _nothing(rows: int, dtype: jnp.dtype, target: bool, argmax: bool = False) -> Partial:
     """The statistics over no columns, of a label or of a target distribution."""
     zero = jnp.zeros(rows, dtype)
-    nothing = Partial(base=jnp.full_like(zero, -jnp.inf), sum_exp=zero)
+    nothing = Partial(base=tile.finite_maximum(zero - jnp.inf), sum_exp=zero)
     if argmax:
         nothing = nothing._replace(argmax=jnp.full(rows, NOWHERE))
     if target:

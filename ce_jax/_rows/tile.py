@@ -85,12 +85,12 @@ class RowStatistics(NamedTuple):
 class Partial(NamedTuple):
     """The statistics of the softmax over the classes seen so far, and what merges them with others.
 
-    The normaliser is `lse = base + log(sum_exp)`, where `base` is the largest logit and `sum_exp`
-    is `sum exp(z - base)`. `label_logit` is 0 as long as the label was not seen. `cross`, `uniform`
-    and `entropy` are relative to this `lse`; `target_sum`, `classes_sum`, `classes_count` are
-    `sum(t)`, and `sum(a)` and the number of the classes with `z > -inf`. `argmax` counts from the
-    first class of the whole row. `picked` is 0 as long as the class was not seen, and -inf if there
-    is none.
+    The normaliser is `lse = base + log(sum_exp)`, where `base` is the `finite_maximum` of the row
+    and `sum_exp` is `sum exp(z - base)`. `label_logit` is 0 as long as the label was not seen.
+    `cross`, `uniform` and `entropy` are relative to this `lse`; `target_sum`, `classes_sum`,
+    `classes_count` are `sum(t)`, and `sum(a)` and the number of the classes with `z > -inf`.
+    `argmax` counts from the first class of the whole row. `picked` is 0 as long as the class was
+    not seen, and -inf if there is none.
     """
 
     base: Float[Array, "*rows"]
@@ -113,14 +113,14 @@ def nothing_seen(
     zero = jnp.zeros(rows, dtype)
     of_classes = ABSENT if target.classes is None else zero
     return Partial(
-        base=jnp.full_like(zero, -jnp.inf),
+        base=finite_maximum(zero - jnp.inf),
         sum_exp=zero,
         label_logit=ABSENT if target.labels is None else zero,
         uniform=of_classes,
         classes_sum=of_classes,
         classes_count=of_classes,
         entropy=zero if entropy else ABSENT,
-        argmax=jnp.zeros(rows, jnp.int32) if argmax else ABSENT,
+        argmax=jnp.full(rows, NOWHERE) if argmax else ABSENT,
         picked=ABSENT if target.picked is None else jnp.zeros(target.picked.shape, dtype),
     )
 
@@ -133,8 +133,8 @@ FirstOf = Callable[[Bool[Array, "*rows classes"]], Integer[Array, "*rows"]]
 
 
 def row_maxima(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
-    """The largest logit of each row, as a constant: no statistic depends on it."""
-    return jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
+    """The `finite_maximum` of each row, as a constant: no statistic depends on it."""
+    return finite_maximum(jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype)))
 
 
 def sum_exp(
@@ -215,8 +215,7 @@ def share_of(part: Partial, scaled: Array, row_max: Array, sum_exp: Array) -> Pa
     out = part._replace(base=ABSENT, sum_exp=ABSENT, argmax=ABSENT)
     if part.cross is None and part.uniform is None and part.entropy is None:
         return out
-    from_base = origin(row_max) - origin(part.base)
-    ahead = not_negative(from_base + _log(sum_exp) - _log(part.sum_exp))
+    ahead = not_negative(row_max - part.base + _log(sum_exp) - _log(part.sum_exp))
     if part.cross is not None:
         out = out._replace(cross=part.cross + product(part.target_sum, ahead))
     if part.uniform is not None:
@@ -229,8 +228,7 @@ def share_of(part: Partial, scaled: Array, row_max: Array, sum_exp: Array) -> Pa
 
 def scaled_sum(base: Array, sum_exp: Array, row_max: Array) -> Float[Array, "*rows"]:
     """A sum of exponentials relative to `base`, relative to another maximum."""
-    scale = jnp.exp(origin(base) - origin(row_max))
-    return sum_exp * jnp.where(base == -jnp.inf, 0, scale)  # nothing seen: may overflow
+    return sum_exp * jnp.exp(base - row_max)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -251,15 +249,16 @@ def finish(part: Partial) -> RowStatistics:
     """The statistics of a row of which all classes were seen."""
     if part.picked is not None:
         return _finish_picked(part)
-    log_sum, base = jnp.log(part.sum_exp), origin(part.base)
+    log_sum, base = jnp.log(part.sum_exp), part.base
     out = RowStatistics(
         lse=base + log_sum,
         label_logit=part.label_logit,
         uniform_count=part.classes_count,
         cross=part.cross,
         uniform=part.uniform,
-        argmax=part.argmax,
     )
+    if part.argmax is not None:
+        out = out._replace(argmax=jnp.where(part.sum_exp == 0, 0, part.argmax))
     if part.label_logit is not None:
         out = out._replace(cross=not_negative(log_sum - (part.label_logit - base)))
     if part.entropy is not None:
@@ -270,9 +269,9 @@ def finish(part: Partial) -> RowStatistics:
 def _finish_picked(part: Partial) -> RowStatistics:
     """Either the classes that were picked or the others may be none."""
     highest = jax.lax.stop_gradient(jnp.max(part.picked, -1))
-    base = origin(jnp.maximum(part.base, highest))
+    base = jnp.maximum(part.base, highest)
     rest = part.base - base + _log(part.sum_exp)
-    lse = jnp.where(part.base == -jnp.inf, -jnp.inf, rest)
+    lse = jnp.where(part.sum_exp == 0, -jnp.inf, rest)
     return RowStatistics(lse, picked=part.picked - base[..., None])
 
 
@@ -348,7 +347,7 @@ def cotangents(g: RowStatistics) -> RowStatistics:
     return instantiated(g._replace(argmax=ABSENT))
 
 
-def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+def finite_maximum(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """What is subtracted from a row: its maximum, or a finite number where all of it is -inf."""
     return jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
 
@@ -356,8 +355,8 @@ def origin(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 def shift(
     z: Float[Array, "*rows classes"], row_max: Float[Array, "*rows"]
 ) -> Float[Array, "*rows classes"]:
-    """The tile relative to the `origin` of its rows, in the dtype of that."""
-    return z.astype(row_max.dtype) - origin(row_max)[..., None]
+    """The tile relative to the maximum of its rows, in the dtype of that."""
+    return z.astype(row_max.dtype) - row_max[..., None]
 
 
 def _log(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .numerics import expm1_less_x, one_minus_exp
-from .tile import RowStatistics, origin
+from .tile import RowStatistics, finite_maximum
 
 # Log-probabilities that were rounded to bfloat16 add up to so much more than 1 at the most.
 _SURPLUS = 0.1
@@ -63,7 +63,7 @@ def _largest(
     ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     is_it = ids == jax.lax.argmax(x, x.ndim - 1, jnp.int32)[..., None]
     highest = jnp.sum(jnp.where(is_it, x, 0), -1)
-    return highest, x - origin(highest)[..., None], is_it
+    return highest, x - finite_maximum(highest)[..., None], is_it
 
 
 def _log_of_others(relative: Float[Array, "*rows k"], is_it: Bool[Array, "*rows k"]) -> Array:
