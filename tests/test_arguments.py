@@ -79,9 +79,11 @@ def test_what_belongs_to_rows_has_their_axes(function, name):
     right = arguments[name]
     one = np.ones_like(right)
     # One for all, in each of the ways that are right.
-    wanted = call(**arguments | {name: one})
-    for fitting in (one[:1], one[..., :1], one[(0,) * one.ndim]):
-        found = call(**arguments | {name: fitting})
+    fitting = (one[:1], one[..., :1], one[(0,) * one.ndim])
+    wanted, *others = jax.jit(lambda every: [call(**arguments | {name: x}) for x in every])(
+        (one, *fitting)
+    )
+    for found in others:
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
     for wrong in (one[None], one[..., None], one[0] if one.ndim > 1 else np.ones(7, one.dtype)):

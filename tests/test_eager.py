@@ -50,7 +50,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("devices", ["eight", "one"])
+@pytest.mark.parametrize("devices", ["eight", pytest.param("one", marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_compile_once(name, devices, request):
     if devices == "one":

@@ -60,6 +60,7 @@ def without_platforms(monkeypatch):
 
 
 @pytest.mark.cpu
+@pytest.mark.sweep
 @pytest.mark.usefixtures("one_device", "x64")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_results_without_platforms(dtype, without_platforms):
