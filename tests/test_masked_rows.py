@@ -9,10 +9,7 @@ import ce_jax
 from tests import reference
 from tests.comparison import close
 
-pytestmark = [
-    pytest.mark.sweep,
-    pytest.mark.usefixtures("x64", "module_on_one_device", "cheap_programs"),
-]
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("x64", "module_on_one_device")]
 
 ROWS, CLASSES = 4, 20
 draw = np.random.default_rng(21)

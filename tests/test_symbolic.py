@@ -23,7 +23,7 @@ SMALL_BLOCKS = 30 * 8192
 @pytest.mark.parametrize("name", BATCHED)
 def test_symbolic_batch(name):
     options = {"memory_budget": SMALL_BLOCKS} if takes(name, "memory_budget") else {}
-    compare(name, [{"b": 17, "t": 5}], **options)
+    compare(name, [{"b": 3, "t": 2}, {"b": 17, "t": 5}], **options)
 
 
 @pytest.mark.sweep
