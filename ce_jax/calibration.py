@@ -16,7 +16,7 @@ from ._arguments.options import positive_int
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
-from ._rows.tile import wide
+from ._rows.dtypes import wide
 from .diagnostics import log_softmax
 
 _Axis = int | tuple[int, ...] | None

@@ -26,7 +26,7 @@ from ._arguments.reductions import Reducer
 from ._arguments.sides import reduced, sides, without_silent
 from ._arguments.types import ArrayLike, Loss, Reduction, Scalar, reducible, with_statistics
 from ._rows import pairs
-from ._rows.tile import wide
+from ._rows.dtypes import wide
 
 
 @reducible

@@ -13,8 +13,8 @@ from ._arguments import checks, options, targets
 from ._arguments.compiled import compiled
 from ._arguments.types import ArrayLike
 from ._rows.bins import bin_counts, bin_sums
+from ._rows.dtypes import wide
 from ._rows.numerics import expm1_less_x
-from ._rows.tile import wide
 
 _Axis = int | tuple[int, ...] | None
 

@@ -17,10 +17,10 @@ from ._arguments.two_heads import Layer, two_heads
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, Used, divergence
+from ._rows.dtypes import wide
 from ._rows.jensen_shannon import jensen_shannon
 from ._rows.loss import silenced
 from ._rows.order import Counting, as_given, in_order
-from ._rows.tile import wide
 
 
 @reducible

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from ._arguments import checks
 from ._arguments.options import scalar
 from ._arguments.types import ArrayLike, Scalar
-from ._rows.tile import wide
+from ._rows.dtypes import wide
 
 # Of scalars. jaxtyping's own takes a sixth of the time in which this package is imported.
 PyTree: TypeAlias = Any

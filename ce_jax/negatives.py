@@ -13,7 +13,8 @@ from ._arguments import checks, targets
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int
 from ._arguments.types import ArrayLike
-from ._rows.tile import First, wide
+from ._rows.dtypes import wide
+from ._rows.picked import First
 
 
 class Negatives(NamedTuple):

@@ -13,7 +13,8 @@ from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows import sharded
-from ._rows.tile import row_maxima, wide
+from ._rows.dtypes import wide
+from ._rows.tile import row_maxima
 from .softmax import softmax_cross_entropy
 
 _Axis = int | tuple[int, ...] | None

@@ -12,7 +12,7 @@ from ._arguments import checks, reductions
 from ._arguments.compiled import compiled
 from ._arguments.options import option, positive_int, scalar
 from ._arguments.types import ArrayLike, Scalar
-from ._rows.tile import wide
+from ._rows.dtypes import wide
 
 
 class PriorEstimate(NamedTuple):

@@ -12,8 +12,9 @@ from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import sharded
+from ._rows.dtypes import wide
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss, weighted
-from ._rows.tile import RowStatistics, wide
+from ._rows.tile import RowStatistics
 
 
 @reducible

@@ -14,8 +14,9 @@ from ._arguments.options import option, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dense import Options, row_statistics
+from ._rows.dtypes import wide
 from ._rows.loss import silenced, weighted
-from ._rows.tile import Target, wide
+from ._rows.tile import Target
 
 
 @reducible

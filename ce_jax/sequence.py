@@ -13,7 +13,7 @@ from ._arguments import checks
 from ._arguments.compiled import array, compiled
 from ._arguments.options import positive_int
 from ._arguments.types import ArrayLike
-from ._rows.tile import wide
+from ._rows.dtypes import wide
 
 
 class NextTokens(NamedTuple):

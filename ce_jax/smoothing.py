@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
 from ._arguments.types import Scalar
-from ._rows.tile import wide
+from ._rows.dtypes import wide
 
 
 def smoothing_over_others(eps: Scalar, num_classes: int) -> Float[Array, ""]:

@@ -18,8 +18,9 @@ from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible, with_statistics
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
+from ._rows.dtypes import wide
 from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
-from ._rows.tile import ABSENT, Target, wide
+from ._rows.tile import ABSENT, Target
 from .statistics import SoftmaxStatistics, by_label
 
 _Axis = int | Sequence[int] | None

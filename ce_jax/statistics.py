@@ -14,7 +14,8 @@ from ._arguments.compiled import compiled
 from ._arguments.types import ArrayLike
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
-from ._rows.tile import RowStatistics, Target, wide
+from ._rows.dtypes import wide
+from ._rows.tile import RowStatistics, Target
 
 
 class SoftmaxStatistics(NamedTuple):

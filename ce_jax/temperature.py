@@ -12,7 +12,7 @@ from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.options import scalar
 from ._arguments.types import ArrayLike, Scalar
-from ._rows.tile import wide
+from ._rows.dtypes import wide
 
 _Axis = int | tuple[int, ...] | None
 _MOST_STEPS = 100

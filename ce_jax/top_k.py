@@ -16,8 +16,9 @@ from ._arguments.layer import layer
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import class_blocks, dense, sharded
+from ._rows.dtypes import wide
 from ._rows.order import as_given, in_order
-from ._rows.tile import RowStatistics, Target, wide
+from ._rows.tile import RowStatistics, Target
 from ._rows.top_k import Tail, top_k_divergence
 
 

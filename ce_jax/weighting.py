@@ -13,8 +13,8 @@ from ._arguments import checks
 from ._arguments.compiled import compiled
 from ._arguments.options import option, scalar
 from ._arguments.types import ArrayLike, Scalar
+from ._rows.dtypes import wide
 from ._rows.numerics import one_minus_exp
-from ._rows.tile import wide
 
 
 def inverse_frequency_weights(counts: ArrayLike) -> Float[Array, "..."]:

@@ -18,6 +18,6 @@ def purpose(name: str) -> str:
 
 if __name__ == "__main__":
     width = max(map(len, COMMANDS))
-    print("python -m experiments.COMMAND, with one of these; --help tells its options:\n")
-    for name in COMMANDS:
-        print(f"  {name:{width}}  {purpose(name)}")
+    lines = [f"  {name:{width}}  {purpose(name)}" for name in COMMANDS]
+    head = "python -m experiments.COMMAND, with one of these; --help tells its options:"
+    print(head, "", *lines, sep="\n")

@@ -10,9 +10,9 @@ from jaxtyping import Array
 
 from .._platform import block_sizes
 from .._rows import class_blocks, sharded
+from .._rows.dtypes import wide
 from .._rows.head import Head, Tokens
 from .._rows.order import Counting, Order, in_order, order_of
-from .._rows.tile import wide
 from . import checks, options, targets
 from .types import ArrayLike
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._rows.tile import wide
+from .._rows.dtypes import wide
 from . import checks, reductions
 from .reductions import Reducer
 from .types import ArrayLike, Loss

@@ -10,8 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from .._rows.dtypes import wide
 from .._rows.numerics import tempered
-from .._rows.tile import wide
 from . import checks
 from .types import ArrayLike
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import sharded
-from .._rows.tile import wide
+from .._rows.dtypes import wide
 from ..ratio import Ratio
 from . import checks, reductions, targets
 from .reductions import Reducer

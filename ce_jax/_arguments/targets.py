@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import sharded
-from .._rows.tile import ABSENT, wide
+from .._rows.dtypes import wide
+from .._rows.tile import ABSENT
 from . import checks, reductions
 from .types import ArrayLike
 

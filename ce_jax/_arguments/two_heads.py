@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float
 from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.divergence import Options, Side
+from .._rows.dtypes import wide
 from .._rows.head import Head
 from .._rows.order import Order, in_order, order_of
-from .._rows.tile import wide
 from . import checks, reductions, targets
 from .types import ArrayLike
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._rows import tile
+from .._rows.dtypes import wide
 
 # So many numbers of a row are brought to their own maximum at once. Joined one by one they would
 # take two exponentials each, and the next one would wait for them: twice the time.
@@ -33,17 +34,17 @@ CACHED_BYTES = 1 << 23
 @jax.custom_jvp
 def normaliser(z: Float[Array, "*rows classes"]) -> tile.Normaliser:
     """As `tile.normaliser`."""
-    dtype = tile.wide(z.dtype)
+    dtype = wide(z.dtype)
     width = -(-z.shape[-1] // _SIDE_BY_SIDE)
     missing = [(0, 0)] * (z.ndim - 1) + [(0, _SIDE_BY_SIDE * width - z.shape[-1])]
     z = jnp.pad(z, missing, constant_values=-jnp.inf) if missing[-1][1] else z
     few = [x.astype(dtype) for x in jnp.split(z, _SIDE_BY_SIDE, -1)]
     base = tile.finite_maximum(functools.reduce(jnp.maximum, few[1:] + few[:1]))
     sums = functools.reduce(jnp.add, (jnp.exp(x - base) for x in few))
-    zero = jnp.zeros((), dtype)
-    start = (tile.finite_maximum(zero - jnp.inf), zero)
     parts = (tile.finite_maximum(functools.reduce(jnp.maximum, few)), sums)
-    found: tile.Normaliser = jax.lax.reduce(parts, start, _joined, (z.ndim - 1,))
+    found: tile.Normaliser = jax.lax.reduce(
+        parts, tile.no_classes((), dtype), _joined, (z.ndim - 1,)
+    )
     return found
 
 

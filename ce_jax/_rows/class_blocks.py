@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from .. import _platform
 from . import sharded, tile
+from .dtypes import wide
 from .head import (
     Head,
     Pull,
@@ -31,8 +32,8 @@ from .head import (
     take_classes,
 )
 from .order import Counting, over_rows, rows_of
-from .picked import pick
-from .tile import ABSENT, First, Partial, Target, merge
+from .picked import First, pick
+from .tile import ABSENT, Partial, Target, merge
 
 _Carry = TypeVar("_Carry")
 
@@ -173,7 +174,7 @@ def _partial(
 
         return over_rows(tile_of_block, part, tokens.hidden.shape[0], options.rows, counting)
 
-    rows, dtype = tokens.hidden.shape[:1], tile.wide(tokens.hidden.dtype)
+    rows, dtype = tokens.hidden.shape[:1], wide(tokens.hidden.dtype)
     nothing = tile.nothing_seen(rows, dtype, target, entropy=options.entropy, argmax=options.argmax)
     part = over_blocks(
         step, sharded.like(nothing, tokens.hidden), _visited(options, head), options.block
@@ -263,7 +264,7 @@ def pulled_back(
 
 def _zeros(tree: _Carry, tokens: Tokens) -> _Carry:
     """Zeros to add up cotangents of these arrays in."""
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, tile.wide(x.dtype)), tree)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), tree)
     return sharded.like(zeros, tokens.hidden)
 
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import sharded
+from .dtypes import wide
 from .head import over_blocks, put, read_by_all, take
 from .order import Counting, over_rows, rows_of
-from .tile import First, wide
+from .picked import First
 
 # For an input of which every block reads all.
 WHOLE = -1

@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float
 
 from .. import _platform
 from . import sharded, tile
+from .dtypes import wide
 from .numerics import tempered
 from .picked import pick
-from .tile import ABSENT, Partial, RowStatistics, Target, wide
+from .tile import ABSENT, Partial, RowStatistics, Target
 
 
 class Options(NamedTuple):

@@ -25,10 +25,12 @@ from jaxtyping import Array, Bool, Float
 from .. import _platform
 from . import class_blocks, sharded, tile
 from .columns import WHOLE, Form, Visited, in_tiles, over_columns
+from .dtypes import wide
 from .head import Head, Tokens, take
 from .numerics import tempered
 from .order import Counting
-from .tile import ABSENT, First, Partial, Target, finite_maximum, merge, shift
+from .picked import First
+from .tile import ABSENT, Partial, Target, merge, no_classes, shift
 
 # Which rows are used; None for all.
 Used = Bool[Array, "*rows"] | None
@@ -172,7 +174,7 @@ def _tile_of(
         return z, pull_layer
     local = side.logits.shape[-1]
     z = take(side.logits, first, size, side.logits.ndim - 1)
-    z = z.astype(tile.wide(z.dtype))
+    z = z.astype(wide(z.dtype))
     z = sharded.without_padding(z, options.classes, local, options.axis_name, first)
     return z, lambda dz: Side(logits=dz)
 
@@ -194,11 +196,10 @@ def nothing(options: Options, inputs: Inputs, used: Used) -> Partial:
     """
     size = min(options.p.block, options.columns)
     tile, _ = jax.eval_shape(lambda: tiles(options, inputs, used, 0, size)[0])
-    zero = jnp.zeros(tile.shape[:-1], tile.dtype)
-    base = finite_maximum(zero - jnp.inf)
+    base, sum_exp = no_classes(tile.shape[:-1], tile.dtype)
     if used is None:
-        return Partial(base=base, sum_exp=zero)
-    return Partial(base=jnp.where(used, base, 0), sum_exp=jnp.where(used, zero, 1))
+        return Partial(base, sum_exp)
+    return Partial(jnp.where(used, base, 0), jnp.where(used, sum_exp, 1))
 
 
 def _start(options: Options, inputs: Inputs, used: Used) -> _Sums:

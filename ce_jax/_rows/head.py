@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 
 from .._platform import block_sizes
 from . import sharded
+from .dtypes import wide
 from .numerics import tempered
-from .tile import ABSENT, First, wide
+from .picked import First
+from .tile import ABSENT
 
 _Carry = TypeVar("_Carry")
 _Tree = TypeVar("_Tree")

@@ -28,7 +28,8 @@ from .columns import Form, over_columns, sums
 from .divergence import Inputs, Options, Tiles, Used, axes, nothing, tiles, visiting
 from .numerics import expm1_less_x
 from .order import Counting
-from .tile import First, Partial, Target, merge
+from .picked import First
+from .tile import Partial, Target, merge
 
 
 class _Normalisers(NamedTuple):

@@ -35,7 +35,7 @@ def softmax_loss(
     if label_smoothing is not None:
         eps = jnp.asarray(label_smoothing, dtype)
         loss = weighted(1 - eps, loss)
-        loss = loss + eps * (classes / statistics.uniform_count) * statistics.uniform
+        loss = loss + eps * classes / statistics.uniform_count * statistics.uniform
     if z_loss is not None:
         loss = loss + jnp.asarray(z_loss, dtype) * statistics.lse * statistics.lse
     return loss

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer
 
 from .head import over_blocks, take
-from .tile import First
+from .picked import First
 
 _Tree = TypeVar("_Tree")
 _Carry = TypeVar("_Carry")

@@ -21,9 +21,11 @@ from .._platform import block_sizes
 from ..sigmoid import sigmoid_binary_cross_entropy
 from . import sharded, tile
 from .columns import WHOLE, Form, over_columns
+from .dtypes import wide
 from .head import Head, Tokens, over_blocks, put, take
 from .head import logits as products_of
-from .tile import ABSENT, NOWHERE, First, Partial, RowStatistics, Target, is_label, merge, wide
+from .picked import First, is_label
+from .tile import ABSENT, NOWHERE, Partial, RowStatistics, Target, merge
 
 # The differentiable inputs of a form, or their cotangents: rows, columns, scale.
 _Inputs = tuple[Array, Array, Array]
@@ -105,7 +107,7 @@ def _without(
 def _nothing(rows: int, dtype: jnp.dtype, target: bool, argmax: bool = False) -> Partial:
     """The statistics over no columns, of a label or of a target distribution."""
     zero = jnp.zeros(rows, dtype)
-    nothing = Partial(base=tile.finite_maximum(zero - jnp.inf), sum_exp=zero)
+    nothing = Partial(*tile.no_classes((rows,), dtype))
     if argmax:
         nothing = nothing._replace(argmax=jnp.full(rows, NOWHERE))
     if target:

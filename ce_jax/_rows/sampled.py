@@ -15,8 +15,9 @@ from .._arguments import checks, options, reductions
 from .._arguments.types import ArrayLike
 from . import sharded
 from .bins import number_of_run
+from .dtypes import wide
 from .head import Head, Tokens, logits
-from .tile import ABSENT, wide
+from .tile import ABSENT
 
 
 class Compared(NamedTuple):

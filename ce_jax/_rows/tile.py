@@ -37,11 +37,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
-from .dtypes import wide as wide
+from .dtypes import wide
 from .numerics import instantiated, not_negative, product
-from .picked import First as First
-from .picked import is_label as is_label
-from .picked import label_logit, pull_picked
+from .picked import First, is_label, label_logit, pull_picked
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
 ABSENT: Any = None
@@ -106,6 +104,15 @@ class Partial(NamedTuple):
     picked: Float[Array, "*rows k"] = ABSENT
 
 
+# The largest logit of each row, and the sum of exponentials relative to it.
+Normaliser = tuple[Float[Array, "*rows"], Float[Array, "*rows"]]
+
+
+def no_classes(rows: tuple[int, ...], dtype: jnp.dtype) -> Normaliser:
+    """The normaliser of no classes: a finite number in place of their maximum, and 0."""
+    return jnp.full(rows, jnp.finfo(dtype).min, dtype), jnp.zeros(rows, dtype)
+
+
 def nothing_seen(
     rows: tuple[int, ...], dtype: jnp.dtype, target: Target, *, entropy: bool, argmax: bool
 ) -> Partial:
@@ -113,8 +120,7 @@ def nothing_seen(
     zero = jnp.zeros(rows, dtype)
     of_classes = ABSENT if target.classes is None else zero
     return Partial(
-        base=finite_maximum(zero - jnp.inf),
-        sum_exp=zero,
+        *no_classes(rows, dtype),
         label_logit=ABSENT if target.labels is None else zero,
         uniform=of_classes,
         classes_sum=of_classes,
@@ -125,8 +131,6 @@ def nothing_seen(
     )
 
 
-# The largest logit of each row, and the sum of exponentials relative to it.
-Normaliser = tuple[Float[Array, "*rows"], Float[Array, "*rows"]]
 # Adds up arrays over the classes, each by itself; and finds the first class that is marked.
 RowSums = Callable[[dict[str, Array]], dict[str, Array]]
 FirstOf = Callable[[Bool[Array, "*rows classes"]], Integer[Array, "*rows"]]
@@ -321,7 +325,8 @@ def pullback(
         dz = dz - jnp.where(is_label(target.labels, z, first_class), onto_label[..., None], 0)
     if target.probs is not None:
         dz = dz - g.cross[..., None] * target.probs.astype(dz.dtype)
-        absent = _unwanted(target.probs, surprise) | _silent(g.cross, surprise)
+        unwanted = (target.probs == 0) & (surprise == jnp.inf)  # nor allowed: 0 times inf is 0
+        absent = unwanted | _silent(g.cross, surprise)
         d_probs = jnp.where(absent, 0, g.cross[..., None] * surprise)
         d_target = d_target._replace(probs=d_probs.astype(target.probs.dtype))
     if target.classes is not None:
@@ -379,11 +384,6 @@ def _finite_exponent(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
 def _finite(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
     """The surprise, with the largest finite number for inf, to which it may overflow."""
     return jnp.minimum(surprise, jnp.finfo(surprise.dtype).max)
-
-
-def _unwanted(probs: Array, surprise: Array) -> Bool[Array, "*rows classes"]:
-    """Classes that are neither allowed nor wanted, where 0 times infinity is 0."""
-    return (probs == 0) & (surprise == jnp.inf)
 
 
 def _silent(g: Float[Array, "*rows"], surprise: Array) -> Bool[Array, "*rows classes"]:

@@ -19,10 +19,11 @@ from jaxtyping import Array, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
+from .dtypes import wide
 from .head import Head, Tokens, head_read_by_all, over_blocks, put, take, take_classes
 from .numerics import instantiated
 from .order import Counting, while_counting
-from .tile import First
+from .picked import First
 
 
 class RowInputs(NamedTuple):
@@ -155,7 +156,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         return total + loss, more, seen
 
     inputs = _Inputs(tokens, head, target.classes, rows.scales, rows.shared)
-    dtype = tile.wide(tokens.hidden.dtype)
+    dtype = wide(tokens.hidden.dtype)
     nothing = None
     if options.statistics:
         nothing = tile.nothing_seen(tokens.hidden.shape[:1], dtype, target, **wanted)
