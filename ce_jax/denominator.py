@@ -9,6 +9,7 @@ from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.types import ArrayLike
 from ._rows import sharded
+from ._rows.dtypes import wide
 
 
 def mean_denominator(
@@ -76,23 +77,20 @@ def _mean_denominator(
     axis_name: str | None,
 ) -> Array:
     labels = checks.real("labels", labels)
-    counts = None
-    if where is not None:
-        where = checks.boolean("where", where)
-        counts = checks.of_rows("where", where, labels.shape, "labels")
+    counts = checks.mask(where, labels.shape, "labels")
     if weight is not None or ignore_index is not None:
         labels = checks.integer("labels", labels)
-    given = [jnp.asarray(x).dtype for x in (labels, weight, sample_weight) if x is not None]
-    dtype = jnp.float64 if jnp.float64 in given else jnp.float32
+    given = (x for x in (labels, weight, sample_weight) if x is not None)
+    dtype = wide(*(jnp.asarray(x).dtype for x in given))
 
     sample_weight = reductions.weights("sample_weight", sample_weight, labels.shape, dtype)
     label_weight = None
     if weight is not None:
-        weight = checks.real("weight", weight)
+        weight = checks.real("weight", weight).astype(dtype)
         checks.shape_is("weight", weight, (weight.size,), "one weight per class")
         classes = sharded.all_classes(weight.size, axis_name)
         ids = targets.class_ids(labels, labels.shape, classes, counts, ignore_index)
-        label_weight = sharded.take_class(weight.astype(dtype), ids.ids, axis_name)
+        label_weight = sharded.take_class(weight, ids.ids, axis_name)
         label_weight = targets.nan_if(ids.unknown, label_weight, sample_weight)
         counts = ids.counts
     elif ignore_index is not None:

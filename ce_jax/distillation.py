@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import array, compiled
@@ -124,7 +123,7 @@ def of_logits(
     checks.shape_is("teacher_logits", teacher_logits, logits.shape, "that of logits")
     teacher = targets.rows_of("teacher_logits", teacher_logits, axis, where, axis_name)
     *rows, local = student.values.shape
-    dtype = wide(jnp.promote_types(student.values.dtype, teacher.values.dtype))
+    dtype = wide(student.values.dtype, teacher.values.dtype)
     weights = reductions.weights("sample_weight", sample_weight, tuple(rows), dtype)
     for name, x in (("logits", student), ("teacher_logits", teacher)):
         sharded.check_sharded(name, x.values, axis_name)
@@ -135,23 +134,12 @@ def of_logits(
     classes = sharded.all_classes(local, axis_name)
     side = class_blocks.Options(local, -1, classes, axis_name)
     both = Options(side, side, local)
-    by_row = _of_rows(temperature, tuple(rows), dtype, student.counts)
+    by_row = options.of_rows(temperature, tuple(rows), dtype, student.counts)
     beta = None if beta is None else beta.astype(dtype)
     loss = _loss(
         both, of_student, of_teacher, by_row, beta, None, None, weights, reverse, forward_mode
     )
     return reductions.reduce(loss, student.counts, weights, reduction)
-
-
-def _of_rows(
-    temperature: Array | None,
-    rows: tuple[int, ...],
-    dtype: DTypeLike,
-    counts: Bool[Array, "*rows"] | None,
-) -> Float[Array, "*rows"] | None:
-    """The temperature of each row; 1 in rows that do not count."""
-    by_row = options.of_rows(temperature, rows, dtype)
-    return by_row if by_row is None or counts is None else jnp.where(counts, by_row, 1)
 
 
 def _loss(
@@ -347,7 +335,7 @@ def of_layers(
         axis_name=axis_name,
         memory_budget=memory_budget,
     )
-    temperature = _of_rows(temperature, x.rows, x.dtype, x.counts)
+    temperature = options.of_rows(temperature, x.rows, x.dtype, x.counts)
     temperature, weights = in_order(x.order, jax.tree.map(jnp.ravel, (temperature, x.weights)))
     loss = _loss(
         x.options,

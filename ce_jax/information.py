@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from ._arguments import checks
 from ._arguments.types import ArrayLike, Scalar
+from ._rows.dtypes import wide
 from ._rows.numerics import linear
 
 # 1/17, ..., 1/5, 1/3: the series of `_kl_terms`. With |s| <= 1/8 the first term left out is below
@@ -354,8 +355,7 @@ def _ratio(p: Array, q: Array) -> Array:
 
 
 def _wide(*arrays: Array) -> tuple[Array, ...]:
-    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
-    return tuple(x.astype(dtype) for x in arrays)
+    return tuple(x.astype(wide(*(x.dtype for x in arrays))) for x in arrays)
 
 
 def _in_base(nats: Array, log_base: Array | float) -> Array:

@@ -239,10 +239,7 @@ def _linear_sampled_softmax(
         head = head._replace(bias=bias)
     if logit_soft_cap is not None:
         head = head._replace(soft_cap=jnp.asarray(logit_soft_cap, dtype))
-    counts = None
-    if where is not None:
-        counts = checks.boolean("where", where)
-        counts = checks.of_rows("where", counts, rows, "the rows of hidden")
+    counts = checks.mask(where, rows, "the rows of hidden")
     label = targets.class_ids(labels, rows, classes, counts, ignore_index)
     drawn = _drawn(negatives, rows, classes, dtype)
     weights = reductions.weights("sample_weight", sample_weight, rows, dtype)

@@ -279,7 +279,7 @@ def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]
 @compiled
 def _per_item(total: Array, count: Array, *, name: str, bits: bool) -> Array:
     nats, items = checks.real("total", total), checks.real(name, count)
-    items = checks.of_rows(name, items, nats.shape, "total")
     nats, items = (x.astype(wide(nats.dtype)) for x in (nats, items))
+    items = checks.of_rows(name, items, nats.shape, "total")
     mean = jnp.where(items == 0, jnp.nan, nats / jnp.where(items == 0, 1, items))
     return mean / math.log(2) if bits else jnp.exp(mean)

@@ -150,7 +150,8 @@ def _top_k(
     student = targets.rows_of("logits", logits, axis, where, axis_name)
     *shape, local = student.values.shape
     rows, classes = tuple(shape), sharded.all_classes(local, axis_name)
-    dtype = _dtype(student.values, teacher_log_probs)
+    teacher_log_probs = checks.floating("teacher_log_probs", teacher_log_probs)
+    dtype = wide(student.values.dtype, teacher_log_probs.dtype)
     teacher = entries(
         teacher_ids,
         teacher_log_probs,
@@ -163,9 +164,7 @@ def _top_k(
     )
     weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
     z = targets.without_excluded(student.values, teacher.counts, weights, axis_name)
-    temperature = options.of_rows(temperature, rows, wide(z.dtype))
-    if temperature is not None:
-        temperature = jnp.where(teacher.counts, temperature, 1)
+    temperature = options.of_rows(temperature, rows, wide(z.dtype), teacher.counts)
     found = dense.row_statistics(
         dense.Options(axis_name=axis_name),
         z,
@@ -175,11 +174,6 @@ def _top_k(
     )
     loss = _loss(found, teacher, temperature, weights, tail)
     return reductions.reduce(loss, teacher.counts, weights, reduction)
-
-
-def _dtype(student: ArrayLike, log_probs: ArrayLike) -> jnp.dtype:
-    both = (checks.floating("teacher_log_probs", log_probs), jnp.asarray(student))
-    return max((wide(x.dtype) for x in both), key=lambda dtype: dtype.itemsize)
 
 
 def _loss(
@@ -339,9 +333,9 @@ def _linear_top_k(
     hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
     axis, rows = checks.kernel_axis(hidden, kernel, class_axis), hidden.shape[:-1]
     held = sharded.all_classes(kernel.shape[axis], axis_name)
-    dtype = _dtype(hidden, teacher_log_probs)
-    if where is not None:
-        where = checks.of_rows("where", checks.boolean("where", where), rows, "the rows of hidden")
+    teacher_log_probs = checks.floating("teacher_log_probs", teacher_log_probs)
+    dtype = wide(hidden.dtype, teacher_log_probs.dtype)
+    where = checks.mask(where, rows, "the rows of hidden")
     teacher = entries(
         teacher_ids,
         teacher_log_probs,

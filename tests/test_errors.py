@@ -234,6 +234,7 @@ def test_a_traced_option_out_of_range_is_not_checked():
     """Its value is unknown while tracing; the formula holds for any."""
     loss = jax.jit(lambda eps: ce_jax.softmax_cross_entropy(LOGITS, LOGITS, label_smoothing=eps))
     np.testing.assert_allclose(loss(2.0), 2 * np.log(4.0), rtol=1e-6)
+    np.testing.assert_allclose(loss(2), 2 * np.log(4.0), rtol=1e-6)
 
 
 def test_no_batch_to_wrap_in():

@@ -111,12 +111,12 @@ def test_the_normaliser_of_a_gpu(classes):
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("classes", [1, 3, 1024, 1031, 4096])
+@pytest.mark.parametrize("classes", [1, 3, 1024, 1031, 131071, 131072])
 def test_the_sums_of_a_cpu(classes):
-    arrays = {name: jnp.asarray(draw.normal(size=(4, classes)), jnp.float32) for name in "ab"}
+    """Also of a prime number of classes no more are added up one by one than digits allow."""
+    arrays = {name: jnp.asarray(draw.random((4, classes)), jnp.float32) for name in "ab"}
     for name, total in cpu.row_sums(arrays).items():
-        exact = np.sum(np.float64(arrays[name]), -1)
-        np.testing.assert_allclose(total, exact, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(total, np.sum(np.float64(arrays[name]), -1), rtol=5e-6)
     _, slopes = jax.jvp(cpu.row_sums, (arrays,), (arrays,))
     for name, slope in slopes.items():
         np.testing.assert_allclose(slope, np.sum(arrays[name], -1), rtol=1e-5, atol=1e-5)

@@ -56,6 +56,18 @@ def test_clipped_loss(case):
     compare(loss, truth, arguments, ("low", "high"), dtype=dtype, loosen=2.0)
 
 
+def test_the_slope_of_an_advantage_that_all_share_adds_up_in_float32():
+    """In bfloat16 the sum over thousands of tokens would stop growing."""
+    log_prob = np.full((8, 512), -1.0)
+
+    def loss(advantage):
+        return ce_jax.ppo_clip_loss(log_prob, log_prob, advantage, reduction="sum")
+
+    gradient = jax.grad(loss)(jnp.ones((), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16
+    assert gradient == -log_prob.size
+
+
 @together(
     {"kind": kind, "dtype": dtype, "masked": masked}
     for kind in KINDS

@@ -314,6 +314,11 @@ FOUR_ONES = (ONE,) * 4
         (lambda: ce_jax.dpo_loss(*FOUR_ONES, beta=ONE), ValueError, r"beta .*\(2,\)"),
         (lambda: ce_jax.dpo_loss(*FOUR_ONES, beta="1"), TypeError, "beta"),
         (
+            lambda: ce_jax.dpo_loss(*FOUR_ONES, label_smoothing=True),
+            TypeError,
+            "label_smoothing .* True",
+        ),
+        (
             lambda: ce_jax.dpo_loss(*FOUR_ONES, label_smoothing=1.5),
             ValueError,
             "label_smoothing .* 1.5",

@@ -276,22 +276,29 @@ def test_only_the_sample_is_read():
     assert spent < 4 * items * width / 2
 
 
-def test_gradients_of_one_class_add_up_in_float32():
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_gradients_of_one_class_add_up_in_float32(forward_mode):
     """A thousand rows of one label: in bfloat16 the sum would stop growing at a few hundred."""
     rows = 1000
     hidden = jnp.ones((rows, 1), jnp.bfloat16)
     kernel = jnp.zeros((1, 4), jnp.bfloat16)
     negatives = Negatives(jnp.array([1, 1, 2]), jnp.zeros(3))
 
-    def loss(kernel):
+    def loss(kernel, bias):
         return ce_jax.linear_sampled_softmax_cross_entropy(
-            hidden, kernel, jnp.zeros(rows, int), negatives, reduction="sum"
+            hidden,
+            kernel,
+            jnp.zeros(rows, int),
+            negatives,
+            bias=bias,
+            reduction="sum",
+            forward_mode=forward_mode,
         )
 
-    gradient = jax.jit(jax.grad(loss))(kernel)
-    assert gradient.dtype == jnp.bfloat16
-    expected = rows * np.array([-0.75, 0.5, 0.25, 0.0])
-    np.testing.assert_allclose(np.float32(gradient).ravel(), expected, rtol=2**-8)
+    for gradient in jax.jit(jax.grad(loss, (0, 1)))(kernel, kernel[0]):
+        assert gradient.dtype == jnp.bfloat16
+        expected = rows * np.array([-0.75, 0.5, 0.25, 0.0])
+        np.testing.assert_allclose(np.float32(gradient).ravel(), expected, rtol=2**-8)
 
 
 def test_a_symbolic_batch():

@@ -122,6 +122,15 @@ def test_argmax_is_the_first_of_equals():
         np.testing.assert_array_equal(one.argmax, [largest])
 
 
+def test_argmax_of_not_a_number_is_a_class():
+    """Predictions are used as indices."""
+    logits = jnp.full((1, 3), jnp.nan)
+    found = ce_jax.softmax_statistics(logits, jnp.zeros(1, int))
+    layer = jnp.zeros((1, 1)), jnp.zeros((1, 3)), jnp.zeros(1, int)
+    by_class = ce_jax.linear_softmax_statistics(*layer, bias=logits[0], memory_budget=1)
+    assert found.argmax == by_class.argmax == 0
+
+
 def test_a_masked_class_is_never_the_argmax():
     logits = jnp.array([[-3.0, 9.0, -2.0]])
     where = jnp.array([[True, False, True]])

@@ -99,6 +99,13 @@ def of_rows(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
     return jnp.broadcast_to(x, shape)
 
 
+def mask(where: ArrayLike | None, shape: Sequence[int], meaning: str) -> Array | None:
+    """A bool `where`, broadcast as by `of_rows`; None if there is none."""
+    if where is None:
+        return None
+    return of_rows("where", boolean("where", where), shape, meaning)
+
+
 def rows_to_include(where: Array, rows: Sequence[int], name: str, shape: Sequence[int]) -> Array:
     """A `where` that does not have the axes of `name`, of this shape, broadcast to the loss."""
     if where.ndim not in (0, len(rows)) or not _fits(where.shape, rows):
@@ -160,7 +167,7 @@ def static_axis(axis: int | Sequence[int] | None) -> int | tuple[int, ...] | Non
 
 
 def reduction(value: Reduction) -> None:
-    """Raises unless `value` is one of the three reductions."""
+    """Raises unless `value` is one of `REDUCTIONS`."""
     if value not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {value!r}")
 
@@ -185,7 +192,7 @@ def float_option(
     if value is None:
         return None
     if isinstance(value, jax.core.Tracer):
-        if not jnp.issubdtype(value.dtype, jnp.floating):
+        if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
             raise TypeError(f"{name} must be a real scalar, got dtype {value.dtype}")
     elif not isinstance(value, numbers.Real | jax.Array | np.ndarray) or isinstance(value, bool):
         raise TypeError(f"{name} must be a real scalar, got {value!r}")

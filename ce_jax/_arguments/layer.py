@@ -78,10 +78,7 @@ def layer(
     if logit_soft_cap is not None:
         head = head._replace(soft_cap=jnp.asarray(logit_soft_cap, dtype))
 
-    counts = None
-    if where is not None:
-        counts = checks.boolean("where", where)
-        counts = checks.of_rows("where", counts, rows, "the rows of hidden")
+    counts = checks.mask(where, rows, "the rows of hidden")
     label = targets.maybe_class_ids(labels, rows, classes, counts, ignore_index)
     tokens = Tokens(targets.without_excluded(hidden, label.counts))
     of_row = options.of_rows(temperature, rows, dtype, label.counts)

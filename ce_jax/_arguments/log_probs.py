@@ -42,18 +42,18 @@ def rows_of(
     of another.
     """
     found = {name: checks.floating(name, x) for name, x in arrays.items()}
-    dtype = max((wide(x.dtype) for x in found.values()), key=lambda dtype: dtype.itemsize)
+    dtype = wide(*(x.dtype for x in found.values()))
     first, shape = next((name, x.shape) for name, x in found.items())
+    # Before they are broadcast, as the cotangents of an array add up in its dtype.
+    found = {name: x.astype(dtype) for name, x in found.items()}
     for name, x in found.items():
         if name in broadcast:
             found[name] = checks.of_rows(name, x, shape, first)
         else:
             checks.shape_is(name, x, shape, f"the shape of {first}")
-    values = tuple(x.astype(dtype) for x in found.values())
+    values = tuple(found.values())
     weights = reductions.weights("sample_weight", sample_weight, shape, dtype)
-    counts = None
-    if where is not None:
-        counts = checks.of_rows("where", checks.boolean("where", where), shape, "the loss")
+    counts = checks.mask(where, shape, "the loss")
     keep = counts
     if weights is not None:  # the derivative of a weight of 0 is the loss, if it is finite
         finite = functools.reduce(operator.and_, map(jnp.isfinite, values))

@@ -40,6 +40,8 @@ def _as_stored(bound: float, dtype: jnp.dtype) -> float:
 def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
     """A scalar `option`."""
     array = option(name, value, low, high)
+    if array.dtype == jnp.bool_:
+        raise TypeError(f"{name} must be a real scalar, got {value!r}")
     if array.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got shape {array.shape}")
     return array

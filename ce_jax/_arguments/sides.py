@@ -66,10 +66,8 @@ def sides(
         )
     sharded.check_sharded(row_name, rows, axis_name)
     sharded.check_sharded(column_name, columns, axis_name)
-    row_counts = column_counts = None
-    if where is not None:
-        row_counts = checks.boolean("where", where)
-        row_counts = checks.of_rows("where", row_counts, (n,), f"the rows of {row_name}")
+    row_counts, column_counts = checks.mask(where, (n,), f"the rows of {row_name}"), None
+    if row_counts is not None:
         row_counts = sharded.like(row_counts, rows)
         further = sharded.like(jnp.ones(m - n, bool), row_counts)
         column_counts = jnp.concatenate([row_counts, further])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,14 +53,7 @@ def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
     if len(axes) == 1:
         return x
     rows = x.shape[: len(rest)]
-    return jnp.reshape(x, (*rows, -1) if x.size else (*rows, *_size(x.shape[len(rest) :])))
-
-
-def _size(shape: Sequence[int]) -> tuple[int]:
-    size = 1
-    for n in shape:
-        size *= n
-    return (size,)
+    return jnp.reshape(x, (*rows, -1 if x.size else math.prod(x.shape[len(rest) :])))
 
 
 def rows_of(
@@ -250,10 +244,8 @@ def elements(
     shape = x.shape
     labels = labels.astype(wide(x.dtype))
     labels = checks.broadcast("labels", labels, shape, f"the shape of {name}")
-    counts = None
-    if where is not None:
-        where = checks.boolean("where", where)
-        counts = checks.of_rows("where", where, shape, "the loss")
+    counts = checks.mask(where, shape, "the loss")
+    if counts is not None:
         x, labels = jnp.where(counts, x, 0.5), jnp.where(counts, labels, 0)
     weights = reductions.weights("sample_weight", sample_weight, shape, labels.dtype)
     if weights is not None:

@@ -95,11 +95,8 @@ def two_heads(
         )
     classes = checks.class_count(num_classes, min(held))
 
-    dtype = jnp.promote_types(*(wide(_leaf(x.side).dtype) for x in (s, t)))
-    counts = None
-    if where is not None:
-        counts = checks.boolean("where", where)
-        counts = checks.of_rows("where", counts, s.rows, "the rows of hidden")
+    dtype = wide(*(_leaf(x.side).dtype for x in (s, t)))
+    counts = checks.mask(where, s.rows, "the rows of hidden")
     weights = reductions.weights("sample_weight", sample_weight, s.rows, dtype)
     used = None if counts is None else counts.ravel()
     if weights is not None:  # a row of weight 0 that is not finite has no effect

@@ -102,13 +102,17 @@ def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
     if len(summands) == 1:
         return tile.row_sums(summands)
     *rows, classes = first.shape
-    count = next((k for k in range(-(-classes // _LONGEST), classes) if classes % k == 0), 1)
-    parts = {name: x.reshape(*rows, count, classes // count) for name, x in summands.items()}
+    count = -(-classes // _LONGEST)
+    most = classes // count * count
+    parts = jax.tree.map(lambda x: x[..., :most].reshape(*rows, count, -1), summands)
     zeros = {name: jnp.zeros((), x.dtype) for name, x in summands.items()}
-    sums: dict[str, Array] = jax.lax.reduce(
-        parts, zeros, lambda a, b: jax.tree.map(jnp.add, a, b), (first.ndim,)
+    sums: dict[str, Array] = tile.row_sums(
+        jax.lax.reduce(parts, zeros, lambda a, b: jax.tree.map(jnp.add, a, b), (first.ndim,))
     )
-    return {name: jnp.sum(x, -1) for name, x in sums.items()}
+    if most < classes:
+        rest = tile.row_sums(jax.tree.map(lambda x: x[..., most:], summands))
+        sums = jax.tree.map(jnp.add, sums, rest)
+    return sums
 
 
 # JAX has no derivative of a reduction with several operands.

@@ -16,8 +16,7 @@ from .._arguments.types import ArrayLike
 from . import sharded
 from .bins import number_of_run
 from .dtypes import wide
-from .head import Head, Tokens, logits
-from .tile import ABSENT
+from .head import Head, Tokens, logits, with_slope_of
 
 
 class Compared(NamedTuple):
@@ -52,7 +51,7 @@ def compared(
             f"negative_logits must have the shape of label_logits, {label.shape}, and one axis "
             f"more, of the negatives; got {negatives.shape}"
         )
-    dtype = wide(jnp.promote_types(label.dtype, negatives.dtype))
+    dtype = wide(label.dtype, negatives.dtype)
     label, negatives = label.astype(dtype), negatives.astype(dtype)
     counts = included = None
     if where is not None:
@@ -96,13 +95,13 @@ def layer_logits(
 ) -> tuple[Float[Array, " n"], Float[Array, "n samples"]]:
     """Logits of the labels, and of the classes `ids`, the same for all rows or each row's own."""
     hidden, head, labels, ids = sharded.align((hidden, head, labels, ids))
-    rows_of = _gather if forward_mode else _rows_of_kernel
+    rows_of = _differentiated_by_jax if forward_mode else _rows_of_kernel
     logits_of = _plain_logits if forward_mode else _fused_logits
     # One read and, for the gradient, one write of the kernel's rows.
     both = jnp.concatenate([labels, ids.ravel()])
-    part = Head(
-        rows_of(class_axis, head.kernel, both), ABSENT if head.bias is None else head.bias[both]
-    )
+    part = Head(rows_of(class_axis, head.kernel, both))
+    if head.bias is not None:
+        part = part._replace(bias=rows_of(0, head.bias[:, None], both)[:, 0])
 
     def of_row(h: Array, row: Head) -> Array:
         return logits_of(h[None], row._replace(soft_cap=head.soft_cap))[0]
@@ -144,6 +143,16 @@ def _gather(
     return rows if class_axis == 0 else rows.T
 
 
+def _differentiated_by_jax(
+    class_axis: int, kernel: Float[Array, "_ _"], ids: Integer[Array, " n"]
+) -> Float[Array, "n width"]:
+    """The same; what belongs to one class adds up in a wide copy, which nothing else reads."""
+    if kernel.dtype == wide(kernel.dtype):
+        return _gather(class_axis, kernel, ids)
+    copy = _gather(class_axis, kernel.astype(wide(kernel.dtype)), ids)
+    return with_slope_of(copy, _gather(class_axis, jax.lax.stop_gradient(kernel), ids))
+
+
 _rows_of_kernel = jax.custom_vjp(_gather, nondiff_argnums=(0,))
 
 
@@ -164,23 +173,6 @@ def _rows_bwd(class_axis: int, residuals: _Residuals, g: Array) -> tuple[Array, 
     if class_axis == 0:
         return zeros.at[classes].set(sums, mode="drop"), None
     return zeros.at[:, classes].set(sums.T, mode="drop"), None
-
-
-def _unique(
-    ids: Integer[Array, " n"], beyond: int
-) -> tuple[Integer[Array, " n"], Integer[Array, " n"]]:
-    """The distinct ids, then `beyond` as often as ids are repeated; and where each id is in them.
-
-    As `jnp.unique` has it, but for a number of ids that may be symbolic.
-    """
-    order = jnp.argsort(ids)
-    ranked = ids[order]
-    other = ranked != jnp.roll(ranked, 1)
-    position = jnp.cumsum(other.at[0].set(True), dtype=jnp.int32) - 1
-    return (
-        jnp.full_like(ids, beyond).at[position].set(ranked),
-        jnp.zeros_like(position).at[order].set(position),
-    )
 
 
 _rows_of_kernel.defvjp(_rows_fwd, _rows_bwd)
