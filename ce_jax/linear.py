@@ -71,10 +71,11 @@ def linear_softmax_cross_entropy(
 
     The work is divided in one of two ways, which give the same result. The default is blocks of
     classes, which are recomputed for the gradient (four matmuls). Blocks of tokens (three matmuls)
-    are used for a "sum" or "mean" if the budget has room for the logits of 1024 tokens, or of all
-    tokens if there are fewer. They are not used with `return_statistics`, `axis_name` or
+    are used for a "sum", "mean" or "ratio" over all tokens, if the budget has room for the logits
+    of 1024 tokens, or of all tokens if there are fewer. They are not used with `axis_name` or
     `forward_mode`, nor with a `log_prob_loss` that has a traced parameter inside `jax.shard_map`.
-    The value alone takes one matmul in both ways.
+    The value alone takes one matmul in both ways. Who differentiates the statistics, too, pays
+    three matmuls more.
 
     Args:
       hidden: `[..., D]`, floating.
@@ -187,8 +188,10 @@ def _linear_loss(
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Loss | tuple[Loss, SoftmaxStatistics]:
-    in_blocks_of_tokens = reduction.kind != "none" and reduction.axis is None
-    summed = in_blocks_of_tokens and not (axis_name or forward_mode)
+    if len(reduction.axes(jnp.ndim(hidden) - 1)) == jnp.ndim(hidden) - 1:
+        reduction = reduction._replace(axis=None)
+    over_all = reduction.kind != "none" and reduction.axis is None
+    summed = over_all and not (axis_name or forward_mode)
     constants: Sequence[Any] = ()
     if log_prob_loss is not None:
         one = jnp.zeros((), wide(jnp.asarray(hidden).dtype))
@@ -239,7 +242,7 @@ def _linear_loss(
         flags=(x.label.counts, x.label.unknown),
     )
     if x.token_block is not None:
-        by_token = token_blocks.Options(x.token_block, row_loss, x.options, return_statistics)
+        by_token = token_blocks.Options(x.token_block, row_loss, x.options)
         total, found = token_blocks.loss_sum(by_token, x.tokens, x.head, target, inputs, x.counting)
         loss = reductions.of_total(
             total, reduction, x.label.ids.shape, x.label.counts, sample_weight, label_weight

@@ -163,7 +163,7 @@ def _integer_loss(
     counts = targets.effective(z, label.counts, sample_weight, axis_name)
     target = Target(labels=label.ids, classes=spread)
     found = row_statistics(
-        Options(return_statistics, return_statistics, axis_name=axis_name),
+        Options(return_statistics, axis_name),
         z,
         target,
         counts,

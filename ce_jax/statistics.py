@@ -121,7 +121,7 @@ def _statistics(
     label = targets.maybe_class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
     temperature = options.of_rows(temperature, z.shape[:-1], wide(z.dtype))
     found = row_statistics(
-        Options(entropy=True, argmax=True, axis_name=axis_name),
+        Options(statistics=True, axis_name=axis_name),
         z,
         Target(labels=label.ids),
         label.counts,

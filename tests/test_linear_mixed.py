@@ -191,9 +191,9 @@ def test_hidden_states_wider_than_the_kernel_are_an_error():
 
 
 @pytest.mark.usefixtures("usual_programs")
-@pytest.mark.parametrize("statistics", [False, True])
-def test_a_sum_takes_three_matmuls(statistics):
-    """With statistics beside it, too; two more read all logits again for theirs."""
+@pytest.mark.parametrize(("statistics", "axis"), [(False, None), (True, None), (False, 0)], ids=str)
+def test_a_sum_takes_three_matmuls(statistics, axis):
+    """Also if its axes are named. With statistics beside it, too, whose slopes take more."""
     arrays, labels, _ = problem("bfloat16")
 
     def step(of):
@@ -204,6 +204,7 @@ def test_a_sum_takes_three_matmuls(statistics):
                 reduction="mean",
                 memory_budget=10**9,
                 return_statistics=statistics,
+                reduction_axis=axis,
             )
             return of(*found) if statistics else found
 

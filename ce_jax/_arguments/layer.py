@@ -116,8 +116,7 @@ def layer(
         class_axis,
         classes,
         axis_name,
-        entropy=statistics,
-        argmax=statistics,
+        statistics=statistics,
         rows=tile,
     )
     return Layer(tokens, head, label, order, rows, by_class, token_block)

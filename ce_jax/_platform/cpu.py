@@ -103,8 +103,9 @@ def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
         return tile.row_sums(summands)
     *rows, classes = first.shape
     count = -(-classes // _LONGEST)
-    most = classes // count * count
-    parts = jax.tree.map(lambda x: x[..., :most].reshape(*rows, count, -1), summands)
+    size = classes // count
+    most = count * size
+    parts = jax.tree.map(lambda x: x[..., :most].reshape(*rows, count, size), summands)
     zeros = {name: jnp.zeros((), x.dtype) for name, x in summands.items()}
     sums: dict[str, Array] = tile.row_sums(
         jax.lax.reduce(parts, zeros, lambda a, b: jax.tree.map(jnp.add, a, b), (first.ndim,))

@@ -46,8 +46,7 @@ class Options(NamedTuple):
       class_axis: the axis of the kernel that holds the classes.
       classes: how many classes there are; what the kernels of all devices hold beyond is padding.
       axis_name: mapped mesh axis over which the classes are sharded.
-      entropy: whether the entropy is wanted.
-      argmax: whether the argmax is wanted.
+      statistics: whether entropy and argmax are wanted, too.
       rows: rows per tile, where not all rows count.
     """
 
@@ -55,8 +54,7 @@ class Options(NamedTuple):
     class_axis: int
     classes: int
     axis_name: str | None = None
-    entropy: bool = False
-    argmax: bool = False
+    statistics: bool = False
     rows: int = 0
 
 
@@ -150,6 +148,7 @@ def _partial(
     options: Options, tokens: Tokens, head: Head, target: Target, counting: Counting
 ) -> Partial:
     tokens_of_tile = read_by_all(tokens)
+    wanted = {"entropy": options.statistics, "argmax": options.statistics}
 
     def step(part: Partial, first: First, size: int) -> Partial:
         block = _block(options, head, first, size)
@@ -165,8 +164,7 @@ def _partial(
                 z,
                 by_row._replace(classes=_target_of(target, first, size).classes),
                 _platform.normaliser(z),
-                entropy=options.entropy,
-                argmax=options.argmax,
+                **wanted,
                 first_class=first_class,
             )
             found = merge(seen, new._replace(picked=picked))
@@ -175,7 +173,7 @@ def _partial(
         return over_rows(tile_of_block, part, tokens.hidden.shape[0], options.rows, counting)
 
     rows, dtype = tokens.hidden.shape[:1], wide(tokens.hidden.dtype)
-    nothing = tile.nothing_seen(rows, dtype, target, entropy=options.entropy, argmax=options.argmax)
+    nothing = tile.nothing_seen(rows, dtype, target, **wanted)
     part = over_blocks(
         step, sharded.like(nothing, tokens.hidden), _visited(options, head), options.block
     )

@@ -21,13 +21,11 @@ class Options(NamedTuple):
     """What is fixed when the function is compiled.
 
     Attributes:
-      entropy: whether `entropy` is wanted.
-      argmax: whether `argmax` is wanted.
+      statistics: whether `entropy` and `argmax` are wanted, too.
       axis_name: mapped mesh axis over which the classes are sharded.
     """
 
-    entropy: bool = False
-    argmax: bool = False
+    statistics: bool = False
     axis_name: str | None = None
 
 
@@ -134,8 +132,8 @@ def _whole_rows(options: Options, logits: Array, target: Target, counts: Array |
         logits,
         target,
         normaliser,
-        entropy=options.entropy,
-        argmax=options.argmax,
+        entropy=options.statistics,
+        argmax=options.statistics,
         first_class=first_class,
     )
     part = sharded.merge_across(part._replace(picked=picked), options.axis_name)

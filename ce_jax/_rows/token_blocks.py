@@ -51,14 +51,13 @@ class Options(NamedTuple):
     Attributes:
       block: tokens per block.
       row_loss: the loss of each row, weighted and masked.
-      head: what the head is, and how it is read where no gradient is wanted.
-      statistics: whether those of the rows are wanted, too.
+      head: what the head is, how it is read where no gradient is wanted, and whether statistics of
+        the rows are.
     """
 
     block: int
     row_loss: RowLoss
     head: class_blocks.Options
-    statistics: bool = False
 
 
 # The sum of the losses and, if they are wanted, the rows' statistics.
@@ -92,7 +91,7 @@ def _fused(
 ) -> _Result:
     found = class_blocks.row_statistics(options.head, tokens, head, target, counting)
     total = jnp.sum(options.row_loss(found, rows))
-    return total, found if options.statistics else None
+    return total, found if options.head.statistics else None
 
 
 class _Inputs(NamedTuple):
@@ -119,7 +118,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
     given: Any = jax.tree.map(lambda x: x.value, primals)
     tokens, head, target, rows, counting = given
     head_of_block = head_read_by_all(head, tokens)
-    wanted = {"entropy": options.head.entropy, "argmax": options.head.argmax}
+    wanted = {"entropy": options.head.statistics, "argmax": options.head.statistics}
 
     def step(
         carry: tuple[Array, _Inputs, Any], first: First, size: int
@@ -152,13 +151,13 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
             scales=jax.tree.map(of_rows, grads.scales, d_scales),
             shared=jax.tree.map(lambda d, new: d + new.astype(d.dtype), grads.shared, d_shared),
         )
-        seen = jax.tree.map(of_rows, seen, found) if options.statistics else None
+        seen = jax.tree.map(of_rows, seen, found) if options.head.statistics else None
         return total + loss, more, seen
 
     inputs = _Inputs(tokens, head, target.classes, rows.scales, rows.shared)
     dtype = wide(tokens.hidden.dtype)
     nothing = None
-    if options.statistics:
+    if options.head.statistics:
         nothing = tile.nothing_seen(tokens.hidden.shape[:1], dtype, target, **wanted)
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), (0, inputs))
     total, grads, part = over_blocks(
@@ -167,7 +166,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         tokens.hidden.shape[0],
         options.block,
     )
-    found = tile.finish(part) if options.statistics else None
+    found = tile.finish(part) if options.head.statistics else None
     return (total, found), _Residuals(inputs, grads, target, counting, part)
 
 
