@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._arguments import options, reductions
+from ._arguments.compared import compared, tempered
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
-from ._rows.sampled import compared, tempered
 from .sigmoid import sigmoid_binary_cross_entropy
 
 

@@ -10,12 +10,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks, options, reductions, targets
+from ._arguments.compared import Compared, compared, tempered
 from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dtypes import wide
 from ._rows.head import Head
-from ._rows.sampled import Compared, compared, layer_logits, tempered
+from ._rows.sampled import layer_logits
 from .negatives import Negatives
 from .softmax import softmax_cross_entropy_with_integer_labels
 

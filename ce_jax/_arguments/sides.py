@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float
 
 from .._rows import sharded
 from .._rows.dtypes import wide
+from .._rows.pairs import Sides
 from ..ratio import Ratio
 from . import checks, reductions, targets
 from .reductions import Reducer
 from .types import ArrayLike, Loss
-
-
-class Sides(NamedTuple):
-    """Both sides of the pairs.
-
-    Attributes:
-      rows: this device's.
-      columns: those of all devices.
-      scale: what the products of rows and columns are multiplied by.
-      first: the column with which the first row is paired.
-      row_counts: rows that exist; None if all do.
-      column_counts: columns that exist; None if all do.
-    """
-
-    rows: Float[Array, "n width"]
-    columns: Float[Array, "m width"]
-    scale: Float[Array, ""]
-    first: Integer[Array, ""]
-    row_counts: Bool[Array, " n"] | None
-    column_counts: Bool[Array, " m"] | None
 
 
 def sides(

@@ -16,16 +16,35 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from .. import _platform
-from .._arguments.sides import Sides
 from .._platform import block_sizes
-from ..sigmoid import sigmoid_binary_cross_entropy
-from . import sharded, tile
+from . import logistic, sharded, tile
 from .columns import WHOLE, Form, over_columns
 from .dtypes import wide
 from .head import Head, Tokens, over_blocks, put, take
 from .head import logits as products_of
 from .picked import First, is_label
 from .tile import ABSENT, NOWHERE, Partial, RowStatistics, Target, merge
+
+
+class Sides(NamedTuple):
+    """Both sides of the pairs.
+
+    Attributes:
+      rows: this device's.
+      columns: those of all devices.
+      scale: what the products of rows and columns are multiplied by.
+      first: the column with which the first row is paired.
+      row_counts: rows that exist; None if all do.
+      column_counts: columns that exist; None if all do.
+    """
+
+    rows: Float[Array, "n width"]
+    columns: Float[Array, "m width"]
+    scale: Float[Array, ""]
+    first: Integer[Array, ""]
+    row_counts: Bool[Array, " n"] | None
+    column_counts: Bool[Array, " m"] | None
+
 
 # The differentiable inputs of a form, or their cotangents: rows, columns, scale.
 _Inputs = tuple[Array, Array, Array]
@@ -104,13 +123,13 @@ def _without(
     return jnp.where(take(counts, first, z.shape[1])[None], z, -jnp.inf)
 
 
-def _nothing(rows: int, dtype: jnp.dtype, target: bool, argmax: bool = False) -> Partial:
-    """The statistics over no columns, of a label or of a target distribution."""
-    zero = jnp.zeros(rows, dtype)
-    nothing = Partial(*tile.no_classes((rows,), dtype))
+def _nothing(x: Float[Array, "n width"], *, probs: bool = False, argmax: bool = False) -> Partial:
+    """The statistics of each row over no columns, of a label or of a target distribution."""
+    nothing = Partial(*tile.no_classes(x.shape[:1], wide(x.dtype)))
+    zero = nothing.sum_exp
     if argmax:
-        nothing = nothing._replace(argmax=jnp.full(rows, NOWHERE))
-    if target:
+        nothing = nothing._replace(argmax=jnp.full(zero.shape, NOWHERE))
+    if probs:
         return nothing._replace(cross=zero, target_sum=zero)
     return nothing._replace(label_logit=zero)
 
@@ -125,11 +144,13 @@ def _of_cross(g: Float[Array, " n"]) -> RowStatistics:
     return RowStatistics(lse=zero, cross=g, label_logit=zero)
 
 
+# Logits, their target, and the id of the first class; and what makes them of a block.
 _View = tuple[Float[Array, "_ _"], Target, First]
+_ViewOf = Callable[[Float[Array, "n block"], _Fixed, First], _View]
 
 
 def _by_row(z: Float[Array, "n block"], fixed: _Fixed, first: First) -> _View:
-    """A block as rows of columns: logits, labels, and the id of the first class."""
+    """A block as rows of columns, with the label of each row."""
     labels = fixed.first + jnp.arange(z.shape[0], dtype=jnp.int32)
     return _without(z, fixed.column_counts, first), Target(labels=labels), first
 
@@ -145,7 +166,8 @@ def _by_column(z: Float[Array, "n block"], fixed: _Fixed, first: First) -> _View
 
 def _read(view: _View, argmax: bool = False) -> Partial:
     z, target, first_class = view
-    return tile.read(z, target, _platform.normaliser(z), argmax=argmax, first_class=first_class)
+    options = {"argmax": argmax, "first_class": first_class}
+    return _platform.read(z, target, _platform.normaliser(z), **options)
 
 
 def _pulled_back(view: _View, part: Partial, g: RowStatistics) -> Float[Array, "_ _"]:
@@ -159,11 +181,11 @@ def _pulled_back(view: _View, part: Partial, g: RowStatistics) -> Float[Array, "
 def one_direction(x: Sides, *, memory_budget: int | None, forward_mode: bool) -> Float[Array, " n"]:
     """Cross-entropy of each row with its column: row `i` is paired with column `first + i`."""
     form = Form(
-        start=lambda inputs, fixed: _nothing(inputs[0].shape[0], wide(inputs[0].dtype), False),
-        fold=_fold_rows,
+        start=lambda inputs, fixed: _nothing(inputs[0]),
+        fold=functools.partial(_fold_rows, _by_row),
         across=_not_empty,
         finish=lambda part: tile.finish(part).cross,
-        pull=_pull_rows,
+        pull=functools.partial(_pull_rows, _by_row),
         axes=_Axes,
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 2),
@@ -172,16 +194,24 @@ def one_direction(x: Sides, *, memory_budget: int | None, forward_mode: bool) ->
     return losses
 
 
-def _fold_rows(inputs: _Inputs, fixed: _Fixed, sums: Partial, first: First, size: int) -> Partial:
+def _fold_rows(
+    view: _ViewOf, inputs: _Inputs, fixed: _Fixed, sums: Partial, first: First, size: int
+) -> Partial:
     z, _ = _logits(inputs, first, size)
-    return merge(sums, _read(_by_row(z, fixed, first)))
+    return merge(sums, _read(view(z, fixed, first)))
 
 
 def _pull_rows(
-    inputs: _Inputs, fixed: _Fixed, sums: Partial, g: Array, first: First, size: int
+    view: _ViewOf,
+    inputs: _Inputs,
+    fixed: _Fixed,
+    sums: Partial,
+    g: Array,
+    first: First,
+    size: int,
 ) -> _Inputs:
     z, pull = _logits(inputs, first, size)
-    return pull(_pulled_back(_by_row(z, fixed, first), sums, _of_cross(g)))
+    return pull(_pulled_back(view(z, fixed, first), sums, _of_cross(g)))
 
 
 # Both directions. A block has all rows of its columns (on this device), so it completes their
@@ -201,10 +231,10 @@ def both_directions(
     Row `i` is paired with column `first + i`, its label. One matrix serves both.
     """
     form = Form(
-        start=functools.partial(_start_both, argmax),
+        start=lambda inputs, fixed: tuple(_nothing(x, argmax=argmax) for x in inputs[:2]),
         fold=functools.partial(_fold_both, argmax),
         across=functools.partial(_join_columns, axis_name),
-        finish=_finish_both,
+        finish=lambda sums: tuple(map(tile.finish, sums)),
         pull=_pull_both,
         axes=_Axes,
         columns=x.columns.shape[0],
@@ -212,13 +242,6 @@ def both_directions(
     )
     both: _Directions = over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
     return both
-
-
-def _start_both(argmax: bool, inputs: _Inputs, fixed: _Fixed) -> _Partials:
-    rows, columns, _ = inputs
-    dtype = wide(rows.dtype)
-    nothing = functools.partial(_nothing, dtype=dtype, target=False, argmax=argmax)
-    return nothing(rows.shape[0]), nothing(columns.shape[0])
 
 
 def _fold_both(
@@ -233,10 +256,6 @@ def _fold_both(
 def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:
     of_rows, of_columns = sums
     return _not_empty(of_rows), _not_empty(sharded.merge_across(of_columns, axis_name))
-
-
-def _finish_both(sums: _Partials) -> _Directions:
-    return tile.finish(sums[0]), tile.finish(sums[1])
 
 
 def _pull_both(
@@ -268,7 +287,7 @@ def decisions(
     Row `i` is to be told from all columns but `first + i`.
     """
     form = Form(
-        start=_start_decisions,
+        start=lambda inputs, fixed: jnp.zeros(inputs[0].shape[0], wide(inputs[0].dtype)),
         fold=functools.partial(_fold_decisions, forward_mode),
         across=lambda sums: sums,
         finish=lambda sums: sums,
@@ -282,21 +301,13 @@ def decisions(
     return losses
 
 
-def _start_decisions(inputs: _Biased, fixed: _Fixed) -> Float[Array, " n"]:
-    return jnp.zeros(inputs[0].shape[0], wide(inputs[0].dtype))
-
-
 def _row_losses(
     fixed: _Fixed, first: First, forward_mode: bool, z: Float[Array, "n block"]
 ) -> Float[Array, " n"]:
     rows = fixed.first + jnp.arange(z.shape[0], dtype=jnp.int32)
-    exists = None
-    if fixed.column_counts is not None:
-        exists = take(fixed.column_counts, first, z.shape[1])[None]
-    losses = sigmoid_binary_cross_entropy(
-        z, is_label(rows, z, first), where=exists, forward_mode=forward_mode
-    )
-    return jnp.sum(losses, -1)
+    z = _without(z, fixed.column_counts, first)  # the loss of a negative at -inf is 0
+    y = is_label(rows, z, first).astype(z.dtype)
+    return jnp.sum(logistic.loss(z, y, forward_mode=forward_mode), -1)
 
 
 def _fold_decisions(
@@ -351,11 +362,11 @@ def against_group(
     nobody = sharded.like(jnp.zeros(groups.rows.shape, jnp.int32), groups.rows)
     positives = over_blocks(count, nobody, columns, block)
     form = Form(
-        start=lambda inputs, fixed: _nothing(inputs[0].shape[0], wide(inputs[0].dtype), True),
-        fold=_fold_group,
+        start=lambda inputs, fixed: _nothing(inputs[0], probs=True),
+        fold=functools.partial(_fold_rows, _against_others),
         across=_not_empty,
         finish=lambda part: tile.finish(part).cross,
-        pull=_pull_group,
+        pull=functools.partial(_pull_rows, _against_others),
         axes=_Axes,
         columns=columns,
         block=block,
@@ -378,23 +389,8 @@ def _same(
     return same & others, others
 
 
-def _group_block(
-    z: Float[Array, "n block"], fixed: _Fixed, first: First
-) -> tuple[Float[Array, "n block"], Target]:
+def _against_others(z: Float[Array, "n block"], fixed: _Fixed, first: First) -> _View:
+    """A block as rows of the other columns, of which those of the row's group are the target."""
     same, others = _same(fixed, first, z.shape[1])
     probs = jnp.where(same, 1 / fixed.positives[:, None], 0)
-    return jnp.where(others, z, -jnp.inf), Target(probs=probs)
-
-
-def _fold_group(inputs: _Inputs, fixed: _Fixed, sums: Partial, first: First, size: int) -> Partial:
-    z, _ = _logits(inputs, first, size)
-    z, target = _group_block(z, fixed, first)
-    return merge(sums, _platform.read(z, target, _platform.normaliser(z)))
-
-
-def _pull_group(
-    inputs: _Inputs, fixed: _Fixed, sums: Partial, g: Array, first: First, size: int
-) -> _Inputs:
-    z, pull = _logits(inputs, first, size)
-    dz, _ = tile.pullback(*_group_block(z, fixed, first), sums, _of_cross(g))
-    return pull(dz)
+    return jnp.where(others, z, -jnp.inf), Target(probs=probs), first

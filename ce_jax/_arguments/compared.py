@@ -1,0 +1,77 @@
+"""Logits of the label and of sampled classes: checks and masks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._rows.dtypes import wide
+from . import checks, options, reductions
+from .types import ArrayLike
+
+
+class Compared(NamedTuple):
+    """Logits in the dtype of the loss, with harmless values where they do not count.
+
+    Attributes:
+      label: of the label.
+      negatives: of the negatives.
+      counts: which rows count; None if nothing excludes any.
+      included: which negatives do; None if nothing excludes any.
+      weights: sample weights; None if there are none.
+    """
+
+    label: Float[Array, "*rows"]
+    negatives: Float[Array, "*rows samples"]
+    counts: Bool[Array, "*rows"] | None
+    included: Bool[Array, "*rows samples"] | None
+    weights: Float[Array, "*rows"] | None
+
+
+def compared(
+    label_logits: ArrayLike,
+    negative_logits: ArrayLike,
+    where: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+) -> Compared:
+    """Checks the logits and what to include: the number of dimensions of `where` decides."""
+    label = checks.floating("label_logits", label_logits)
+    negatives = checks.floating("negative_logits", negative_logits)
+    if negatives.ndim != label.ndim + 1 or negatives.shape[:-1] != label.shape:
+        raise ValueError(
+            f"negative_logits must have the shape of label_logits, {label.shape}, and one axis "
+            f"more, of the negatives; got {negatives.shape}"
+        )
+    dtype = wide(label.dtype, negatives.dtype)
+    label, negatives = label.astype(dtype), negatives.astype(dtype)
+    counts = included = None
+    if where is not None:
+        where = checks.boolean("where", where)
+        if where.ndim == negatives.ndim:
+            included = checks.of_rows("where", where, negatives.shape, "negative_logits")
+            negatives = jnp.where(included, negatives, 0)
+        else:
+            shape = negatives.shape
+            counts = checks.rows_to_include(where, label.shape, "negative_logits", shape)
+    weights = reductions.weights("sample_weight", sample_weight, label.shape, dtype)
+    kept = counts
+    if weights is not None:
+        # A weight of 0 silences NaN; where there is none, its derivative is the loss. The
+        # difference of two scores of -inf is one.
+        meets = (label == -jnp.inf) & jnp.any(negatives == -jnp.inf, -1)
+        heard = (weights != 0) | (label < jnp.inf) & jnp.all(negatives < jnp.inf, -1) & ~meets
+        kept = heard if counts is None else counts & heard
+    if kept is not None:
+        label = jnp.where(kept, label, 0)
+        negatives = jnp.where(kept[..., None], negatives, 0)
+    return Compared(label, negatives, counts, included, weights)
+
+
+def tempered(x: Compared, temperature: Array | None) -> Compared:
+    """All logits of a row over its temperature."""
+    return x._replace(
+        label=options.tempered_elements(x.label, temperature, x.counts),
+        negatives=options.tempered_rows(x.negatives, temperature, x.counts),
+    )
