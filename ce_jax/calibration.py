@@ -291,7 +291,7 @@ def _brier_score(
     dtype = wide(rows.values.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
-    p = jnp.exp(log_softmax(options.tempered_rows(z, temperature, label.counts)))
+    p = jnp.exp(log_softmax(options.tempered_logits(z, temperature, label.counts)))
     score = jnp.sum(jnp.square(p - jax.nn.one_hot(label.ids, shape[-1], dtype=dtype)), -1)
     score = targets.nan_if(label.unknown, score, sample_weight)
     return reductions.reduce(score, label.counts, sample_weight, reduction)

@@ -87,7 +87,7 @@ def _cross_entropy_parts(
 ) -> CrossEntropyParts:
     rows = targets.rows_of("logits", logits, axis, where)
     z = targets.without_excluded(rows.values, rows.counts)
-    z = options.tempered_rows(z.astype(wide(z.dtype)), temperature, rows.counts)
+    z = options.tempered_logits(z.astype(wide(z.dtype)), temperature, rows.counts)
     log_p = log_softmax(z)
     q = targets.distributions(labels, logits.shape, axis, log_p.dtype)
     q = targets.without_excluded(q, rows.counts)

@@ -18,7 +18,7 @@ from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, Used, divergence
 from ._rows.dtypes import wide
 from ._rows.jensen_shannon import jensen_shannon
-from ._rows.loss import silenced
+from ._rows.numerics import silenced
 from ._rows.order import Counting, as_given, in_order
 
 
@@ -46,9 +46,10 @@ def distillation_loss(
       p = \mathrm{softmax}(z / T), \quad p' = \mathrm{softmax}(z' / T)
 
     With `reverse`, p and p' are exchanged. The factor :math:`T^2` keeps the size of the gradients
-    the same at any temperature. The loss is accurate also when the student is close to the teacher.
-    The gradient of the student's logits is :math:`T (p - p')`. The teacher's logits get their true
-    gradient: apply `jax.lax.stop_gradient` to the teacher if it must not learn.
+    the same at any temperature. The loss is right to the rounding of log-probabilities, and its
+    gradient also where the student is close to the teacher. The gradient of the student's logits is
+    :math:`T (p - p')`. The teacher's logits get their true gradient: apply `jax.lax.stop_gradient`
+    to the teacher if it must not learn.
 
     Args:
       logits: the student's logits `[..., C]`, floating; `-inf` marks a class that is not allowed.

@@ -22,7 +22,8 @@ from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, with_statistics
 from ._rows import class_blocks, sharded, token_blocks
 from ._rows.dtypes import wide
-from ._rows.loss import counted, silenced, smoothing_coefficients, softmax_loss
+from ._rows.loss import counted, smoothing_coefficients, softmax_loss
+from ._rows.numerics import silenced
 from ._rows.order import as_given, in_order
 from ._rows.tile import RowStatistics, Target
 from .linear_statistics import of_layer

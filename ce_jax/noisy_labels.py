@@ -111,7 +111,7 @@ def _forward(
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
-    z = options.tempered_rows(z, temperature, label.counts)
+    z = options.tempered_logits(z, temperature, label.counts)
     into_label = sharded.take_rows(matrix.T, label.ids)
 
     log_into = jnp.where(

@@ -8,6 +8,7 @@ Advantages and the log-probabilities of the sampling policy are usually constant
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import jax
@@ -108,14 +109,17 @@ def _ppo_clip(
 ) -> Loss:
     arrays = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantage": advantage}
     rows = rows_of(arrays, where, sample_weight, broadcast=("advantage",))
-    ours, old, advantage = rows.values
-    gains, log_ratio = advantage >= 0, ours - old
-    bound = jnp.where(gains, 1 + high.astype(ours.dtype), 1 - low.astype(ours.dtype))
-    ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
-    held = jnp.where(gains, ratio > bound, ratio < bound)
-    # No gradient may pass through an exponential that overflows, not even a gradient of 0.
-    ratio = jnp.where(held, bound, jnp.exp(jnp.where(held, 0, log_ratio)))
-    return reduced(-advantage * ratio, rows, reduction)
+
+    def loss(ours: Array, old: Array, advantage: Array) -> Array:
+        gains, log_ratio = advantage >= 0, ours - old
+        bound = jnp.where(gains, 1 + high.astype(ours.dtype), 1 - low.astype(ours.dtype))
+        ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
+        held = jnp.where(gains, ratio > bound, ratio < bound)
+        # No gradient may pass through an exponential that overflows, not even a gradient of 0.
+        ratio = jnp.where(held, bound, jnp.exp(jnp.where(held, 0, log_ratio)))
+        return -advantage * ratio
+
+    return reduced(loss, rows, reduction)
 
 
 @reducible
@@ -198,11 +202,9 @@ def _kl_estimate(
     reduction: Reducer,
 ) -> Loss:
     arrays = {"log_prob": log_prob, "reference_log_prob": reference_log_prob}
-    rows = rows_of(arrays, where, sample_weight)
-    ours, reference = rows.values
-    log_ratio = reference - ours
-    if kind == "k1":
-        return reduced(ours - reference, rows, reduction)
-    if kind == "k2":
-        return reduced(jnp.square(log_ratio) / 2, rows, reduction)
-    return reduced(expm1_less_x(log_ratio), rows, reduction)
+    estimates: dict[Kind, Callable[[Array, Array], Array]] = {
+        "k1": lambda ours, reference: ours - reference,
+        "k2": lambda ours, reference: jnp.square(reference - ours) / 2,
+        "k3": lambda ours, reference: expm1_less_x(reference - ours),
+    }
+    return reduced(estimates[kind], rows_of(arrays, where, sample_weight), reduction)

@@ -17,7 +17,8 @@ from ._arguments.log_probs import reduced, rows_of
 from ._arguments.options import scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
-from ._rows.loss import weighted
+from ._rows.logistic import probabilities
+from ._rows.numerics import weighted
 
 
 @reducible
@@ -109,9 +110,12 @@ def _dpo(
 ) -> Loss:
     four = _four(chosen, rejected, reference_chosen, reference_rejected)
     rows = rows_of(four, where, sample_weight)
-    margin = _margin(*rows.values)
-    x, eps = beta.astype(margin.dtype) * margin, label_smoothing.astype(margin.dtype)
-    loss = weighted(1 - eps, jax.nn.softplus(-x)) + weighted(eps, jax.nn.softplus(x))
+
+    def loss(*values: Array) -> Array:
+        margin = _margin(*values)
+        x, eps = beta.astype(margin.dtype) * margin, label_smoothing.astype(margin.dtype)
+        return weighted(1 - eps, jax.nn.softplus(-x)) + weighted(eps, jax.nn.softplus(x))
+
     return reduced(loss, rows, reduction)
 
 
@@ -196,8 +200,12 @@ def _ipo(
 ) -> Loss:
     four = _four(chosen, rejected, reference_chosen, reference_rejected)
     rows = rows_of(four, where, sample_weight)
-    margin = _margin(*rows.values)
-    return reduced(jnp.square(margin - 0.5 / beta.astype(margin.dtype)), rows, reduction)
+
+    def loss(*values: Array) -> Array:
+        margin = _margin(*values)
+        return jnp.square(margin - 0.5 / beta.astype(margin.dtype))
+
+    return reduced(loss, rows, reduction)
 
 
 @reducible
@@ -291,20 +299,17 @@ def _kto(
 ) -> Loss:
     arrays = {"log_prob": log_prob, "reference_log_prob": reference_log_prob, "kl": kl}
     rows = rows_of(arrays, where, sample_weight, broadcast=("kl",))
-    ours, reference, kl = rows.values
+    shape, dtype = rows.values[0].shape, rows.values[0].dtype
     desirable = checks.boolean("desirable", desirable)
-    checks.shape_is("desirable", desirable, ours.shape, "the shape of log_prob")
-    good, bad, beta = (x.astype(ours.dtype) for x in (desirable_weight, undesirable_weight, beta))
-    ahead = beta * (ours - reference - jax.lax.stop_gradient(jnp.maximum(kl, 0)))
-    loss = jnp.where(desirable, good, bad) * _sigmoid(jnp.where(desirable, -ahead, ahead))
+    checks.shape_is("desirable", desirable, shape, "the shape of log_prob")
+    good, bad, beta = (x.astype(dtype) for x in (desirable_weight, undesirable_weight, beta))
+
+    def loss(ours: Array, reference: Array, kl: Array) -> Array:
+        ahead = beta * (ours - reference - jax.lax.stop_gradient(jnp.maximum(kl, 0)))
+        wrong, _ = probabilities(jnp.where(desirable, -ahead, ahead))
+        return jnp.where(desirable, good, bad) * wrong
+
     return reduced(loss, rows, reduction)
-
-
-def _sigmoid(x: Array) -> Array:
-    """The logistic function, whose derivative does not lose `e^-x` beside 1."""
-    up = x > 0
-    small = jax.nn.sigmoid(jnp.where(up, -x, x))
-    return jnp.where(up, 1 - small, small)
 
 
 def _four(

@@ -13,7 +13,8 @@ from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import sharded
 from ._rows.dtypes import wide
-from ._rows.loss import silenced, smoothing_coefficients, softmax_loss, weighted
+from ._rows.loss import smoothing_coefficients, softmax_loss
+from ._rows.numerics import silenced, weighted
 from ._rows.tile import RowStatistics
 
 
@@ -199,11 +200,13 @@ def _binary_cross_entropy(
 ) -> Loss:
     p, y, counts = targets.elements("probs", probs, labels, where, label_smoothing, sample_weight)
     p = p.astype(y.dtype)
+    sample_weight = reductions.weights("sample_weight", sample_weight, p.shape, y.dtype)
+    if sample_weight is not None:  # 0 times the NaN of what is no probability would be NaN
+        p = jnp.where((sample_weight == 0) & ~((p >= 0) & (p <= 1)), 0.5, p)
     loss = -(y * _clamped_log(p) + (1 - y) * _clamped_log(1 - p))
     weight = reductions.element_weights("weight", weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, loss)
-    sample_weight = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
     return reductions.reduce(loss, counts, sample_weight, reduction)
 
 

@@ -11,6 +11,7 @@ from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
+from ._rows.numerics import silenced, weighted
 from .sigmoid import sigmoid_binary_cross_entropy
 
 
@@ -194,8 +195,9 @@ def _gbce(
         number = jnp.sum(x.included, -1, dtype=dtype)
     beta = 1 - calibration.astype(dtype) * (1 - number / (items - 1))
     of_label = sigmoid_binary_cross_entropy(
-        x.label, jnp.ones_like(x.label), weight=beta, forward_mode=forward_mode
+        x.label, jnp.ones_like(x.label), forward_mode=forward_mode
     )
+    of_label = weighted(beta, silenced(x.weights, of_label))
     of_negatives = sigmoid_binary_cross_entropy(
         x.negatives, jnp.zeros_like(x.negatives), where=x.included, forward_mode=forward_mode
     )

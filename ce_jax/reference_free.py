@@ -92,9 +92,12 @@ def _simpo(
     reduction: Reducer,
 ) -> Loss:
     rows = rows_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
-    better, worse = rows.values
-    x = beta.astype(better.dtype) * (better - worse) - gamma.astype(better.dtype)
-    return reduced(jax.nn.softplus(-x), rows, reduction)
+
+    def loss(better: Array, worse: Array) -> Array:
+        x = beta.astype(better.dtype) * (better - worse) - gamma.astype(better.dtype)
+        return jax.nn.softplus(-x)
+
+    return reduced(loss, rows, reduction)
 
 
 @reducible
@@ -167,8 +170,11 @@ def _orpo(
     reduction: Reducer,
 ) -> Loss:
     rows = rows_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
-    values = map(log_probability, ("chosen", "rejected"), rows.values)
-    return reduced(_log1p_odds_ratio(*values), rows, reduction)
+
+    def loss(*values: Array) -> Array:
+        return _log1p_odds_ratio(*map(log_probability, ("chosen", "rejected"), values))
+
+    return reduced(loss, rows, reduction)
 
 
 def _log1p_odds_ratio(better: Array, worse: Array) -> Array:

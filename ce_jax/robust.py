@@ -15,8 +15,7 @@ from ._arguments import checks
 from ._arguments.compiled import array, compiled
 from ._arguments.options import log_probability, scalar
 from ._arguments.types import ArrayLike, Scalar
-from ._rows.loss import weighted
-from ._rows.numerics import expm1_ratio, one_minus_exp, power
+from ._rows.numerics import expm1_ratio, one_minus_exp, power, weighted
 
 # Below this, 1 - p rounds to 1 in float64, and so do the factors made of it.
 _FAR = -100.0

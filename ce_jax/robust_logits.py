@@ -15,7 +15,7 @@ from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dense import Options, row_statistics
 from ._rows.dtypes import wide
-from ._rows.loss import silenced, weighted
+from ._rows.numerics import silenced, weighted
 from ._rows.tile import Target
 
 
@@ -246,7 +246,7 @@ def _poly_loss_cross_entropy(
 
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
     top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
-    z = options.tempered_rows(z - jnp.where(jnp.isneginf(top), 0, top), temperature, rows.counts)
+    z = options.tempered_logits(z - jnp.where(jnp.isneginf(top), 0, top), temperature, rows.counts)
     statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
     missed = -jnp.expm1(z - statistics.lse[..., None])
     loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)

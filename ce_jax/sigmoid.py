@@ -11,7 +11,7 @@ from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import logistic
-from ._rows.loss import silenced, weighted
+from ._rows.numerics import silenced, weighted
 
 
 @reducible

@@ -19,7 +19,8 @@ from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducibl
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
 from ._rows.dtypes import wide
-from ._rows.loss import silenced, smoothing_coefficients, softmax_loss
+from ._rows.loss import smoothing_coefficients, softmax_loss
+from ._rows.numerics import silenced
 from ._rows.tile import ABSENT, Target
 from .statistics import SoftmaxStatistics, by_label
 

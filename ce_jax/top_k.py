@@ -160,7 +160,6 @@ def _top_k(
         student.counts,
         ignore_index,
         dtype,
-        normalised=tail != "renormalize",
     )
     weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
     z = targets.without_excluded(student.values, teacher.counts, weights, axis_name)
@@ -188,11 +187,17 @@ def _loss(
     found = found._replace(
         lse=found.lse.astype(log_probs.dtype), picked=found.picked.astype(log_probs.dtype)
     )
+
+    def divergence(mute: Array) -> Array:
+        ours, theirs = _harmless(mute, found, log_probs)
+        if tail != "renormalize":
+            theirs = options.log_probability("teacher_log_probs", theirs)
+        return jnp.where(mute, 0, top_k_divergence(ours, theirs, tail))
+
     mute = ~teacher.counts
     if weights is not None:
-        shown = top_k_divergence(*_harmless(mute, found, log_probs), tail)
-        mute = mute | (weights == 0) & ~jnp.isfinite(shown)
-    loss = jnp.where(mute, 0, top_k_divergence(*_harmless(mute, found, log_probs), tail))
+        mute = mute | (weights == 0) & ~jnp.isfinite(divergence(mute))
+    loss = divergence(mute)
     loss = targets.nan_if(teacher.unknown | jnp.isnan(loss), loss, weights)
     return loss if temperature is None else loss * jnp.square(temperature.astype(loss.dtype))
 
@@ -344,7 +349,6 @@ def _linear_top_k(
         where,
         ignore_index,
         dtype,
-        normalised=tail != "renormalize",
     )
     x = layer(
         hidden,

@@ -388,3 +388,13 @@ def test_the_message_names_the_argument(name, key, value, error, parts):
         getattr(ce_jax, name)(**(RIGHT[name] | {key: value}))
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_class_that_the_student_bans_costs_infinity_however_rare():
+    """Its probability of e^-200 rounds to 0; one that the teacher bans, too, costs nothing."""
+    student = jnp.array([0.0, -jnp.inf])
+    assert ce_jax.distillation_loss(student, jnp.array([0.0, -200.0])) == jnp.inf
+    assert ce_jax.distillation_loss(student, student) == 0
+    by_class = functools.partial(ce_jax.linear_distillation_loss, memory_budget=1)
+    layer = {"hidden": jnp.zeros((1, 2)), "kernel": jnp.zeros((2, 2)), "bias": student}
+    assert by_class(**layer, teacher_logits=jnp.array([[0.0, -200.0]])) == jnp.inf

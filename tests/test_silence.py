@@ -287,3 +287,62 @@ def test_the_label_of_an_infinite_logit(label, logit, alpha):
     )(jnp.array([0.2]))
     np.testing.assert_array_equal(by_label, [0.0, of_other[0]])
     assert by_weight[0] == 0.0
+
+
+NOTHING = jnp.zeros(1)
+FAR = jnp.array([-100.0])
+# Gradients of losses that are infinite, or no number, in an example of weight 0.
+MUTE = {
+    "ppo_clip_loss": lambda x: ce_jax.ppo_clip_loss(x, FAR, -jnp.ones(1), sample_weight=NOTHING),
+    "kl_estimate": lambda x: ce_jax.kl_estimate(FAR, x, sample_weight=NOTHING),
+    "orpo_loss": lambda x: ce_jax.orpo_loss(x, x + 1, sample_weight=NOTHING),
+    "ipo_loss": lambda x: ce_jax.ipo_loss(1e30 * x, x, x, x, beta=1.0, sample_weight=NOTHING),
+    "gbce_loss": lambda x: ce_jax.gbce_loss(
+        -INF * jnp.ones(1), x[:, None], num_items=9, calibration=-x[0], sample_weight=NOTHING
+    ),
+    "binary_cross_entropy": lambda x: ce_jax.binary_cross_entropy(
+        x, -x, weight=x, sample_weight=NOTHING
+    ),
+    "top_k_distillation_loss": lambda x: ce_jax.top_k_distillation_loss(
+        jnp.zeros((1, 4)), jnp.array([[0, 1]]), jnp.tile(-4 * x, (1, 2)), sample_weight=NOTHING
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTE)
+def test_a_loss_that_is_not_finite_has_no_slope_where_it_weighs_nothing(name):
+    value, pull = jax.vjp(MUTE[name], jnp.array([-1.0]))
+    np.testing.assert_array_equal(value, [0])
+    np.testing.assert_array_equal(*pull(jnp.ones(1)), [0])
+
+
+@pytest.mark.parametrize("form", ["dense", "linear"])
+@pytest.mark.parametrize("name", ["distillation_loss", "jensen_shannon_loss"])
+def test_a_weight_of_0_learns_of_the_loss(name, form):
+    """The slope of the gradient by the weight is the gradient that the row would have."""
+    student, teacher = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[1.0, 0.0, 0.5]])
+
+    def loss(z, weight):
+        options = {"sample_weight": weight, "reduction": "sum"}
+        if form == "dense":
+            return getattr(ce_jax, name)(z, teacher, **options)
+        linear = getattr(ce_jax, f"linear_{name}")
+        return linear(z, jnp.eye(3), teacher_logits=teacher, **options)
+
+    mixed = jax.jacrev(jax.grad(loss), 1)(student, NOTHING)[..., 0]
+    np.testing.assert_allclose(mixed, jax.grad(loss)(student, jnp.ones(1)), rtol=1e-5)
+
+
+def test_labels_of_a_banned_class_in_second_derivatives():
+    """Reverse over reverse, as forward over reverse."""
+    logits, labels = jnp.array([[0.0, 1.0, -INF]]), jnp.array([[0.3, 0.7, 0.0]])
+
+    def loss(labels, weight):
+        return ce_jax.softmax_cross_entropy(logits, labels, sample_weight=weight, reduction="sum")
+
+    surprise = np.log1p(np.e) - np.array([0.0, 1.0])
+    of_square = jax.jacrev(jax.grad(lambda x: loss(x, jnp.ones(1)) ** 2))(labels)
+    wanted = np.pad(2 * np.outer(surprise, surprise), (0, 1))
+    np.testing.assert_allclose(of_square[0, :, 0], wanted, rtol=1e-6)
+    mixed = jax.jacrev(jax.grad(loss), 1)(labels, jnp.ones(1))[0, :, 0]
+    np.testing.assert_allclose(mixed, [*surprise, 0], rtol=1e-6)

@@ -243,3 +243,50 @@ def test_sampled_losses():
     labels = jnp.arange(4)
     found = loss(hidden, kernel, labels, temperature=t)
     np.testing.assert_allclose(found, loss(hidden / t[:, None], kernel, labels), rtol=1e-5)
+
+
+CERTAIN = jnp.array([[0.0, 1.0, 1e10]])
+MATRIX = jnp.eye(3) * 0.7 + 0.1
+# What each function is of a model that is certain of the label, whatever the temperature.
+OF_CERTAIN = {
+    "brier_score": (lambda z, t: ce_jax.brier_score(z, jnp.array([2]), temperature=t), 0),
+    "distillation_loss": (lambda z, t: ce_jax.distillation_loss(z, z, temperature=t), 0),
+    "jensen_shannon_loss": (lambda z, t: ce_jax.jensen_shannon_loss(z, z, temperature=t), 0),
+    "forward_corrected_cross_entropy": (
+        lambda z, t: ce_jax.forward_corrected_cross_entropy(
+            z, jnp.array([2]), MATRIX, temperature=t
+        ),
+        -np.log(0.8),
+    ),
+    "cross_entropy_parts": (
+        lambda z, t: (
+            ce_jax.cross_entropy_parts(z, jnp.array([[0.0, 0.0, 1.0]]), temperature=t).divergence
+        ),
+        0,
+    ),
+    "linear_softmax_cross_entropy": (
+        lambda z, t: ce_jax.linear_softmax_cross_entropy(
+            z, jnp.eye(3), jnp.array([2]), temperature=t
+        ),
+        0,
+    ),
+    "linear_distillation_loss": (
+        lambda z, t: ce_jax.linear_distillation_loss(
+            z, jnp.eye(3), teacher_logits=z, temperature=t
+        ),
+        0,
+    ),
+}
+
+
+@pytest.mark.usefixtures("usual_programs")
+@pytest.mark.parametrize("name", OF_CERTAIN)
+def test_of_huge_logits_the_largest_is_the_maximum(name):
+    """A product that is contracted in one place only would leave its rounding, some hundreds."""
+    function, right = OF_CERTAIN[name]
+    both = jax.value_and_grad(lambda z, t: jnp.sum(function(z, t)))
+    for run in (both, jax.jit(both)):
+        for temperature in np.linspace(0.3, 3, 12):
+            value, slope = run(CERTAIN, jnp.float32(temperature))
+            np.testing.assert_allclose(value, right, atol=1e-6)
+            assert jnp.isfinite(slope).all()

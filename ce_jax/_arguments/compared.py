@@ -73,5 +73,5 @@ def tempered(x: Compared, temperature: Array | None) -> Compared:
     """All logits of a row over its temperature."""
     return x._replace(
         label=options.tempered_elements(x.label, temperature, x.counts),
-        negatives=options.tempered_rows(x.negatives, temperature, x.counts),
+        negatives=options.tempered_logits(x.negatives, temperature, x.counts),
     )

@@ -9,7 +9,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from . import checks
-from .options import log_probability
 from .types import ArrayLike
 
 
@@ -37,13 +36,8 @@ def entries(
     counts: Bool[Array, "*rows"] | None,
     ignore_index: int | None,
     dtype: DTypeLike,
-    *,
-    normalised: bool,
 ) -> Entries:
-    """Checks both arrays; rows without any class do not count.
-
-    With `normalised`, log-probabilities above 0 become NaN.
-    """
+    """Checks both arrays; rows without any class do not count."""
     ids = checks.integer("teacher_ids", ids)
     if ids.ndim != len(rows) + 1 or ids.shape[:-1] != rows or ids.shape[-1] == 0:
         wanted = ", ".join([*map(str, rows), "k"])
@@ -65,8 +59,6 @@ def entries(
     unknown = counts & (jnp.any(~valid & ~absent, -1) | jnp.any(twice, -1))
     there = valid & counts[..., None]
     log_probs = jnp.where(there, log_probs, -jnp.inf)
-    if normalised:
-        log_probs = log_probability("teacher_log_probs", log_probs)
     return Entries(jnp.where(there, ids, -1), log_probs.astype(dtype), counts, unknown)
 
 

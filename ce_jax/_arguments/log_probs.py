@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -64,6 +66,14 @@ def rows_of(
     return Rows(values, counts, weights)
 
 
-def reduced(loss: Float[Array, "*rows"], rows: Rows, reducer: Reducer) -> Loss:
-    """Masks, weights and reduces the losses."""
-    return reductions.reduce(loss, rows.counts, rows.weights, reducer)
+def reduced(loss: Callable[..., Float[Array, "*rows"]], rows: Rows, reducer: Reducer) -> Loss:
+    """Masks, weights and reduces the loss of the values.
+
+    Where a row of weight 0 has a loss that is not finite, that is of harmless values instead: its
+    derivatives times 0 would be NaN.
+    """
+    values = rows.values
+    if rows.weights is not None:
+        mute = (rows.weights == 0) & ~jnp.isfinite(jax.lax.stop_gradient(loss(*values)))
+        values = tuple(jnp.where(mute, 0, x) for x in values)
+    return reductions.reduce(loss(*values), rows.counts, rows.weights, reducer)

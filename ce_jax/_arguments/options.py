@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from .._rows.dtypes import wide
-from .._rows.numerics import tempered
+from .._rows.numerics import tempered, tempered_rows
 from . import checks
 from .types import ArrayLike
 
@@ -67,21 +67,22 @@ def of_rows(
     return given if counts is None else jnp.where(counts, given, 1)
 
 
-def tempered_rows(
+def tempered_logits(
     z: Float[Array, "*rows classes"],
     temperature: Array | None,
     counts: Bool[Array, "*rows"] | None = None,
 ) -> Float[Array, "*rows classes"]:
     """Logits in the dtype of the loss, over the temperature of their rows."""
     given = of_rows(temperature, z.shape[:-1], z.dtype, counts)
-    return z if given is None else tempered(z, given)
+    return z if given is None else tempered_rows(z, given)
 
 
 def tempered_elements(
     z: Float[Array, "..."], temperature: Array | None, counts: Bool[Array, "..."] | None = None
 ) -> Float[Array, "..."]:
     """The same where each logit is a row of its own."""
-    return tempered_rows(z[..., None], temperature, counts)[..., 0]
+    given = of_rows(temperature, z.shape, z.dtype, counts)
+    return z if given is None else tempered(z[..., None], given)[..., 0]
 
 
 def positive_int(name: str, value: int) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from .._rows.loss import weighted
+from .._rows.numerics import weighted
 from ..ratio import Ratio
 from . import checks
 from .types import ArrayLike, Axes, Loss, Reduction

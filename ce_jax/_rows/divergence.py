@@ -5,8 +5,8 @@ With logits `u` of `p = softmax(u)` and `v` of `q = softmax(v)`, each less its m
     KL(p || q) = <p, u - v> - log sum exp(u) + log sum exp(v)
 
 One pass over the classes gathers this in sums that merge like those of `_rows.tile`. Where p and q
-agree, `u - v` is as small as the divergence, where a cross-entropy less an entropy would lose all
-digits. With the cotangent `g` the derivative is
+agree, `u - v` is small, where a cross-entropy less an entropy would be the difference of large
+numbers. With the cotangent `g` the derivative is
 
     du = g p (log p - log q - KL)        dv = g (q - p)
 """
@@ -27,7 +27,7 @@ from . import class_blocks, sharded, tile
 from .columns import WHOLE, Form, Visited, in_tiles, over_columns
 from .dtypes import wide
 from .head import Head, Tokens, take
-from .numerics import tempered
+from .numerics import not_negative, tempered_rows, weighted
 from .order import Counting
 from .picked import First
 from .tile import ABSENT, Partial, Target, merge, no_classes, shift
@@ -185,7 +185,7 @@ def _both(dtype: DTypeLike, used: Used, u: Array, v: Array, temperature: Array |
         u, v = (jnp.where(used[..., None], z, 0) for z in (u, v))
     if temperature is None:
         return u, v
-    return tempered(u, temperature), tempered(v, temperature)
+    return tempered_rows(u, temperature), tempered_rows(v, temperature)
 
 
 def nothing(options: Options, inputs: Inputs, used: Used) -> Partial:
@@ -220,14 +220,14 @@ def _fold(
 def _read(u: Float[Array, "*rows block"], v: Float[Array, "*rows block"]) -> _Sums:
     p, q = (tile.read(z, Target(), _platform.normaliser(z)) for z in (u, v))
     u, v = shift(u, p.base), shift(v, q.base)
-    exp = jnp.exp(u)
-    return _Sums(p, q, jnp.sum(exp * _where_likely(exp, u, v), -1))
+    gap = _where_possible(u > -jnp.inf, u, v)
+    terms = jnp.where(gap == jnp.inf, gap, jnp.exp(u) * gap)  # an exponential may round to 0
+    return _Sums(p, q, jnp.sum(terms, -1))
 
 
-def _where_likely(exp: Array, u: Array, v: Array) -> Array:
-    """`u - v`, but 0 where p is 0: of what is banned on both sides it would be NaN."""
-    impossible = exp == 0
-    return jnp.where(impossible, 0, u) - jnp.where(impossible, 0, v)
+def _where_possible(possible: Array, u: Array, v: Array) -> Array:
+    """`u - v`, but 0 elsewhere: of what is banned on both sides it would be NaN."""
+    return jnp.where(possible, u, 0) - jnp.where(possible, v, 0)
 
 
 def _rebased(
@@ -237,7 +237,8 @@ def _rebased(
     by_p, by_q = sums.p.base - p_max, sums.q.base - q_max
     scale = jnp.where(sums.p.sum_exp == 0, 0, jnp.exp(by_p))
     gap = scale * (sums.gap + sums.p.sum_exp * (by_p - by_q))
-    return jnp.where(scale == 0, 0, gap)
+    infinite = jnp.where(sums.gap == jnp.inf, sums.gap, 0)  # also if the scale rounds to 0
+    return jnp.where(scale == 0, 0, gap) + infinite
 
 
 def _across(axis_name: str | None, sums: _Sums) -> _Sums:
@@ -248,7 +249,8 @@ def _across(axis_name: str | None, sums: _Sums) -> _Sums:
 
 
 def _finish(sums: _Sums) -> Float[Array, "*rows"]:
-    return sums.gap / sums.p.sum_exp - jnp.log(sums.p.sum_exp) + jnp.log(sums.q.sum_exp)
+    ahead = jnp.log(sums.q.sum_exp) - jnp.log(sums.p.sum_exp)
+    return not_negative(sums.gap / sums.p.sum_exp + ahead)
 
 
 def _pull(
@@ -267,7 +269,6 @@ def _pull(
     q = jnp.exp(v) / sums.q.sum_exp[..., None]
     # log p - log q - KL: the logarithms of the sums cancel. A row that weighs nothing may be inf.
     mean = sums.gap / sums.p.sum_exp
-    ahead = _where_likely(exp, u, v) - mean[..., None]
-    silent = g[..., None] == 0
+    ahead = _where_possible(exp > 0, u, v) - mean[..., None]
     g = g[..., None]
-    return pull((jnp.where(silent, 0, g * p * ahead), jnp.where(silent, 0, g * (q - p))))
+    return pull((weighted(g, p * ahead), weighted(g, q - p)))

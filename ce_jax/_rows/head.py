@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from .._platform import block_sizes
 from . import sharded
 from .dtypes import wide
-from .numerics import tempered
+from .numerics import tempered_rows
 from .picked import First
 from .tile import ABSENT
 
@@ -87,7 +87,7 @@ def _capped_and_tempered(
     temperature: Float[Array, " tokens"] | None,
 ) -> Float[Array, "tokens classes"]:
     z = u if cap is None else _soft_cap(u, cap)
-    return z if temperature is None else tempered(z, temperature)
+    return z if temperature is None else tempered_rows(z, temperature)
 
 
 def _soft_cap(u: Float[Array, "..."], cap: Float[Array, ""]) -> Float[Array, "..."]:

@@ -26,7 +26,7 @@ from .. import _platform
 from . import sharded, tile
 from .columns import Form, over_columns, sums
 from .divergence import Inputs, Options, Tiles, Used, axes, nothing, tiles, visiting
-from .numerics import expm1_less_x
+from .numerics import expm1_less_x, weighted
 from .order import Counting
 from .picked import First
 from .tile import Partial, Target, merge
@@ -174,10 +174,10 @@ def _pull(
     both, pull = tiles(options, inputs, used, first, size)
     p, q = _compared(both, seen.of, inputs.share)
     share = inputs.share.astype(g.dtype)
-    silent, g = g[..., None] == 0, g[..., None]
+    g = g[..., None]
 
     def onto(x: _Compared, share: Array, divergence: Array) -> Array:
-        return jnp.where(silent, 0, g * share * x.probs * (x.ahead - divergence[..., None]))
+        return weighted(g, share * x.probs * (x.ahead - divergence[..., None]))
 
-    d_share = jnp.sum(jnp.where(silent, 0, g * (p.terms - q.terms)))
+    d_share = jnp.sum(weighted(g, p.terms - q.terms))
     return pull((onto(p, share, seen.p), onto(q, 1 - share, seen.q)))._replace(share=d_share)

@@ -12,8 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from .. import _platform
-from .loss import weighted
-from .numerics import linear
+from .numerics import linear, weighted
 
 # Logits, labels, and the weight of the positive class.
 _Elements = tuple[ArrayLike, ArrayLike, ArrayLike | None]
@@ -52,7 +51,7 @@ def _logistic(z: Array, y: Array, pos_weight: Array | None) -> Float[Array, "*sh
 
 
 @jax.custom_jvp
-def _probabilities(z: Float[Array, "*shape"]) -> tuple[Array, Array]:
+def probabilities(z: Float[Array, "*shape"]) -> tuple[Array, Array]:
     """The sigmoids `p` of z and `q` of -z, as `p = 1 / (1 + e)` and `q = e p`.
 
     So neither loses digits to a subtraction. The exponent is bounded, as `inf * 0` would be NaN and
@@ -65,12 +64,12 @@ def _probabilities(z: Float[Array, "*shape"]) -> tuple[Array, Array]:
 
 
 # JAX's own derivative of the quotient divides by (1 + e)**2, which overflows long before e does.
-@_probabilities.defjvp
-def _probabilities_jvp(
+@probabilities.defjvp
+def probabilities_jvp(
     primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     (z,), (t_z,) = primals, tangents
-    p, q = _probabilities(z)
+    p, q = probabilities(z)
     slope = p * q * t_z
     return (p, q), (slope, -slope)
 
@@ -81,7 +80,7 @@ def _slopes(z: Array, y: Array, pos_weight: Array | None) -> tuple[Array, ...]:
     Written as `(1 - y) p - y (1 - p)` it keeps its digits where `p` and `y` are close.
     """
     z = z.astype(y.dtype)
-    p, q = _probabilities(z)
+    p, q = probabilities(z)
     positive = y if pos_weight is None else pos_weight * y
     dz = (1 - y) * p - positive * q
     if pos_weight is None:

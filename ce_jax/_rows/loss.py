@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from .numerics import weighted
 from .tile import RowStatistics
 
 _Tree = TypeVar("_Tree")
@@ -39,23 +40,6 @@ def softmax_loss(
     if z_loss is not None:
         loss = loss + jnp.asarray(z_loss, dtype) * statistics.lse * statistics.lse
     return loss
-
-
-def weighted(weight: Float[Array, "..."], loss: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`weight * loss`, and 0 where the weight is 0, even if the loss is inf or NaN."""
-    return weight * silenced(weight, loss)
-
-
-def silenced(weight: Float[Array, "..."] | None, x: _Tree) -> _Tree:
-    """`x`, with 0 for what is not finite and weighs nothing.
-
-    What `x` is multiplied by on its way to the weight has a derivative that is a multiple of `x`,
-    and 0 times infinity is NaN.
-    """
-    if weight is None:
-        return x
-    mute: _Tree = jax.tree.map(lambda x: jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x), x)
-    return mute
 
 
 def counted(counts: Bool[Array, "*rows"] | None, x: _Tree) -> _Tree:

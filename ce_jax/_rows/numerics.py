@@ -41,6 +41,23 @@ def instantiated(tree: _Tree) -> _Tree:
     return arrays
 
 
+def weighted(weight: Float[Array, "..."], loss: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`weight * loss`, and 0 where the weight is 0, even if the loss is inf or NaN."""
+    return weight * silenced(weight, loss)
+
+
+def silenced(weight: Float[Array, "..."] | None, x: _Tree) -> _Tree:
+    """`x`, with 0 for what is not finite and weighs nothing.
+
+    What `x` is multiplied by on its way to the weight has a derivative that is a multiple of `x`,
+    and 0 times infinity is NaN.
+    """
+    if weight is None:
+        return x
+    mute: _Tree = jax.tree.map(lambda x: jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x), x)
+    return mute
+
+
 @jax.custom_jvp
 def product(weight: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`weight * x` for x >= 0, where 0 times infinity is 0.
@@ -86,7 +103,7 @@ def tempered(
     """`z / temperature`; an infinite logit stays as it is and has no part in the slope of that.
 
     One division for each row: a quotient for each logit would not be computed a second time for the
-    gradient, but stored.
+    gradient, but stored. `z` is relative to something (see `tempered_rows`).
     """
     return z * (1 / temperature)[..., None]
 
@@ -100,6 +117,20 @@ def _tempered_jvp(
     finite = jnp.where(jnp.isinf(z), 0, quotient)
     slope = (d_temperature / temperature)[..., None]
     return quotient, tempered(dz, temperature) - finite * slope
+
+
+def tempered_rows(
+    z: Float[Array, "*rows classes"], temperature: Float[Array, "*rows"]
+) -> Float[Array, "*rows classes"]:
+    """The same of any logits, of which the largest is found to be the same number each time.
+
+    A compiler may contract a product with a difference that follows, in one place only. From their
+    maximum logits of 1e10 would then differ by what the product was rounded by, and exponentials
+    overflow.
+    """
+    row_max = jax.lax.stop_gradient(jnp.max(z, -1))
+    row_max = jnp.where(jnp.isfinite(row_max), row_max, 0)
+    return tempered(z - row_max[..., None], temperature) + (row_max / temperature)[..., None]
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:

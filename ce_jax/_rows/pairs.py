@@ -288,7 +288,7 @@ def decisions(
     """
     form = Form(
         start=lambda inputs, fixed: jnp.zeros(inputs[0].shape[0], wide(inputs[0].dtype)),
-        fold=functools.partial(_fold_decisions, forward_mode),
+        fold=_fold_decisions,
         across=lambda sums: sums,
         finish=lambda sums: sums,
         pull=_pull_decisions,
@@ -301,25 +301,20 @@ def decisions(
     return losses
 
 
-def _row_losses(
-    fixed: _Fixed, first: First, forward_mode: bool, z: Float[Array, "n block"]
-) -> Float[Array, " n"]:
+def _pair_losses(
+    fixed: _Fixed, first: First, z: Float[Array, "n block"], *, forward_mode: bool
+) -> Float[Array, "n block"]:
     rows = fixed.first + jnp.arange(z.shape[0], dtype=jnp.int32)
     z = _without(z, fixed.column_counts, first)  # the loss of a negative at -inf is 0
     y = is_label(rows, z, first).astype(z.dtype)
-    return jnp.sum(logistic.loss(z, y, forward_mode=forward_mode), -1)
+    return logistic.loss(z, y, forward_mode=forward_mode)
 
 
 def _fold_decisions(
-    forward_mode: bool,
-    inputs: _Biased,
-    fixed: _Fixed,
-    sums: Array,
-    first: First,
-    size: int,
+    inputs: _Biased, fixed: _Fixed, sums: Array, first: First, size: int
 ) -> Float[Array, " n"]:
     z, _ = _logits(inputs[:3], first, size)
-    return sums + _row_losses(fixed, first, forward_mode, z + inputs[3])
+    return sums + jnp.sum(_pair_losses(fixed, first, z + inputs[3], forward_mode=True), -1)
 
 
 def _pull_decisions(
@@ -331,8 +326,9 @@ def _pull_decisions(
     size: int,
 ) -> _Biased:
     z, pull = _logits(inputs[:3], first, size)
-    _, pull_losses = jax.vjp(functools.partial(_row_losses, fixed, first, False), z + inputs[3])
-    (dz,) = pull_losses(g)
+    losses = functools.partial(_pair_losses, fixed, first, forward_mode=False)
+    _, pull_losses = jax.vjp(losses, z + inputs[3])
+    (dz,) = pull_losses(jnp.broadcast_to(g[:, None], z.shape))
     return (*pull(dz), jnp.sum(dz))
 
 

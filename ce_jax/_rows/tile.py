@@ -38,7 +38,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
 from .dtypes import wide
-from .numerics import instantiated, not_negative, product
+from .numerics import instantiated, not_negative, product, weighted
 from .picked import First, is_label, label_logit, pull_picked
 
 # A field that was not asked for. (`Any`, so that what reads a field it asked for need not test it.)
@@ -326,14 +326,12 @@ def pullback(
     if target.probs is not None:
         dz = dz - g.cross[..., None] * target.probs.astype(dz.dtype)
         unwanted = (target.probs == 0) & (surprise == jnp.inf)  # nor allowed: 0 times inf is 0
-        absent = unwanted | _silent(g.cross, surprise)
-        d_probs = jnp.where(absent, 0, g.cross[..., None] * surprise)
+        d_probs = weighted(g.cross[..., None], jnp.where(unwanted, 0, surprise))
         d_target = d_target._replace(probs=d_probs.astype(target.probs.dtype))
     if target.classes is not None:
         classes, allowed = _spread(target.classes, z)
         dz = dz - g.uniform[..., None] * classes
-        absent = ~allowed | _silent(g.uniform, surprise)
-        d_classes = g.uniform[..., None] * jnp.where(absent, 0, surprise)
+        d_classes = weighted(g.uniform[..., None], jnp.where(allowed, surprise, 0))
         rows = range(z.ndim - target.classes.ndim)
         d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(rows)))
     if g.entropy is not None:
@@ -384,11 +382,6 @@ def _finite_exponent(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
 def _finite(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
     """The surprise, with the largest finite number for inf, to which it may overflow."""
     return jnp.minimum(surprise, jnp.finfo(surprise.dtype).max)
-
-
-def _silent(g: Float[Array, "*rows"], surprise: Array) -> Bool[Array, "*rows classes"]:
-    """Where NaN or infinity is multiplied by 0: in rows that do not count."""
-    return (g == 0)[..., None] & ~jnp.isfinite(surprise)
 
 
 def _spread(
