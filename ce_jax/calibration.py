@@ -15,6 +15,7 @@ from ._arguments.compiled import compiled
 from ._arguments.options import positive_int
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
+from ._rows import sharded
 from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
 from ._rows.dtypes import wide
 from .diagnostics import log_softmax
@@ -122,6 +123,7 @@ def _means_of_bins(
     if where is not None:
         where = checks.boolean("where", where)
         counts = checks.of_rows("where", where, counts.shape, "confidence")
+    counts, confidence, correct = map(sharded.whole, (counts, confidence, correct))
     counts, correct = counts.reshape(-1), correct.reshape(-1)
     dtype = wide(confidence.dtype)
     confidence = jnp.where(counts, confidence.reshape(-1).astype(dtype), 0)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Integer
 from ._arguments import checks, options, targets
 from ._arguments.compiled import compiled
 from ._arguments.types import ArrayLike
+from ._rows import sharded
 from ._rows.bins import bin_counts, bin_sums
 from ._rows.dtypes import wide
 from ._rows.numerics import expm1_less_x
@@ -188,9 +189,9 @@ def _gradient_view(
     if label.counts is not None:
         usable &= label.counts
     kept = jnp.where(usable[..., None], gradient, 0)
-    segments = label.ids.reshape(-1)
-    size = bin_counts(usable.reshape(-1), segments, classes)
-    total = bin_sums(kept.reshape(-1, classes), segments, classes)
+    segments = sharded.whole(label.ids).reshape(-1)
+    size = bin_counts(sharded.whole(usable).reshape(-1), segments, classes)
+    total = bin_sums(sharded.whole(kept).reshape(-1, classes), segments, classes)
     by_label = total / jnp.maximum(size, 1).astype(p.dtype)[:, None]
     return GradientView(jnp.where(label.unknown[..., None], jnp.nan, kept), by_label, size)
 

@@ -15,6 +15,7 @@ from ._arguments import checks
 from ._arguments.compiled import array, compiled
 from ._arguments.options import log_probability, scalar
 from ._arguments.types import ArrayLike, Scalar
+from ._rows import sharded
 from ._rows.numerics import expm1_ratio, one_minus_exp, power, weighted
 
 # Below this, 1 - p rounds to 1 in float64, and so do the factors made of it.
@@ -139,7 +140,7 @@ def generalized_cross_entropy(log_prob: ArrayLike, *, q: Scalar = 0.7) -> Float[
 @compiled
 def _generalized_cross_entropy(log_prob: Array, q: Array) -> Array:
     x = log_probability("log_prob", log_prob)
-    q = jnp.broadcast_to(q.astype(x.dtype), x.shape)
+    q = sharded.with_sharding_of(jnp.broadcast_to(q.astype(x.dtype), x.shape), x)
     impossible = x == -jnp.inf
     finite = jnp.where(impossible, -1, x)
     near = q * finite > -0.5

@@ -13,6 +13,7 @@ from ._arguments.compiled import compiled
 from ._arguments.options import option, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
+from ._rows import sharded
 from ._rows.dense import Options, row_statistics
 from ._rows.dtypes import wide
 from ._rows.numerics import silenced, weighted
@@ -105,6 +106,7 @@ def _sigmoid_focal_loss(
     z = options.tempered_elements(z.astype(y.dtype), temperature, counts)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
     gamma = checks.broadcast("gamma", gamma.astype(y.dtype), y.shape, "the shape of the loss")
+    gamma = sharded.with_sharding_of(gamma, y)
 
     infinite = jnp.isinf(z)
     finite = jnp.where(infinite, 0, z)

@@ -10,7 +10,7 @@ from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
-from ._rows import logistic
+from ._rows import logistic, sharded
 from ._rows.numerics import silenced, weighted
 
 
@@ -111,6 +111,8 @@ def _loss(
     if temperature is not None:  # without one, narrow logits are not cast
         z = options.tempered_elements(z.astype(y.dtype), temperature, counts)
     pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
+    if pos_weight is not None:
+        pos_weight = sharded.with_sharding_of(pos_weight, y)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
     if sample_weight is not None:  # an infinite derivative times a weight of 0 would be NaN
         mute = (sample_weight == 0) & jnp.isinf(z)

@@ -155,7 +155,7 @@ def _top_k(
     teacher = entries(
         teacher_ids,
         teacher_log_probs,
-        rows,
+        student.values,
         classes,
         student.counts,
         ignore_index,
@@ -344,7 +344,7 @@ def _linear_top_k(
     teacher = entries(
         teacher_ids,
         teacher_log_probs,
-        rows,
+        hidden,
         checks.class_count(num_classes, held),
         where,
         ignore_index,

@@ -478,3 +478,13 @@ def test_the_message_names_the_argument(name, key, value, error, parts):
         of(name)(**(right | {key: value}))
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["clip_loss", "siglip_loss", "info_nce_loss"])
+def test_the_hessian_outside_of_jit(name):
+    """Forward over reverse, step by step, as reverse over reverse."""
+    rows, columns = (jnp.asarray(f(np.arange(18.0)).reshape(6, 3)) for f in (np.sin, np.cos))
+    loss = functools.partial(getattr(ce_jax, name), reduction="sum")
+    found = jax.hessian(loss)(rows, columns)
+    assert jnp.abs(found).max() > 0.01
+    np.testing.assert_allclose(found, jax.jacrev(jax.grad(loss))(rows, columns), atol=1e-5)

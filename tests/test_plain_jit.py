@@ -153,3 +153,52 @@ def test_class_weights_of_a_batch_that_vmap_takes_apart():
         found = jax.jit(over_rows)(*placed(mesh, arguments, specs).values())
     close(found, reference.softmax_cross_entropy_with_integer_labels(**arguments), 4e-6)
     assert found.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
+
+
+BITS = np.arange(ROWS) % 3 == 0
+MATRIX = np.full((CLASSES, CLASSES), 0.5 / CLASSES) + 0.5 * np.eye(CLASSES)
+# Functions of sharded logits `z` and labels `y`, whose other arrays are on every device.
+BESIDE = {
+    "sigmoid_binary_cross_entropy": lambda z, y: ce_jax.sigmoid_binary_cross_entropy(
+        z, MATRIX[:ROWS], pos_weight=2.0, sample_weight=MATRIX[:ROWS], where=MATRIX[:ROWS] < 1
+    ),
+    "sigmoid_focal_loss": lambda z, y: ce_jax.sigmoid_focal_loss(z, MATRIX[:ROWS], alpha=0.3),
+    "binary_cross_entropy": lambda z, y: ce_jax.binary_cross_entropy(
+        jax.nn.sigmoid(z), MATRIX[:ROWS], weight=MATRIX[0]
+    ),
+    "generalized_cross_entropy": lambda z, y: ce_jax.generalized_cross_entropy(-jnp.abs(z[:, 0])),
+    "top_k_distillation_loss": lambda z, y: ce_jax.top_k_distillation_loss(
+        z, np.tile(np.arange(3), (ROWS, 1)), np.full((ROWS, 3), -2.0)
+    ),
+    "gradient_view": lambda z, y: ce_jax.gradient_view(z, y).by_label,
+    "expected_calibration_error": lambda z, y: ce_jax.expected_calibration_error(
+        jax.nn.sigmoid(z[:, 0]), BITS, adaptive=True
+    ),
+    "reliability_bins": lambda z, y: (
+        ce_jax.reliability_bins(jax.nn.sigmoid(z[:, 0]), BITS).accuracy
+    ),
+    "example by example": lambda z, y: jax.vmap(
+        lambda z, y: (
+            ce_jax.softmax_cross_entropy_with_integer_labels(z, y, weight=MATRIX[0])
+            + ce_jax.forward_corrected_cross_entropy(z, y, MATRIX)
+        )
+    )(z, y),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", BESIDE)
+def test_other_arrays_may_be_on_every_device(problem, name):
+    """Beside sharded logits; value and gradient are those of one device."""
+    function = BESIDE[name]
+
+    def both(z, y):
+        value, pull = jax.vjp(lambda z: function(z, y), z)
+        return value, *pull(jnp.cos(value) if name != "reliability_bins" else value)
+
+    arguments = {key: problem[key] for key in ("logits", "labels")}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        found = both(*placed(mesh, arguments, dict.fromkeys(arguments, P("data"))).values())
+    for ours, alone in zip(found, both(*map(jnp.asarray, arguments.values())), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-12, atol=1e-14)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
+from .._rows import sharded
 from . import checks
 from .types import ArrayLike
 
@@ -31,13 +32,14 @@ class Entries(NamedTuple):
 def entries(
     ids: ArrayLike,
     log_probs: ArrayLike,
-    rows: tuple[int, ...],
+    student: Float[Array, "*rows _"],
     classes: int,
     counts: Bool[Array, "*rows"] | None,
     ignore_index: int | None,
     dtype: DTypeLike,
 ) -> Entries:
-    """Checks both arrays; rows without any class do not count."""
+    """Checks both arrays, by the rows of the student; rows without any class do not count."""
+    rows = student.shape[:-1]
     ids = checks.integer("teacher_ids", ids)
     if ids.ndim != len(rows) + 1 or ids.shape[:-1] != rows or ids.shape[-1] == 0:
         wanted = ", ".join([*map(str, rows), "k"])
@@ -47,6 +49,7 @@ def entries(
         )
     log_probs = checks.floating("teacher_log_probs", log_probs)
     checks.shape_is("teacher_log_probs", log_probs, ids.shape, "that of teacher_ids")
+    ids, log_probs = (sharded.rows_like(x, student) for x in (ids, log_probs))
     if ids.dtype.itemsize < 4:
         ids = ids.astype(jnp.int32)  # a number of classes may not fit into 8 or 16 bits
     absent = _equal(ids, -1) | _equal(ids, ignore_index)

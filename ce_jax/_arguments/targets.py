@@ -244,11 +244,14 @@ def elements(
     shape = x.shape
     labels = labels.astype(wide(x.dtype))
     labels = checks.broadcast("labels", labels, shape, f"the shape of {name}")
+    labels = sharded.with_sharding_of(labels, x)
     counts = checks.mask(where, shape, "the loss")
     if counts is not None:
+        counts = sharded.with_sharding_of(counts, x)
         x, labels = jnp.where(counts, x, 0.5), jnp.where(counts, labels, 0)
     weights = reductions.weights("sample_weight", sample_weight, shape, labels.dtype)
     if weights is not None:
+        weights = sharded.with_sharding_of(weights, x)
         x = jnp.where((weights == 0) & jnp.isnan(x), 0.5, x)
         labels = jnp.where((weights == 0) & ~jnp.isfinite(labels), 0, labels)
     if label_smoothing is not None:

@@ -51,6 +51,12 @@ def with_sharding_of(d: Array, x: Array) -> Array:
     return d if jax.typeof(d).sharding.spec == spec else reshard(d, spec)
 
 
+def rows_like(x: Array, z: Array) -> Array:
+    """`x`, which has another last axis than `z`, with its rows sharded as those of `z` are."""
+    spec = P(*jax.typeof(z).sharding.spec[:-1], None)
+    return x if jax.typeof(x).sharding.spec == spec else reshard(x, spec)
+
+
 def is_own(z: Array) -> bool:
     """Whether all of an array is known to be on one device, and its axes to be of known length.
 
@@ -126,8 +132,9 @@ def take_rows(table: Float[Array, "classes ..."], ids: Integer[Array, "..."]) ->
     table, rows = whole(table), jax.typeof(ids).sharding
     if not rows.mesh.explicit_axes:
         return table[ids]
-    # Also where no axis is sharded: one that vmap has taken away may be.
-    return table.at[ids].get(out_sharding=P(*rows.spec, *(None,) * (table.ndim - 1)))
+    # Also where no axis is sharded: one that vmap has taken away may be. JAX then wants one more.
+    spec = P(None, *rows.spec, *(None,) * (table.ndim - 1))
+    return table.at[ids[None]].get(out_sharding=spec)[0]
 
 
 def take_class(
