@@ -95,7 +95,7 @@ def reliability_bins(
       Calibration in Deep Learning`, 2019 (adaptive).
     """
     bins = positive_int("bins", bins)
-    return _reliability_bins(confidence, correct, where, bins=bins, adaptive=bool(adaptive))
+    return _reliability_bins(confidence, correct, where, bins=bins, adaptive=adaptive)
 
 
 @compiled
@@ -200,7 +200,7 @@ def expected_calibration_error(
     """
     bins = positive_int("bins", bins)
     return _expected_calibration_error(
-        confidence, correct, where, bins=bins, adaptive=bool(adaptive)
+        confidence, correct, where, bins=bins, adaptive=adaptive
     )
 
 

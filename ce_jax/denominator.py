@@ -87,7 +87,8 @@ def _mean_denominator(
     label_weight = None
     if weight is not None:
         weight = checks.real("weight", weight).astype(dtype)
-        checks.shape_is("weight", weight, (weight.size,), "one weight per class")
+        if weight.ndim != 1:
+            raise ValueError(f"weight must have shape [C], one per class, got {weight.shape}")
         classes = sharded.all_classes(weight.size, axis_name)
         ids = targets.class_ids(labels, labels.shape, classes, counts, ignore_index)
         label_weight = sharded.take_class(weight, ids.ids, axis_name)

@@ -141,6 +141,8 @@ def linear_softmax_cross_entropy(
       Wijmans et al., `Cut Your Losses in Large-Vocabulary Language Models`, 2024 (recomputed
       blocks); Hsu et al., `Liger Kernel`, 2024 (gradients in the forward pass).
     """
+    if labels is None:
+        raise TypeError("labels must be an array, got None")
     return _linear_loss(
         hidden,
         kernel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ def uniform_negatives(
       2003.
     """
     samples, items = _sizes(num_samples, num_items)
-    return _uniform_negatives(key, samples, items, tuple(shape))
+    return _uniform_negatives(key, samples, items, _shape(shape))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
@@ -108,7 +109,7 @@ def log_uniform_negatives(
       softmax: Jozefowicz et al., `Exploring the Limits of Language Modeling`, 2016.
     """
     samples, items = _sizes(num_samples, num_items)
-    return _log_uniform_negatives(key, samples, items, tuple(shape))
+    return _log_uniform_negatives(key, samples, items, _shape(shape))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
@@ -223,6 +224,14 @@ def _in_batch_negatives(labels: Array, log_prob: Array, where: Array | None) -> 
     others = jnp.maximum(jnp.sum(exists) - 1, 1).astype(log_prob.dtype)
     log_count = jnp.where(exists, log_prob + jnp.log(others), jnp.inf)
     return Negatives(jnp.where(exists, labels, 0), log_count)
+
+
+def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence) or not all(
+        hasattr(size, "__index__") and size >= 0 for size in shape
+    ):
+        raise TypeError(f"shape must be a tuple of ints of at least 0, got {shape!r}")
+    return tuple(shape)
 
 
 def _sizes(num_samples: int, num_items: int) -> tuple[int, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ._arguments import checks, options, reductions, targets
@@ -82,7 +84,7 @@ def forward_corrected_cross_entropy(
     return _forward(
         logits,
         labels,
-        transition,
+        _known_rows(transition),
         where,
         sample_weight,
         options.temperature(temperature),
@@ -201,7 +203,7 @@ def backward_corrected_cross_entropy(
     return _backward(
         logits,
         labels,
-        transition,
+        _known_rows(transition),
         where,
         sample_weight,
         options.temperature(temperature),
@@ -242,6 +244,18 @@ def _backward(
     )
     loss = targets.nan_if(label.unknown, loss, sample_weight)
     return reductions.reduce(loss, label.counts, sample_weight, reduction)
+
+
+def _known_rows(transition: ArrayLike) -> ArrayLike:
+    """The matrix; raises if it is known and a row does not sum to 1, as rows of counts do not."""
+    matrix = checks.floating("transition", transition)
+    if not isinstance(matrix, jax.core.Tracer):
+        sums = np.sum(np.asarray(matrix, np.float64), -1)
+        if not np.allclose(sums, 1, atol=1e-2):
+            raise ValueError(
+                f"rows of transition must sum to 1, got sums of {sums}; divide counts by their sums"
+            )
+    return matrix
 
 
 def _transition(

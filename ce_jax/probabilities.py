@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
@@ -248,7 +248,7 @@ def smooth_labels(
       Szegedy et al., `Rethinking the Inception Architecture for Computer Vision`, 2016;
       Mueller et al., `When Does Label Smoothing Help?`, 2019.
     """
-    checks.float_option("alpha", alpha, 0.0, 1.0)
+    alpha = options.scalar("alpha", alpha, 0.0, 1.0)
     return _smooth_labels(labels, alpha, where, axis=checks.static_axis(axis))
 
 

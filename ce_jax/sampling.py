@@ -194,6 +194,11 @@ def linear_sampled_softmax_cross_entropy(
     References:
       See `sampled_softmax_cross_entropy`.
     """
+    if not isinstance(negatives, Negatives):
+        raise TypeError(
+            "negatives must be Negatives(ids, log_expected_count), the result of a sampler such as "
+            f"uniform_negatives, got {type(negatives).__name__}"
+        )
     return _linear_sampled_softmax(
         hidden,
         kernel,

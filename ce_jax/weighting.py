@@ -6,6 +6,7 @@ counted among the K classes.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -159,6 +160,8 @@ def focal_alpha(positives: ArrayLike, total: ArrayLike) -> Float[Array, "..."]:
     """
     n, everything = _floats("positives", positives), _floats("total", total)
     everything = checks.of_rows("total", everything, n.shape, "positives")
+    if not isinstance(n > everything, jax.core.Tracer) and jnp.any(n > everything):
+        raise ValueError(f"positives must be at most total, got {positives} of {total}")
     return _focal_alpha(n, everything.astype(n.dtype))
 
 
@@ -287,7 +290,8 @@ def _floats(name: str, x: ArrayLike) -> Float[Array, "..."]:
 
 def _shares(name: str, x: ArrayLike) -> Float[Array, " classes"]:
     x = _floats(name, x)
-    checks.shape_is(name, x, (x.size,), "one number per class")
+    if x.ndim != 1:
+        raise ValueError(f"{name} must have shape [C], one number per class, got {x.shape}")
     return x
 
 

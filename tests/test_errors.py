@@ -167,7 +167,8 @@ CURES = [
     *((name, "axis", "mean", "reduction='mean'") for name in (INTEGER, SOFT, NLL)),
     *((name, "logits", INTEGERS, "logits.astype(float)") for name in (INTEGER, SOFT, SIGMOID)),
     (INTEGER, "logits", IDS, "class ids as labels"),
-    ("focal_loss", "log_prob", IDS, "class ids as labels"),
+    ("focal_loss", "log_prob", IDS, "log_prob.astype(float)"),
+    *((name, "axis", ones(5), "sample_weight=") for name in (INTEGER, SOFT, NLL, STATISTICS)),
 ]
 
 
@@ -240,3 +241,53 @@ def test_a_traced_option_out_of_range_is_not_checked():
 def test_no_batch_to_wrap_in():
     with pytest.raises(ValueError, match="logits"):
         ce_jax.softmax_cross_entropy_with_integer_labels(np.zeros((), F32), np.int32(0))
+
+
+EVEN, PAIR = np.full((4, 4), 0.25, F32), (ones(5, 3), ones(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "options", "error", "message"),
+    [
+        ("linear_softmax_cross_entropy", (*PAIR, None), {}, TypeError, "labels .* None"),
+        (
+            "linear_sampled_softmax_cross_entropy",
+            (*PAIR, IDS, IDS[:2]),
+            {},
+            TypeError,
+            r"negatives must be Negatives\(ids, log_expected_count\)",
+        ),
+        (
+            "linear_jensen_shannon_loss",
+            PAIR,
+            {"teacher_logits": LOGITS, "teacher_class_axis": 0},
+            ValueError,
+            "teacher_class_axis is an axis of teacher_kernel",
+        ),
+        (INTEGER, (LOGITS, IDS), {"forward_mode": ones()}, TypeError, "forward_mode .* True or"),
+        (INTEGER, (LOGITS, IDS), {"return_statistics": "no"}, TypeError, "True or False.* 'no'"),
+        (INTEGER, (LOGITS, IDS), {"axis_name": ["data"]}, TypeError, "axis_name .* one mesh axis"),
+        (INTEGER, (LOGITS, IDS), {"axis_name": "data"}, ValueError, "jax.shard_map .* 'data'"),
+        ("mean_denominator", (IDS,), {"weight": 3.0}, ValueError, r"weight .* \[C\], .* \(\)"),
+        ("sequence_log_prob", (LOGITS,), {"mean": "yes"}, TypeError, "mean .* True or False"),
+        ("focal_alpha", (100, 30), {}, ValueError, "positives must be at most total"),
+        ("balanced_weights", (5,), {}, ValueError, r"counts .* \[C\], .* \(\)"),
+        ("smooth_labels", (LOGITS, None), {}, TypeError, "alpha .* None"),
+        ("next_tokens", (IDS,), {"shift": None}, ValueError, "shift must be an int .* None"),
+        ("uniform_negatives", (0, 3, 10), {"shape": 4}, TypeError, "shape must be a tuple"),
+        (
+            "forward_corrected_cross_entropy",
+            (LOGITS, IDS, 4 * EVEN),
+            {},
+            ValueError,
+            "rows of transition must sum to 1",
+        ),
+        (INTEGER, (LOGITS, IDS), {"temperature": True}, TypeError, "temperature .* True"),
+        (INTEGER, (LOGITS, IDS), {"z_loss": np.inf}, ValueError, "z_loss must be finite"),
+    ],
+)
+def test_what_was_meant_otherwise(function, arguments, options, error, message):
+    with pytest.raises(error) as raised:
+        getattr(ce_jax, function)(*arguments, **options)
+    if not only_type_checked(raised):
+        assert re.search(message, str(raised.value))

@@ -73,9 +73,9 @@ def test_the_message_names_the_argument(name, key, value, error, parts):
 
 def test_samplers_check_their_numbers():
     key = jax.random.key(0)
-    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_samples must be an int of at least 1, got 0"):
         ce_jax.uniform_negatives(key, 0, 5)
-    with pytest.raises(ValueError, match="num_items must be at least 1"):
+    with pytest.raises(ValueError, match="num_items must be an int of at least 1"):
         ce_jax.log_uniform_negatives(key, 5, 0)
     with pytest.raises(ValueError, match=r"log_prob must have shape \(3,\)"):
         ce_jax.in_batch_negatives(np.arange(3), np.zeros(2, F32))

@@ -27,7 +27,9 @@ def floating(name: str, x: ArrayLike) -> Array:
     """`x` as an array, if its dtype is floating."""
     x = _asarray(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        cure = f"; write {name}.astype(float), or give class ids as labels"
+        cure = f"; write {name}.astype(float)"
+        if name in ("logits", "probs", "log_probs"):
+            cure += ", or give class ids as labels"
         raise TypeError(f"{name} must have a floating dtype, got {x.dtype}{cure}")
     return x
 
@@ -163,6 +165,11 @@ def static_axis(axis: int | Sequence[int] | None) -> int | tuple[int, ...] | Non
     if isinstance(axis, str):
         meant = f"; write reduction={axis!r}" if axis in REDUCTIONS else ""
         raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}{meant}")
+    if isinstance(axis, jax.Array | np.ndarray):
+        raise TypeError(
+            f"axis must be an int or a tuple of ints, got an array of shape {axis.shape}; write "
+            "weight= for weights of classes, sample_weight= of examples, where= for a mask"
+        )
     return tuple(axis) if isinstance(axis, Sequence) else axis
 
 
@@ -172,12 +179,12 @@ def reduction(value: Reduction) -> None:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {value!r}")
 
 
-def integer_option(name: str, value: int | None) -> int | None:
+def integer_option(name: str, value: int | None, wanted: str = "an int or None") -> int | None:
     """`value` as a Python int: it takes part in the compiled function as a constant."""
     if value is None:
         return None
     if isinstance(value, bool | jax.core.Tracer) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int or None, got {value!r}")
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
     return int(value)
 
 
@@ -202,7 +209,7 @@ def float_option(
         return value
     number = float(np.asarray(value))
     if not low <= number <= high or math.isinf(number):
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+        raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
     return None if number == 0 else value
 
 

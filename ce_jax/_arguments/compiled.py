@@ -30,6 +30,22 @@ def array(name: str, x: Any) -> Any:
         ) from error
 
 
+def _constant(name: str, kind: Any, value: Any) -> None:
+    """Raises for an option that is compiled in and does not fit. Others are checked by name."""
+    if kind == "bool" and not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {reprlib.repr(value)}")
+    if name != "axis_name" or value is None:
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"axis_name must be the name of one mesh axis, got {value!r}")
+    try:
+        jax.lax.axis_size(value)
+    except NameError:
+        raise ValueError(
+            f"axis_name must name a mesh axis of the jax.shard_map around this call, got {value!r}"
+        ) from None
+
+
 def compiled(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """`function` as one cached program: its positional arguments are arrays, the rest constants.
 
@@ -37,11 +53,13 @@ def compiled(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    constants = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    run = jax.jit(function, static_argnames=constants, inline=True)
+    constants = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    run = jax.jit(function, static_argnames=tuple(constants), inline=True)
 
     @functools.wraps(function)
     def call(*arrays: Any, **options: Any) -> _Result:
+        for name, value in options.items():
+            _constant(name, constants[name], value)
         # JAX traces the rule of a derivative with a mesh set, be it an empty one. Where one is set
         # for the function too, what both compute is traced once, in up to a third less time.
         with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):

@@ -24,6 +24,8 @@ _ROUNDING = 1e-3
 def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
     """`value` as an array, if it is real and, where it is known, finite and in `[low, high]`."""
     array = checks.real(name, value)
+    if array.dtype == jnp.bool_:
+        raise TypeError(f"{name} must be a real number, got {value!r}")
     if not isinstance(array, jax.core.Tracer):
         known = np.asarray(array, np.float64)
         least, most = (_as_stored(bound, array.dtype) for bound in (low, high))
@@ -40,8 +42,6 @@ def _as_stored(bound: float, dtype: jnp.dtype) -> float:
 def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
     """A scalar `option`."""
     array = option(name, value, low, high)
-    if array.dtype == jnp.bool_:
-        raise TypeError(f"{name} must be a real scalar, got {value!r}")
     if array.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got shape {array.shape}")
     return array
@@ -49,7 +49,7 @@ def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
 
 def temperature(value: ArrayLike) -> Array | None:
     """A temperature, or one per row; None where it is known to be 1 and so has no effect."""
-    if isinstance(value, float | int) and value == 1:
+    if isinstance(value, float | int) and not isinstance(value, bool) and value == 1:
         return None
     return option("temperature", value, low=_COLDEST)
 
@@ -87,9 +87,9 @@ def tempered_elements(
 
 def positive_int(name: str, value: int) -> int:
     """`value`, if it is an int of at least 1."""
-    number = checks.integer_option(name, value)
+    number = checks.integer_option(name, value, "an int")
     if number is None or number < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     return number
 
 

@@ -83,6 +83,11 @@ def two_heads(
     if teacher is not None:
         name, t = "teacher_hidden", _layer("teacher_", teacher, teacher_class_axis, axis_name)
     else:
+        if teacher_class_axis != -1:
+            raise ValueError(
+                "teacher_class_axis is an axis of teacher_kernel; the classes of teacher_logits "
+                "are in the last axis"
+            )
         name, t = "teacher_logits", _logits("teacher_logits", teacher_logits, axis_name)
     if t.rows != s.rows:
         raise ValueError(f"{name} must have the rows of hidden, {s.rows}, got {t.rows}")
