@@ -199,9 +199,7 @@ def expected_calibration_error(
       Naeini et al., `Obtaining Well Calibrated Probabilities Using Bayesian Binning`, 2015.
     """
     bins = positive_int("bins", bins)
-    return _expected_calibration_error(
-        confidence, correct, where, bins=bins, adaptive=adaptive
-    )
+    return _expected_calibration_error(confidence, correct, where, bins=bins, adaptive=adaptive)
 
 
 # One program from the predictions on: means of empty bins, which are NaN, would leave it.

@@ -1,6 +1,7 @@
 """Lists what can be run: `python -m experiments`."""
 
 import ast
+import sys
 from pathlib import Path
 
 COMMANDS = (
@@ -17,6 +18,10 @@ def purpose(name: str) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--help"]):
+        command = sys.argv[1] if sys.argv[1] in COMMANDS else "COMMAND"
+        print(f"error: write python -m experiments.{command}, with a dot", file=sys.stderr)
+        sys.exit(2)
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {purpose(name)}" for name in COMMANDS]
     head = "python -m experiments.COMMAND, with one of these; --help tells its options:"

@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 
 import ce_jax
+from experiments.output.errors import fail
 
 SMOOTHING = 0.1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -253,13 +254,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_KEPT = Path("experiments/results/numerics")
+
+
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path(
-        "experiments/results/numerics"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the results, new or empty, if it is not this one.")
+    ] = _KEPT,
     quick: Annotated[bool, typer.Option(help="One small shape of each, for a look.")] = False,
 ) -> None:
     """Errors of losses and gradients by dtype, beside optax and torch, against float64."""
+    if out != _KEPT and out.exists() and any(out.iterdir()):
+        fail(f"{out}: not empty; name another --out")
     rows = measure(quick=quick)
     versions = {"jax": jax.__version__, "optax": optax.__version__}
     if importlib.util.find_spec("torch") is not None:

@@ -18,7 +18,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -125,7 +127,7 @@ class RunFolder:
         if group.is_first():
             _require_room(self.path / CHECKPOINT_FOLDER, state)
         failure: OSError | RunError | None = None
-        with _silence():
+        with _silence(), _uninterrupted():
             try:
                 self._checkpoints.save(epoch, args=ocp.args.StandardSave(state))
             except (ValueError, RuntimeError, OSError) as error:
@@ -176,15 +178,40 @@ class RunFolder:
         return events
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets a first interrupt wait for the end of the block.
+
+    Orbax's threads would go on beside a program that ends, and print what stops them.
+    """
+    interrupts: list[int] = []
+
+    def later(number: int, frame: object) -> None:
+        if interrupts:
+            raise KeyboardInterrupt
+        interrupts.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
+
+
 def require_fresh(path: Path) -> None:
     """Raises RunError unless a new run could begin in this folder: it is missing or empty."""
     try:
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: not a folder")
         if path.exists() and not _is_fresh(path):
-            raise RunError(
-                f"{path}: not empty; name another --out, or continue the run in it with --resume"
-            )
+            resumable = (path / CONFIG_FILE).exists()
+            more = ", or continue the run in it with --resume" if resumable else ""
+            raise RunError(f"{path}: not empty; name another --out{more}")
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
 

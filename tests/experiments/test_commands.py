@@ -41,3 +41,11 @@ def test_the_list():
     for name in listing.COMMANDS:
         assert f"  {name} " in shown.stdout
         assert len(listing.purpose(name)) > 10
+
+
+def test_a_missing_dot_is_an_error():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "mnist"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "python -m experiments.mnist" in done.stderr

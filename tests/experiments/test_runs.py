@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import struct
 
 import jax.numpy as jnp
@@ -115,6 +116,14 @@ def test_a_new_run_wants_an_empty_folder(tmp_path):
     assert runs.read_config(tmp_path / "new" / "run") == {"seed": 1}
     with pytest.raises(RunError, match=r"run: not empty; name another --out, or .* --resume"):
         runs.create(tmp_path / "new" / "run", {"seed": 1})
+
+
+def test_only_a_run_can_be_resumed(tmp_path):
+    """A folder of anything else is no reason to write --resume."""
+    (tmp_path / "notes").touch()
+    with pytest.raises(RunError) as raised:
+        runs.require_fresh(tmp_path)
+    assert "--resume" not in str(raised.value)
 
 
 def test_a_kill_before_the_first_write_leaves_a_fresh_folder(tmp_path):
@@ -230,3 +239,17 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(RunError, match=r"config\.json: damaged"):
         runs.read_config(tmp_path)
+
+
+def test_an_interrupt_waits_for_a_checkpoint():
+    """A second one does not."""
+    steps = []
+    with pytest.raises(KeyboardInterrupt), runs._uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("saved")
+    with pytest.raises(KeyboardInterrupt), runs._uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        steps.append("never reached")
+    assert steps == ["saved"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
