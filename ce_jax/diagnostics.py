@@ -95,9 +95,11 @@ def _cross_entropy_parts(
     likely = q > 0
     log_q = jnp.log(jnp.where(likely, q, 1))
     # q (p/q - 1 - log(p/q)), and what is left of it for q -> 0. A negative label is NaN.
-    divergence = q * expm1_less_x(jnp.where(likely, log_p, 0) - log_q)
-    divergence = jnp.where(q == 0, jnp.exp(log_p), divergence)
-    entropy = -q * log_q
+    ahead, p = jnp.where(likely, log_p, 0) - log_q, jnp.exp(log_p)
+    far = ahead > 1  # then p - q has all digits, and the exponential fewer
+    near = q * expm1_less_x(jnp.where(far, 0, ahead))
+    divergence = jnp.where(far, p - q - q * ahead, jnp.where(q == 0, p, near))
+    entropy = q * (0 - log_q)  # not -0 where the label is certain
     valid = jnp.where(q < 0, jnp.nan, 1).astype(q.dtype)
     parts = CrossEntropyParts(entropy * valid, divergence * valid)
     if rows.counts is None:

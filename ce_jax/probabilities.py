@@ -152,7 +152,8 @@ def binary_cross_entropy(
       probs: numbers in [0, 1], floating, of any shape. Outside that range the loss is NaN.
       labels: numbers in [0, 1], of any real dtype; broadcastable to `probs`.
       weight: weight of each element, broadcastable to the loss.
-      sample_weight: the same, but it also counts in the denominator of the mean.
+      sample_weight: weight of each element, a scalar or an array with the axes of the loss (size 1
+        broadcasts). The mean divides by their sum.
       where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): elements to
         include.
       label_smoothing: share of the label that is spread evenly over both classes, in [0, 1].
@@ -222,7 +223,9 @@ def smooth_labels(
     axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None,
 ) -> Float[Array, "..."]:
-    r"""Mixes target distributions with the uniform one: `(1 - alpha) labels + alpha / K`.
+    r"""Mixes target distributions with the uniform one.
+
+    .. math:: y_c = (1 - \alpha)\, q_c + \frac{\alpha}{K}
 
     Args:
       labels: target distributions `[..., C]`, floating.

@@ -238,9 +238,8 @@ def soft_bootstrapped_cross_entropy(
     References:
       Reed et al., `Training Deep Neural Networks on Noisy Labels with Bootstrapping`, 2014.
     """
-    return _bootstrapped(
-        log_prob, array("entropy", entropy), scalar("beta", beta, 0.0, 1.0), name="entropy"
-    )
+    beta = scalar("beta", beta, 0.0, 1.0)
+    return _soft_bootstrapped(log_prob, array("entropy", entropy), beta)
 
 
 def hard_bootstrapped_cross_entropy(
@@ -279,16 +278,22 @@ def hard_bootstrapped_cross_entropy(
     """
     beta = scalar("beta", beta, 0.0, 1.0)
     own = array("argmax_log_prob", argmax_log_prob)
-    return _bootstrapped(log_prob, own, beta, name="argmax_log_prob")
+    return _hard_bootstrapped(log_prob, own, beta)
 
 
 @compiled
-def _bootstrapped(log_prob: Array, own: Array, beta: Array, *, name: str) -> Array:
+def _soft_bootstrapped(log_prob: Array, entropy: Array, beta: Array) -> Array:
+    return _bootstrapped(log_prob, "entropy", checks.floating("entropy", entropy), beta)
+
+
+@compiled
+def _hard_bootstrapped(log_prob: Array, own: Array, beta: Array) -> Array:
+    name = "argmax_log_prob"
+    return _bootstrapped(log_prob, name, -log_probability(name, own), beta)
+
+
+def _bootstrapped(log_prob: Array, name: str, own_loss: Array, beta: Array) -> Array:
     x = log_probability("log_prob", log_prob)
-    if name == "argmax_log_prob":
-        own_loss = -log_probability(name, own)
-    else:
-        own_loss = checks.floating(name, own)
     checks.shape_is(name, own_loss, x.shape, "the shape of log_prob")
     beta = beta.astype(x.dtype)
     return weighted(beta, -x) + weighted(1 - beta, own_loss.astype(x.dtype))

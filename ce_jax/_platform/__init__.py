@@ -8,9 +8,8 @@
     CPU                                          argmax                    cpu.first_of
     CPU, fewer than 64 columns                   the sigmoid loss          cpu.in_one_row
 
-Each platform's file says what its ways gain. Everything else is read the plain way. No way changes
-a result but in its last digits, and the time of none depends on the numbers. `block_sizes` chooses
-the blocks of the linear form.
+Each platform's file says what its ways gain. No way changes more than the last digits of a result,
+and the time of none depends on the numbers. `block_sizes` chooses the blocks of the linear form.
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ _ON_A_CPU = 17 * 10**6
 def default_budget(kernel_bytes: int, logits: tuple[int, int] | None = None) -> int:
     """Bytes of temporaries: a third of the kernel's, within 256 MB and 1 GB; 17 MB on a CPU.
 
-    An accelerator needs blocks large enough to keep its matrix units busy; a CPU does not. On an
-    H200 8192 bfloat16 tokens of width 2304 with 256000 classes take 74 to 66 ms in blocks of 1920
-    to 12800 classes. Blocks of 1024 tokens take 52 ms and 3.0 GB; 2.4 of these add up the kernel's
-    gradient. Where this is the result itself, it takes nothing. Then `logits` are the tokens and
-    the bytes of each one's logits, and the default has room for a quarter of them within 1.3 GB, or
-    for 1024 tokens within 2 GB. Where one CPU plays several devices, they share its cache.
+    An accelerator needs large blocks to keep its matrix units busy; a CPU does not. On an H200 8192
+    bfloat16 tokens of width 2304 with 256000 classes take 74 to 66 ms in blocks of 1920 to 12800
+    classes, and 52 ms in blocks of 1024 tokens, which need 2.4 GB to add up the kernel's gradient.
+    Where that is the result itself, `logits` are the tokens and the bytes of each one's logits: the
+    default then is a quarter of them within 1.3 GB, or 1024 tokens within 2 GB. Where one CPU plays
+    several devices, they share its cache.
     """
     if jax.default_backend() == "cpu":
         mesh = jax.sharding.get_abstract_mesh()
@@ -69,8 +69,9 @@ def blocks(tokens: int, classes: int, logit_bytes: int, budget: int, *, summed: 
 def rows() -> int:
     """Rows per tile, where tiles without a row that counts are left out. Small tiles cost time.
 
-    On a CPU 2048x128x16384 takes 1.01 to 1.07 of the time without a mask where all rows count, and
-    0.27 to 0.41 where a quarter does.
+    A matmul arranges its block of the kernel again in each tile. On a CPU 2048x128x16384 takes 1.05
+    of the time without a mask where all rows count, 0.28 to 0.41 where a quarter does; with tiles
+    of 512 rows 1.00, but 0.27 or, with one row more than a quarter, 0.52.
     """
     return 256 if jax.default_backend() == "cpu" else _FEWEST_TOKENS
 
@@ -96,7 +97,7 @@ def _block(entries: int, across: int, total: int) -> int:
 def ragged_first() -> bool:
     """Whether a ragged block is to be run before the loop over the others.
 
-    Behind the loop, XLA might compute it ahead and hold it all the while. For a TPU it does not,
-    and would copy what blocks are written to between a block before the loop and the loop.
+    Behind the loop, XLA might compute it ahead and hold it. For a TPU it does not, and would copy
+    what blocks are written to between a block before the loop and the loop.
     """
     return jax.default_backend() != "tpu"

@@ -42,9 +42,8 @@ def normaliser(z: Float[Array, "*rows classes"]) -> tile.Normaliser:
     base = tile.finite_maximum(functools.reduce(jnp.maximum, few[1:] + few[:1]))
     sums = functools.reduce(jnp.add, (jnp.exp(x - base) for x in few))
     parts = (tile.finite_maximum(functools.reduce(jnp.maximum, few)), sums)
-    found: tile.Normaliser = jax.lax.reduce(
-        parts, tile.no_classes((), dtype), _joined, (z.ndim - 1,)
-    )
+    start = tile.no_classes((), dtype)
+    found: tile.Normaliser = jax.lax.reduce(parts, start, _joined, (z.ndim - 1,))
     return found
 
 
