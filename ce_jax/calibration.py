@@ -18,7 +18,7 @@ from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows import sharded
 from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
 from ._rows.dtypes import wide
-from .diagnostics import log_softmax
+from ._rows.numerics import log_softmax
 
 _Axis = int | tuple[int, ...] | None
 

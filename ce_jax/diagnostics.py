@@ -15,7 +15,7 @@ from ._arguments.types import ArrayLike
 from ._rows import sharded
 from ._rows.bins import bin_counts, bin_sums
 from ._rows.dtypes import wide
-from ._rows.numerics import expm1_less_x
+from ._rows.numerics import expm1_less_x, log_softmax
 
 _Axis = int | tuple[int, ...] | None
 
@@ -196,11 +196,3 @@ def _gradient_view(
     total = bin_sums(sharded.whole(kept).reshape(-1, classes), segments, classes)
     by_label = total / jnp.maximum(size, 1).astype(p.dtype)[:, None]
     return GradientView(jnp.where(label.unknown[..., None], jnp.nan, kept), by_label, size)
-
-
-def log_softmax(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows classes"]:
-    """Log-probabilities in the loss's dtype; -inf logits are masked classes."""
-    z = z.astype(wide(z.dtype))
-    top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
-    z = z - jnp.where(jnp.isneginf(top), 0, top)
-    return z - jnp.log(jnp.sum(jnp.exp(z), -1, keepdims=True))

@@ -180,8 +180,8 @@ def _orpo(
 def _log1p_odds_ratio(better: Array, worse: Array) -> Array:
     """`log(1 + odds(worse) / odds(better))`, which is `log 2` where both are alike.
 
-    Odds are infinite at 0, where their ratio has a limit if it is below 1: so it is not made of
-    logarithms there.
+    At a log-probability of 0 odds are infinite, but a ratio below 1 has a limit. So such a ratio is
+    computed without logarithms of odds.
     """
     both = (better == 0) & (worse == 0)
     better, worse = (jnp.where(both, -1, x) for x in (better, worse))

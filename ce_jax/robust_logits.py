@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -16,7 +15,7 @@ from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducibl
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
 from ._rows.dtypes import wide
-from ._rows.numerics import silenced, weighted
+from ._rows.numerics import relative, silenced, weighted
 from ._rows.tile import Target
 
 
@@ -247,8 +246,7 @@ def _poly_loss_cross_entropy(
     probs = targets.without_excluded(probs, rows.counts, sample_weight)
 
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
-    top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
-    z = options.tempered_logits(z - jnp.where(jnp.isneginf(top), 0, top), temperature, rows.counts)
+    z = options.tempered_logits(relative(z), temperature, rows.counts)
     statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
     missed = -jnp.expm1(z - statistics.lse[..., None])
     loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)

@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Integer
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compared import Compared, compared, tempered
 from ._arguments.compiled import compiled
+from ._arguments.layer import head_of
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dtypes import wide
-from ._rows.head import Head
 from ._rows.sampled import layer_logits
 from .negatives import Negatives
 from .softmax import softmax_cross_entropy_with_integer_labels
@@ -235,16 +235,8 @@ def _linear_sampled_softmax(
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
-    hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
-    class_axis = checks.kernel_axis(hidden, kernel, class_axis)
-    rows, classes, dtype = hidden.shape[:-1], kernel.shape[class_axis], wide(hidden.dtype)
-    head = Head(kernel)
-    if bias is not None:
-        bias = checks.floating("bias", bias)
-        checks.shape_is("bias", bias, (classes,), "one bias per class")
-        head = head._replace(bias=bias)
-    if logit_soft_cap is not None:
-        head = head._replace(soft_cap=jnp.asarray(logit_soft_cap, dtype))
+    hidden, head, class_axis = head_of(hidden, kernel, bias, logit_soft_cap, class_axis)
+    rows, classes, dtype = hidden.shape[:-1], head.kernel.shape[class_axis], wide(hidden.dtype)
     counts = checks.mask(where, rows, "the rows of hidden")
     label = targets.class_ids(labels, rows, classes, counts, ignore_index)
     drawn = _drawn(negatives, rows, classes, dtype)

@@ -116,7 +116,7 @@ def _entropy(smoothing: Array, classes: Array) -> Array:
 
 @_entropy.defjvp
 def _entropy_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """By the smoothing alone, of which it is -log p + log q times how fast the share grows."""
+    """By the smoothing: log(p / q) times the derivative of the share 1 - p."""
     smoothing, classes = primals
     slope = (classes - 1) / classes * _log_odds(smoothing, classes)
     return _entropy(smoothing, classes), slope * tangents[0]

@@ -13,6 +13,7 @@ from ._arguments.compiled import compiled
 from ._arguments.options import scalar
 from ._arguments.types import ArrayLike, Scalar
 from ._rows.dtypes import wide
+from ._rows.numerics import relative
 
 _Axis = int | tuple[int, ...] | None
 _MOST_STEPS = 100
@@ -104,9 +105,7 @@ def _fit_temperature(
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
     weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
-    z = targets.without_excluded(rows.values, label.counts, weight).astype(dtype)
-    top = jnp.max(z, -1, keepdims=True)
-    z = z - jnp.where(jnp.isneginf(top), 0, top)
+    z = relative(targets.without_excluded(rows.values, label.counts, weight).astype(dtype))
     allowed = z > -jnp.inf
     at_label = jnp.take_along_axis(z, label.ids[..., None], -1)
     usable = at_label[..., 0] > -jnp.inf

@@ -58,8 +58,8 @@ def compared(
     weights = reductions.weights("sample_weight", sample_weight, label.shape, dtype)
     kept = counts
     if weights is not None:
-        # A weight of 0 silences NaN; where there is none, its derivative is the loss. The
-        # difference of two scores of -inf is one.
+        # A weight of 0 silences a loss of NaN; of any other loss it learns. If label and negative
+        # both have -inf, their difference is NaN.
         meets = (label == -jnp.inf) & jnp.any(negatives == -jnp.inf, -1)
         heard = (weights != 0) | (label < jnp.inf) & jnp.all(negatives < jnp.inf, -1) & ~meets
         kept = heard if counts is None else counts & heard

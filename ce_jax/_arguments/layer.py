@@ -46,6 +46,28 @@ class Layer(NamedTuple):
         return None if self.order is None else self.order.counting
 
 
+def head_of(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
+    soft_cap: ArrayLike | None,
+    class_axis: int,
+    prefix: str = "",
+) -> tuple[Array, Head, int]:
+    """The hidden states, the head, and the axis of its classes; names begin with `prefix`."""
+    hidden = checks.floating(f"{prefix}hidden", hidden)
+    kernel = checks.floating(f"{prefix}kernel", kernel)
+    class_axis = checks.kernel_axis(hidden, kernel, class_axis, prefix)
+    head = Head(kernel)
+    if bias is not None:
+        bias = checks.floating(f"{prefix}bias", bias)
+        checks.shape_is(f"{prefix}bias", bias, (kernel.shape[class_axis],), "one bias per class")
+        head = head._replace(bias=bias)
+    if soft_cap is not None:
+        head = head._replace(soft_cap=jnp.asarray(soft_cap, wide(hidden.dtype)))
+    return hidden, head, class_axis
+
+
 def layer(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -65,19 +87,10 @@ def layer(
     picked: bool = False,
 ) -> Layer:
     """Checks the arguments and divides the work."""
-    hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
-    class_axis = checks.kernel_axis(hidden, kernel, class_axis)
-    dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], kernel.shape[class_axis]
+    hidden, head, class_axis = head_of(hidden, kernel, bias, logit_soft_cap, class_axis)
+    dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], head.kernel.shape[class_axis]
     held = sharded.all_classes(local, axis_name)
     classes = checks.class_count(num_classes, held)
-    head = Head(kernel)
-    if bias is not None:
-        bias = checks.floating("bias", bias)
-        checks.shape_is("bias", bias, (local,), "one bias per class")
-        head = head._replace(bias=bias)
-    if logit_soft_cap is not None:
-        head = head._replace(soft_cap=jnp.asarray(logit_soft_cap, dtype))
-
     counts = checks.mask(where, rows, "the rows of hidden")
     label = targets.maybe_class_ids(labels, rows, classes, counts, ignore_index)
     tokens = Tokens(targets.without_excluded(hidden, label.counts))
@@ -100,9 +113,9 @@ def layer(
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
     visited = local if axis_name is not None else classes
     if memory_budget is None:
-        sums_are_result = summed and hidden.dtype != dtype == kernel.dtype
+        sums_are_result = summed and hidden.dtype != dtype == head.kernel.dtype
         memory_budget = block_sizes.default_budget(
-            kernel.size * hidden.dtype.itemsize,
+            head.kernel.size * hidden.dtype.itemsize,
             (count, visited * logit_bytes) if sums_are_result else None,
         )
     # With tiles of rows, less memory is needed per class, so a block may have more classes.

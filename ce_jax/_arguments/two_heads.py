@@ -11,9 +11,9 @@ from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.divergence import Options, Side
 from .._rows.dtypes import wide
-from .._rows.head import Head
 from .._rows.order import Order, in_order, order_of
 from . import checks, reductions, targets
+from .layer import head_of
 from .types import ArrayLike
 
 
@@ -141,23 +141,14 @@ def two_heads(
 
 
 def _layer(prefix: str, x: Layer, class_axis: int, axis_name: str | None) -> _Checked:
-    hidden = checks.floating(f"{prefix}hidden", x.hidden)
-    kernel = checks.floating(f"{prefix}kernel", x.kernel)
-    class_axis = checks.kernel_axis(hidden, kernel, class_axis, prefix)
+    hidden, head, class_axis = head_of(*x, class_axis, prefix)
+    kernel, dtype, rows = head.kernel, wide(hidden.dtype), hidden.shape[:-1]
     sharded.check_sharded(f"{prefix}kernel", kernel, axis_name)
-    dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], kernel.shape[class_axis]
-    head = Head(kernel)
-    if x.bias is not None:
-        bias = checks.floating(f"{prefix}bias", x.bias)
-        checks.shape_is(f"{prefix}bias", bias, (local,), "one bias per class")
-        head = head._replace(bias=bias)
-    if x.soft_cap is not None:
-        head = head._replace(soft_cap=jnp.asarray(x.soft_cap, dtype))
     steps = (x.bias is not None) + (x.soft_cap is not None)
     logit_bytes = dtype.itemsize * (2 + steps) + hidden.dtype.itemsize
     side = Side(hidden=hidden.reshape(-1, hidden.shape[-1]), head=head)
     kernel_bytes = kernel.size * kernel.dtype.itemsize
-    return _Checked(side, rows, local, class_axis, logit_bytes, kernel_bytes)
+    return _Checked(side, rows, kernel.shape[class_axis], class_axis, logit_bytes, kernel_bytes)
 
 
 def _logits(name: str, x: ArrayLike | None, axis_name: str | None) -> _Checked:

@@ -45,7 +45,7 @@ def shares(z: Float[Array, "*rows classes"], target: tile.Target) -> bool:
 
 
 def stores_wide(z: Float[Array, "*rows classes"]) -> bool:
-    """Whether a tile would be stored in float32, outside the cache; of float16 it is in any way."""
+    """Whether a bfloat16 tile would be stored in float32, outside the cache. float16 always is."""
     return z.dtype == jnp.bfloat16 and 4 * z.size > _CACHED_BYTES
 
 

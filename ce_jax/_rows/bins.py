@@ -41,7 +41,7 @@ def bin_counts(chosen: Bool[Array, " n"], index: Integer[Array, " n"], bins: int
 def number_of_run(x: Shaped[Array, " n"]) -> Integer[Array, " n"]:
     """The number, from 0 on, of the run of equal entries that each entry of an array is in.
 
-    What follows a NaN is one too, in an array that is sorted.
+    In an array that is sorted NaN comes last: all of them are one run.
     """
     before = jnp.concatenate([x[:1], x[:-1]])
     alike = (x == before) | (before != before)

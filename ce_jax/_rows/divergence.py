@@ -83,8 +83,8 @@ def divergence(
 ) -> Float[Array, "*rows"]:
     """KL(p || q) of each row, of logits divided by the temperature; 0 in rows that are not `used`.
 
-    Of those all logits are 0: one side might ban a class in all rows that the other side bans in
-    the rows that count alone, and the divergence be infinite.
+    In these all logits are taken as 0: they may ban a class on one side only, which would make the
+    divergence infinite.
 
     Where the rows that count come first, `counting` is how many these are.
     """
@@ -191,8 +191,8 @@ def _both(dtype: DTypeLike, used: Used, u: Array, v: Array, temperature: Array |
 def nothing(options: Options, inputs: Inputs, used: Used) -> Partial:
     """The normaliser of no classes, of p or of q.
 
-    In a row that is not used, that of a class whose logit is 0, so that it is right as it is where
-    nothing visits the row.
+    In a row that is not used, that of one class with the logit 0: if no block visits the row, its
+    divergence is 0.
     """
     size = min(options.p.block, options.columns)
     tile, _ = jax.eval_shape(lambda: tiles(options, inputs, used, 0, size)[0])

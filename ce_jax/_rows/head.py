@@ -116,7 +116,9 @@ def take_classes(head: Head, first: First, size: int, class_axis: int) -> Head:
 
 
 def read_by_all(inputs: _Tree, read: _Tree | None = None) -> Callable[[], _Tree]:
-    """How each block finds arrays that all blocks read: as they are, or as `read`, of other dtypes.
+    """Gives each block the arrays that all blocks read.
+
+    These are the inputs, or `read`, the same numbers in other dtypes.
 
     Where JAX derives a derivative of the loop (forward mode, second derivatives), it adds up their
     cotangents over the blocks in the dtype in which the blocks find them. Those of narrow arrays

@@ -34,8 +34,9 @@ def _logistic(z: Array, y: Array, pos_weight: Array | None) -> Float[Array, "*sh
     """`v y log(1 + exp(-z)) + (1 - y) log(1 + exp(z))`, where 0 times infinity is 0.
 
     Both logarithms are `log(1 + exp(-|z|))`, and `|z|` more on the side where the logit is wrong.
-    An infinite logit counts as the largest number of its sign, which a coefficient of 0 makes 0;
-    the product times that number once more makes any other infinite.
+    An infinite logit is first taken as the largest finite number of its sign: times a coefficient
+    of 0 that is 0. With any other coefficient the product is then multiplied by that number again,
+    which makes it infinite.
     """
     z = z.astype(y.dtype)
     size, most = jnp.abs(z), jnp.finfo(z.dtype).max

@@ -45,9 +45,8 @@ def softmax_loss(
 def counted(counts: Bool[Array, "*rows"] | None, x: _Tree) -> _Tree:
     """`x`, with 1 in rows that do not count.
 
-    These hold the statistics of some class that may be banned. What is multiplied by an infinite
-    number before it is masked has a derivative of NaN. Of 1 everything made of statistics is
-    finite.
+    Such a row may hold an infinite loss, which is masked later. Its derivative would then be
+    infinity times 0, which is NaN. A loss of statistics that are all 1 is finite.
     """
     if counts is None:
         return x

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
+from .dtypes import wide
+
 _Tree = TypeVar("_Tree")
 
 # Coefficients of (e^x - 1) / x and of (e^x - 1 - x) / x^2, highest power first. With |x| <= 1/2 the
@@ -62,8 +64,8 @@ def silenced(weight: Float[Array, "..."] | None, x: _Tree) -> _Tree:
 def product(weight: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`weight * x` for x >= 0, where 0 times infinity is 0.
 
-    An infinite `x` counts as the largest number, which 0 makes 0; the product times that number
-    once more makes any other infinite.
+    An infinite `x` is first taken as the largest finite number: times a weight of 0 that is 0. For
+    any other weight the product is then multiplied by that number again, which makes it infinite.
     """
     most = jnp.finfo(x.dtype).max
     bounded = jnp.minimum(x, most)
@@ -119,6 +121,18 @@ def _tempered_jvp(
     return quotient, tempered(dz, temperature) - finite * slope
 
 
+def relative(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows classes"]:
+    """The logits less the largest of their row, if that is finite."""
+    row_max = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
+    return z - jnp.where(jnp.isfinite(row_max), row_max, 0)
+
+
+def log_softmax(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows classes"]:
+    """Log-probabilities in the loss's dtype; -inf logits are masked classes."""
+    z = relative(z.astype(wide(z.dtype)))
+    return z - jnp.log(jnp.sum(jnp.exp(z), -1, keepdims=True))
+
+
 def tempered_rows(
     z: Float[Array, "*rows classes"], temperature: Float[Array, "*rows"]
 ) -> Float[Array, "*rows classes"]:
@@ -167,8 +181,8 @@ def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def power(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x ** y` for x >= 0, with derivatives of every order that are not NaN at 0.
 
-    Where one is infinite at 0 it is taken as 0: multiplied with the 0 by which a saturated softmax
-    passes it on, that is the limit, and inf is NaN.
+    A derivative that is infinite at 0 is taken as 0. A saturated softmax multiplies it by 0: the
+    limit of that product is 0, while infinity times 0 is NaN.
     """
     return x**y
 

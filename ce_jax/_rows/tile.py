@@ -369,7 +369,7 @@ def _log(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 def _nonzero(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """The sum, or a small number where no class was seen that is allowed.
 
-    One of which the inverse has a finite square, as the derivative of a quotient needs it.
+    The derivative of a quotient divides by its square, which must not be 0.
     """
     return jnp.maximum(sum_exp, float(jnp.finfo(sum_exp.dtype).tiny) ** 0.5)
 
