@@ -110,7 +110,8 @@ def _counts(axes):
 
 
 def _transition(draw, shape, sizes):
-    return np.eye(shape[0]) * 0.7 + 0.3 / shape[0] + draw.uniform(0, 0.05, shape)
+    x = np.eye(shape[0]) * 0.7 + 0.3 / shape[0] + draw.uniform(0, 0.05, shape)
+    return x / x.sum(-1, keepdims=True)
 
 
 # Of several functions.

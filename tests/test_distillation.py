@@ -293,9 +293,10 @@ def test_sharded_classes(form):
     specs |= {"teacher_logits": P(None, None, "model")}
     static = {"axis_name": "model"}
     if form != "dense":
-        static |= {"teacher_class_axis": 0, "num_classes": CLASSES, **budget(1)}
+        static |= {"num_classes": CLASSES, **budget(1)}
         arguments["kernel"] = np.pad(arguments["kernel"], ((0, 0), (0, 1)), constant_values=NAN)
         if form == "two layers":
+            static["teacher_class_axis"] = 0
             arguments["teacher_kernel"] = np.pad(arguments["teacher_kernel"], ((0, 1), (0, 0)))
         else:
             beyond = np.full((2, 3, 1), INF)
