@@ -249,7 +249,7 @@ def _backward(
 def _known_rows(transition: ArrayLike) -> ArrayLike:
     """The matrix; raises if it is known and a row does not sum to 1, as rows of counts do not."""
     matrix = checks.floating("transition", transition)
-    if not isinstance(matrix, jax.core.Tracer):
+    if not isinstance(matrix, jax.core.Tracer) and matrix.is_fully_addressable:
         sums = np.sum(np.asarray(matrix, np.float64), -1)
         if not np.allclose(sums, 1, atol=1e-2):
             raise ValueError(

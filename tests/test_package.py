@@ -1,5 +1,6 @@
 """What the package promises as a whole: its names, types, documentation, and what it imports."""
 
+import ast
 import inspect
 import re
 import subprocess
@@ -350,3 +351,20 @@ def test_files_stay_small():
     for path in tracked_files():
         if path.suffix == ".py" and path.is_file() and path.is_relative_to(PACKAGE):
             assert len(path.read_text().splitlines()) <= 400, path.name
+
+
+@pytest.mark.parametrize(
+    ("folder", "others"),
+    [
+        ("_rows", {"_platform"}),
+        ("_platform", {"_rows"}),
+        ("_arguments", {"_platform", "_rows", "ratio"}),
+    ],
+)
+def test_imports_go_one_way(folder, others):
+    """Private folders use no public family, and what is computed no checks of arguments."""
+    for path in (PACKAGE / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                assert {name.split(".")[0] for name in names} <= others, f"{path.name}: {names}"
