@@ -122,7 +122,8 @@ def on_mesh(
     Raises:
       TypeError: for another function, a `mesh` that is not a mesh, or an axis that is not a name.
       ValueError: for an axis that the mesh does not have, or that is named twice; when called, for
-        `axis_name`, and for rows, classes or a width that do not divide evenly among the devices.
+        `axis_name`, for symbolic sizes (`jax.export`), and for rows, classes or a width that do not
+        divide evenly among the devices.
 
     Example:
       >>> import jax, jax.numpy as jnp, ce_jax
@@ -198,6 +199,11 @@ def _run(task: _Task, arrays: dict[str, Array]) -> Any:
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         jax.eval_shape(functools.partial(task.function, **options), **whole)
     shapes = {name: x.shape for name, x in arrays.items()}
+    if not all(isinstance(size, int) for shape in shapes.values() for size in shape):
+        raise ValueError(
+            f"on_mesh needs shapes that are known, got {shapes}: JAX exports jax.shard_map with "
+            "symbolic sizes, but the program crashes; export one program for each size"
+        )
     if task.function in _OF_LAYER:
         axes = options["class_axis"], options.get("teacher_class_axis", -1)
         specs, rows = placement.of_layer(plan, shapes, *axes)

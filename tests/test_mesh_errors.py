@@ -128,3 +128,13 @@ def test_calls_with_logits(mesh):
     loss = ce_jax.on_mesh(DENSE, mesh, rows="data", classes="model")
     with pytest.raises(ValueError, match=r"logits has 6 entries in axis 1.*logits with -inf"):
         loss(np.ones((4, 6), np.float32), np.zeros(4, np.int32))
+
+
+def test_a_symbolic_batch():
+    """JAX would export it, and the process would end where the program is called."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    loss = ce_jax.on_mesh(ce_jax.softmax_cross_entropy_with_integer_labels, mesh, rows="data")
+    (batch,) = jax.export.symbolic_shape("2*b")
+    shapes = [jax.ShapeDtypeStruct((batch, 4), "float32"), jax.ShapeDtypeStruct((batch,), "int32")]
+    with pytest.raises(ValueError, match="shapes that are known"):
+        jax.export.export(jax.jit(loss))(*shapes)
