@@ -122,7 +122,7 @@ def _tempered_jvp(
 
 
 def relative(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows classes"]:
-    """The logits less the largest of their row: all NaN if that is inf or NaN, -inf if it is that."""
+    """The logits less the largest of their row; all NaN if that is inf or NaN."""
     row_max = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
     return z - jnp.where(jnp.isneginf(row_max), 0, row_max)
 
