@@ -57,15 +57,18 @@ def test_clipped_loss(case):
 
 
 def test_the_slope_of_an_advantage_that_all_share_adds_up_in_float32():
-    """In bfloat16 the sum over thousands of tokens would stop growing."""
-    log_prob = np.full((8, 512), -1.0)
+    """In bfloat16 each of thousands of tokens would be rounded before it is added."""
+    draw = np.random.default_rng(0)
+    old = draw.uniform(-2, -1, (8, 4096))
+    log_prob = old + draw.normal(size=old.shape)
 
     def loss(advantage):
-        return ce_jax.ppo_clip_loss(log_prob, log_prob, advantage, reduction="sum")
+        return ce_jax.ppo_clip_loss(log_prob, old, advantage, high=0.2, reduction="sum")
 
     gradient = jax.grad(loss)(jnp.ones((), jnp.bfloat16))
     assert gradient.dtype == jnp.bfloat16
-    assert gradient == -log_prob.size
+    held = np.minimum(np.exp(log_prob - old), 1.2)
+    np.testing.assert_allclose(float(gradient), -np.sum(held), rtol=2**-8)
 
 
 @together(
