@@ -233,9 +233,8 @@ def _linear_loss(
         target = target._replace(classes=spread)
     if sample_weight is not None:
         sample_weight = in_order(x.order, sample_weight.ravel())
-        silent = (sample_weight == 0) & ~jnp.all(jnp.isfinite(x.tokens.hidden), -1)
-        silenced_tokens = x.tokens._replace(hidden=jnp.where(silent[:, None], 0, x.tokens.hidden))
-        x = x._replace(tokens=silenced_tokens)
+        hidden = targets.without_silent(x.tokens.hidden, sample_weight)
+        x = x._replace(tokens=x.tokens._replace(hidden=hidden))
 
     scalars = [None if s is None else jnp.asarray(s, dtype) for s in (label_smoothing, z_loss)]
     row_loss = functools.partial(_row_loss, log_prob_loss, x.options.classes)

@@ -242,9 +242,7 @@ def _linear_sampled_softmax(
     drawn = _drawn(negatives, rows, classes, dtype)
     weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
     hidden = targets.without_excluded(hidden, label.counts)
-    if weights is not None:
-        silent = (weights == 0) & ~jnp.all(jnp.isfinite(hidden), -1)
-        hidden = jnp.where(silent[..., None], 0, hidden)
+    hidden = targets.without_silent(hidden, weights)
 
     ids = drawn.ids if drawn.ids.ndim == 1 else drawn.ids.reshape(-1, drawn.ids.shape[-1])
     own, sampled = layer_logits(

@@ -371,10 +371,7 @@ def _linear_top_k(
     by_row = (teacher, weights)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), by_row)
     teacher, of_row = in_order(x.order, flat)
-    tokens = x.tokens
-    if of_row is not None:
-        silent = (of_row == 0) & ~jnp.all(jnp.isfinite(tokens.hidden), -1)
-        tokens = tokens._replace(hidden=jnp.where(silent[:, None], 0, tokens.hidden))
+    tokens = x.tokens._replace(hidden=targets.without_silent(x.tokens.hidden, of_row))
     target = Target(picked=teacher.ids)
     found = class_blocks.row_statistics(
         x.options, tokens, x.head, target, x.counting, forward_mode=forward_mode

@@ -30,7 +30,7 @@ def array(name: str, x: Any) -> Any:
         ) from error
 
 
-def _constant(name: str, kind: Any, value: Any) -> None:
+def _check_constant(name: str, kind: Any, value: Any) -> None:
     """Raises for an option that is compiled in and does not fit. Others are checked by name."""
     if kind == "bool" and not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {reprlib.repr(value)}")
@@ -59,7 +59,7 @@ def compiled(function: Callable[..., _Result]) -> Callable[..., _Result]:
     @functools.wraps(function)
     def call(*arrays: Any, **options: Any) -> _Result:
         for name, value in options.items():
-            _constant(name, constants[name], value)
+            _check_constant(name, constants[name], value)
         # JAX traces the rule of a derivative with a mesh set, be it an empty one. Where one is set
         # for the function too, what both compute is traced once, in up to a third less time.
         with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):

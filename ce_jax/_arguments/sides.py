@@ -78,10 +78,7 @@ def without_silent(x: Sides, sample_weight: ArrayLike | None) -> Sides:
     """
     n, dtype = x.rows.shape[0], x.scale.dtype
     weights = reductions.weights("sample_weight", sample_weight, (n,), dtype)
-    if weights is None:
-        return x
-    silent = (weights == 0) & ~jnp.all(jnp.isfinite(x.rows), -1)
-    return x._replace(rows=jnp.where(silent[:, None], 0, x.rows))
+    return x._replace(rows=targets.without_silent(x.rows, weights))
 
 
 def gathered(x: Array, axis_name: str | None) -> Array:

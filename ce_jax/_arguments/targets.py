@@ -97,6 +97,16 @@ def without_excluded(
     return x if keep is None else jnp.where(keep[..., None], x, 0)
 
 
+def without_silent(
+    x: Float[Array, "*rows width"], sample_weight: Float[Array, "*rows"] | None
+) -> Float[Array, "*rows width"]:
+    """Zeros the rows of hidden states that hold a NaN or infinity and have weight 0."""
+    if sample_weight is None:
+        return x
+    silent = (sample_weight == 0) & ~jnp.all(jnp.isfinite(x), -1)
+    return jnp.where(silent[..., None], 0, x)
+
+
 def effective(
     x: Float[Array, "*rows classes"],
     counts: Bool[Array, "*rows"] | None,

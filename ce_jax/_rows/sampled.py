@@ -78,7 +78,7 @@ def _gather(
 def _differentiated_by_jax(
     class_axis: int, kernel: Float[Array, "_ _"], ids: Integer[Array, " n"]
 ) -> Float[Array, "n width"]:
-    """The same; what belongs to one class adds up in a wide copy, which nothing else reads."""
+    """As `_gather`; cotangents of one class add up in a wide copy, which nothing else reads."""
     if kernel.dtype == wide(kernel.dtype):
         return _gather(class_axis, kernel, ids)
     copy = _gather(class_axis, kernel.astype(wide(kernel.dtype)), ids)
