@@ -337,7 +337,9 @@ def of_layers(
         memory_budget=memory_budget,
     )
     temperature = options.of_rows(temperature, x.rows, x.dtype, x.counts)
-    temperature, weights = in_order(x.order, jax.tree.map(jnp.ravel, (temperature, x.weights)))
+    temperature, weights = jax.tree.map(jnp.ravel, (temperature, x.weights))
+    temperature = in_order(x.order, temperature, fill=1)
+    weights = in_order(x.order, weights)
     loss = _loss(
         x.options,
         x.student,

@@ -44,7 +44,7 @@ def few_tokens():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_sizes, "_FEWEST_TOKENS", linear.FEWEST_TOKENS)
         # Rows that do not count are left out where arrays are known to be on one device.
-        patch.setattr(block_sizes, "rows", lambda: linear.FEWEST_TOKENS)
+        patch.setattr(block_sizes, "rows", lambda tokens: linear.FEWEST_TOKENS)
         patch.setattr(sharded, "_may_be_sharded", lambda: False)
         jax.clear_caches()
         yield

@@ -30,9 +30,16 @@ MASKS = {
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(one_device, monkeypatch):
-    monkeypatch.setattr(block_sizes, "rows", lambda: TILE)
-    monkeypatch.setattr(block_sizes, "_FEWEST_TOKENS", TILE)
+def tile(request, one_device, monkeypatch):
+    """Rows per tile; None for what the platform takes."""
+    rows = getattr(request, "param", TILE)
+    if rows is not None:
+        monkeypatch.setattr(block_sizes, "rows", lambda tokens: rows)
+        monkeypatch.setattr(block_sizes, "_FEWEST_TOKENS", TILE)
+
+
+# Tiles of 5 of 12 rows: three places without a row are left.
+with_places_left = pytest.mark.parametrize("tile", [TILE, 5], indirect=True)
 
 
 def problem(seed=0):
@@ -58,6 +65,7 @@ def agree(ours, theirs, tolerance=2e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+@with_places_left
 @pytest.mark.parametrize("way", WAYS)
 def test_values_and_gradients_are_those_of_the_dense_form(way):
     """In the order given, for any mask; garbage in what does not count is not noticed."""
@@ -92,6 +100,7 @@ def test_statistics_are_in_the_order_given():
     agree(found, expected)
 
 
+@with_places_left
 @pytest.mark.parametrize("way", WAYS)
 def test_transforms(way):
     """vmap over masks, second derivatives, forward mode: as of the dense form."""
@@ -127,6 +136,19 @@ def test_transforms(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_blocks_without_a_row_that_counts_are_not_computed(way):
     """A tile's matmuls stand behind a condition, none outside of it."""
+    inside, outside = matmuls(step_with_mask(way), False)
+    assert outside == 0
+    assert inside >= 3
+
+
+@pytest.mark.parametrize("tile", [5, 12], indirect=True)
+def test_no_program_is_made_for_a_rest_of_rows(tile):
+    """Three tiles of 5 rows take one program, as a single one of all 12 does."""
+    assert matmuls(step_with_mask("none"), False)[0] == 4  # 1 of the loss, 3 of its gradient
+
+
+def step_with_mask(way):
+    """The program of value and gradient."""
     arrays, labels = problem()
     where = MASKS["one"]
 
@@ -137,10 +159,7 @@ def test_blocks_without_a_row_that_counts_are_not_computed(way):
         )
 
     step = jax.value_and_grad(loss, (0, 1))
-    jaxpr = jax.make_jaxpr(step)(arrays["hidden"], arrays["kernel"]).jaxpr
-    inside, outside = matmuls(jaxpr, False)
-    assert outside == 0
-    assert inside >= 3
+    return jax.make_jaxpr(step)(arrays["hidden"], arrays["kernel"]).jaxpr
 
 
 def matmuls(jaxpr, conditional):
@@ -182,3 +201,13 @@ def test_without_a_mask_nothing_is_sorted_or_conditional():
     text = str(program(arrays["hidden"][0], arrays["kernel"], labels[0]))
     assert "sort[" not in text
     assert "cond[" not in text
+
+
+@pytest.mark.parametrize("tile", [None], indirect=True)
+def test_on_a_cpu_tiles_are_a_small_part_of_the_rows(tile):
+    """With a quarter of the rows and one more, at most 0.45 of them are in tiles with one."""
+    for rows in (*range(1025, 6000), 8192, 100_000):
+        size = block_sizes.rows(rows)
+        assert 200 <= size <= 512
+        assert -(-(rows // 4 + 1) // size) * size <= 0.45 * rows
+        assert -rows % size <= rows // size  # places without a row

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import ce_jax
 from tests import linear
-from tests.test_linear_counting import MASKS, ROWS, WIDTH, agree, matmuls, small_tiles
+from tests.test_linear_counting import MASKS, ROWS, WIDTH, agree, matmuls, tile, with_places_left
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
@@ -28,7 +28,7 @@ DENSE = {
 }
 BOTH_KINDS = ("distillation", "jensen_shannon")
 
-__all__ = ["small_tiles"]  # a fixture of every test here
+__all__ = ["tile"]  # a fixture of every test here
 
 
 def problem(seed=0):
@@ -61,6 +61,7 @@ def theirs(name, arrays, where, **options):
     return DENSE[name](student, teacher, where=where, **rest, **options)
 
 
+@with_places_left
 @pytest.mark.parametrize("name", LINEAR)
 def test_values_and_gradients_are_those_of_the_dense_form(name):
     """Of both heads, in the order given, for any mask; garbage that does not count is not seen."""

@@ -100,11 +100,8 @@ def layer(
     tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), tokens)
     label = jax.tree.map(jnp.ravel, label)
     count = tokens.hidden.shape[0]
-    order = None
-    if label.counts is not None and all(map(sharded.is_local, jax.tree.leaves((tokens, label)))):
-        order = order_of(label.counts)
-        tokens, label = in_order(order, (tokens, label._replace(counts=None)))
-        label = label._replace(counts=jnp.arange(count, dtype=jnp.int32) < order.counting)
+    local_rows = all(map(sharded.is_local, jax.tree.leaves((tokens, label))))
+    sorted_by = label.counts if local_rows else None
 
     # Bytes of a logit, of its gradient in the dtype of hidden, and of what a CPU stores for each
     # step from the matmul to the logit.
@@ -119,11 +116,17 @@ def layer(
             (count, visited * logit_bytes) if sums_are_result else None,
         )
     # With tiles of rows, less memory is needed per class, so a block may have more classes.
-    at_once = count if order is None else -(-count // 2)
+    at_once = count if sorted_by is None else -(-count // 2)
     blocks = block_sizes.blocks(at_once, visited, logit_bytes, memory_budget, summed=summed)
-    token_block, tile = blocks.tokens, block_sizes.rows()
+    token_block, tile = blocks.tokens, block_sizes.rows(count)
     if token_block is not None:
-        token_block = tile = token_block if order is None else min(token_block, tile)
+        token_block = tile = token_block if sorted_by is None else min(token_block, tile)
+
+    order = None
+    if sorted_by is not None:
+        order = order_of(sorted_by, tile)
+        tokens = Tokens(in_order(order, tokens.hidden), in_order(order, tokens.temperature, fill=1))
+        label = in_order(order, label._replace(counts=None))._replace(counts=order.counts)
     by_class = class_blocks.Options(
         blocks.classes,
         class_axis,

@@ -111,22 +111,21 @@ def two_heads(
 
     if memory_budget is None:
         memory_budget = block_sizes.default_budget(s.kernel_bytes + t.kernel_bytes)
-    order = None
+    tokens, local = _leaf(s.side).shape[0], s.local if axis_name is not None else classes
+    order, tile = None, block_sizes.rows(tokens)
     if counts is not None and used is not None and teacher is not None:
         local_rows = map(sharded.is_local, (_leaf(s.side), _leaf(t.side), used))
-        order = order_of(used) if all(local_rows) else None
-    tokens, local = _leaf(s.side).shape[0], s.local if axis_name is not None else classes
+        order = order_of(used, tile) if all(local_rows) else None
     at_once = tokens if order is None else -(-tokens // 2)
     pair_bytes = s.logit_bytes + t.logit_bytes
     block = block_sizes.blocks(at_once, local, pair_bytes, memory_budget, summed=False).classes
     of_teacher, of_student = (
-        class_blocks.Options(block, x.class_axis, classes, axis_name, rows=block_sizes.rows())
-        for x in (t, s)
+        class_blocks.Options(block, x.class_axis, classes, axis_name, rows=tile) for x in (t, s)
     )
     sides = [_without_unused(x.side, used) for x in (s, t)]
     if order is not None:
         sides = [x._replace(hidden=in_order(order, x.hidden)) for x in sides]
-        used = in_order(order, used)
+        used = order.counts
     return TwoHeads(
         student=sides[0],
         teacher=sides[1],

@@ -34,12 +34,11 @@ _ON_A_CPU = 17 * 10**6
 def default_budget(kernel_bytes: int, logits: tuple[int, int] | None = None) -> int:
     """Bytes of temporaries: a third of the kernel's, within 256 MB and 1 GB; 17 MB on a CPU.
 
-    An accelerator needs large blocks to keep its matrix units busy; a CPU does not. On an H200 8192
-    bfloat16 tokens of width 2304 with 256000 classes take 74 to 66 ms in blocks of 1920 to 12800
-    classes, and 52 ms in blocks of 1024 tokens, which need 2.4 GB to add up the kernel's gradient.
-    Where that is the result itself, `logits` are the tokens and the bytes of each one's logits: the
-    default then is a quarter of them within 1.3 GB, or 1024 tokens within 2 GB. Where one CPU plays
-    several devices, they share its cache.
+    An accelerator's matrix units need large blocks; a CPU does not. On an H200 8192 bfloat16 tokens
+    of width 2304 with 256000 classes take 74 to 66 ms in blocks of 1920 to 12800 classes, and 52 ms
+    in blocks of 1024 tokens, which need 2.4 GB to add up the kernel's gradient. Where that is the
+    result itself, `logits` are the tokens and the bytes of each one's logits: the default then is a
+    quarter of them within 1.3 GB, or 1024 tokens within 2 GB. Devices that one CPU plays share it.
     """
     if jax.default_backend() == "cpu":
         mesh = jax.sharding.get_abstract_mesh()
@@ -61,19 +60,20 @@ def blocks(tokens: int, classes: int, logit_bytes: int, budget: int, *, summed: 
     tokens, classes = (n if isinstance(n, int) else _IF_UNKNOWN for n in (tokens, classes))
     entries = min(budget // logit_bytes, _LARGEST_TILE)
     by_class = _block(entries, max(tokens, 1), classes)
-    if not summed or entries // classes < min(tokens, _FEWEST_TOKENS):
-        return Blocks(by_class, None)
-    return Blocks(by_class, _block(entries, classes, max(tokens, 1)))
+    by_token = summed and entries // classes >= min(tokens, _FEWEST_TOKENS)
+    return Blocks(by_class, _block(entries, classes, max(tokens, 1)) if by_token else None)
 
 
-def rows() -> int:
-    """Rows per tile, where tiles without a row that counts are left out. Small tiles cost time.
+def rows(tokens: int) -> int:
+    """Rows per tile, where tiles without a row that counts are left out.
 
-    A matmul arranges its block of the kernel again in each tile. On a CPU 2048x128x16384 takes 1.05
-    of the time without a mask where all rows count, 0.28 to 0.41 where a quarter does; with tiles
-    of 512 rows 1.00, but 0.27 or, with one row more than a quarter, 0.52.
+    A matmul arranges its block of the kernel again in each. 2048 rows on a CPU take 1.07, 1.03 and
+    1.00 of the time without a mask in 8, 5 and 4 tiles; a quarter and one 0.42, 0.43 and 0.52.
     """
-    return 256 if jax.default_backend() == "cpu" else _FEWEST_TOKENS
+    tokens = max(tokens, 1) if isinstance(tokens, int) else _IF_UNKNOWN
+    if jax.default_backend() != "cpu":
+        return _block(_FEWEST_TOKENS, 1, tokens)
+    return -(-tokens // max(-(-tokens // 512), min(-(-tokens // 256), 5)))
 
 
 def _block(entries: int, across: int, total: int) -> int:

@@ -1,7 +1,8 @@
 """Brings the rows that count to the front, and back.
 
-Blocks of rows behind them need not be computed. The order is a permutation: nothing has a size that
-depends on the mask, and the derivative of bringing rows into order is to bring cotangents back.
+Blocks of rows behind them need not be computed. The order is a permutation with a few places more:
+nothing has a size that depends on the mask, and the derivative of bringing rows into order is to
+bring cotangents back.
 """
 
 from __future__ import annotations
@@ -24,42 +25,53 @@ Counting = Integer[Array, ""] | None
 
 
 class Order(NamedTuple):
-    """A permutation of the rows: first those that count, then the others, each as they were.
+    """First the rows that count, then the others, each as they were, then places without a row.
 
     Attributes:
-      rows: the row at each place.
+      rows: the row at each place; a place without one has a number above all rows.
       places: the place of each row.
       counting: how many rows count.
     """
 
-    rows: Integer[Array, " tokens"]
+    rows: Integer[Array, " places"]
     places: Integer[Array, " tokens"]
     counting: Integer[Array, ""]
 
+    @property
+    def counts(self) -> Bool[Array, " places"]:
+        """Which places hold a row that counts."""
+        return jnp.arange(self.rows.shape[0], dtype=jnp.int32) < self.counting
 
-def order_of(counts: Bool[Array, " tokens"]) -> Order:
-    """The order in which rows that count are the first."""
+
+def order_of(counts: Bool[Array, " tokens"], tile: int) -> Order:
+    """The order in which rows that count are the first, with places for whole tiles of rows."""
+    total = counts.shape[0]
+    if isinstance(total, int):  # may be symbolic
+        counts = jnp.pad(counts, (0, -total % tile))
     rows = jnp.argsort(~counts, stable=True).astype(jnp.int32)
     every = jnp.arange(rows.shape[0], dtype=jnp.int32)
     places = jnp.zeros_like(rows).at[rows].set(every, unique_indices=True)
-    return Order(rows, places, jnp.sum(counts, dtype=jnp.int32))
+    return Order(rows, places[:total], jnp.sum(counts, dtype=jnp.int32))
 
 
-def in_order(order: Order | None, tree: _Tree) -> _Tree:
-    """Arrays by rows, in this order."""
-    return tree if order is None else _permuted(tree, order.rows)
+def in_order(order: Order | None, tree: _Tree, fill: int = 0) -> _Tree:
+    """Arrays by rows, in this order; places without a row hold `fill`."""
+    if order is None:
+        return tree
+    ordered: _Tree = jax.tree.map(
+        lambda x: x.at[order.rows].get(unique_indices=True, mode="fill", fill_value=fill), tree
+    )
+    return ordered
 
 
 def as_given(order: Order | None, tree: _Tree) -> _Tree:
     """The arrays whose rows were brought into this order, as they were before."""
-    return tree if order is None else _permuted(tree, order.places)
-
-
-def _permuted(tree: _Tree, rows: Integer[Array, " tokens"]) -> _Tree:
-    permuted: _Tree = jax.tree.map(
-        lambda x: x.at[rows].get(unique_indices=True, mode="promise_in_bounds"), tree
+    if order is None:
+        return tree
+    given: _Tree = jax.tree.map(
+        lambda x: x.at[order.places].get(unique_indices=True, mode="promise_in_bounds"), tree
     )
-    return permuted
+    return given
 
 
 def over_rows(
