@@ -54,6 +54,7 @@ class Operation(StrEnum):
     SIGMOID = "sigmoid"
     STATISTICS = "statistics"
     LINEAR = "linear"
+    MASKED = "masked"
     VOCAB_PARALLEL = "vocab-parallel"
     EPOCH = "epoch"
     EAGER = "eager"

@@ -73,7 +73,7 @@ def rows(tokens: int) -> int:
     tokens = max(tokens, 1) if isinstance(tokens, int) else _IF_UNKNOWN
     if jax.default_backend() != "cpu":
         return _block(_FEWEST_TOKENS, 1, tokens)
-    return -(-tokens // max(-(-tokens // 512), min(-(-tokens // 256), 5)))
+    return -(-tokens // max(-(-tokens // 512), min(-(-tokens // 200), 5)))
 
 
 def _block(entries: int, across: int, total: int) -> int:

@@ -18,6 +18,7 @@ from experiments.benchmarking.programs import Loss, Peer, jax_program
 
 def _ce_jax() -> dict[str, Loss]:
     integer = partial(ce_jax.softmax_cross_entropy_with_integer_labels, reduction="mean")
+    linear = partial(ce_jax.linear_softmax_cross_entropy, reduction="mean")
 
     def statistics(z: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         found = ce_jax.softmax_statistics(z, y)
@@ -31,7 +32,8 @@ def _ce_jax() -> dict[str, Loss]:
         "smoothed": partial(integer, label_smoothing=SMOOTHING),
         "sigmoid": partial(ce_jax.sigmoid_binary_cross_entropy, reduction="mean"),
         "statistics": statistics,
-        "linear": partial(ce_jax.linear_softmax_cross_entropy, reduction="mean"),
+        "linear": linear,
+        "masked": partial(linear, ignore_index=IGNORED),
     }
 
 
@@ -63,6 +65,7 @@ def _optax() -> dict[str, Loss]:
         "sigmoid": lambda z, t: jnp.mean(optax.losses.sigmoid_binary_cross_entropy(z, t)),
         "statistics": statistics,
         "linear": lambda h, k, y: jnp.mean(integer(h @ k, y)),
+        "masked": lambda h, k, y: ignored(h @ k, y),
     }
 
 
@@ -97,6 +100,7 @@ def _plain() -> dict[str, Loss]:
         "sigmoid": lambda z, t: jnp.mean(jax.nn.softplus(z) - t * z),
         "statistics": statistics,
         "linear": lambda h, k, y: -jnp.mean(picked(jax.nn.log_softmax(h @ k), y)),
+        "masked": lambda h, k, y: ignored(h @ k, y),
     }
 
 

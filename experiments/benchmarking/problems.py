@@ -19,12 +19,15 @@ ARGUMENTS = {
     "sigmoid": (("logits", "targets"), 1),
     "statistics": (("logits", "labels"), 1),
     "linear": (("hidden", "kernel", "labels"), 2),
+    "masked": (("hidden", "kernel", "labels"), 2),
 }
+# Those of a linear layer.
+LINEAR = ("linear", "masked")
 EAGER = "eager "
 # Class ids, one of them with a logit that is this much too low.
 UNLIKELY, TOO_LOW = "unlikely", 100.0
 # The label of rows that do not count, and how many of them there are.
-IGNORED, IGNORED_SHARE = -100, 0.2
+IGNORED, IGNORED_SHARE = -100, {"ignored": 0.2, "masked": 0.75}
 
 SHAPES = ((128, 10), (65536, 10), (16384, 100), (8192, 1000), (1024, 32768), (512, 131072))
 LINEAR_SHAPES = ((2048, 256, 32768), (1024, 512, 65536))
@@ -83,8 +86,8 @@ class Problem(NamedTuple):
         draw = np.random.default_rng(0)
         names, _ = ARGUMENTS[self.formula]
         labels = draw.integers(0, self.classes, self.rows, dtype=np.int32)
-        if self.operation == "ignored":
-            labels[draw.random(self.rows) < IGNORED_SHARE] = IGNORED
+        if self.operation in IGNORED_SHARE:
+            labels[draw.random(self.rows) < IGNORED_SHARE[self.operation]] = IGNORED
         arrays: dict[str, np.ndarray] = {"labels": labels}
         if "logits" in names:
             arrays["logits"] = 3 * _normal(self.rows, self.classes)
@@ -122,8 +125,8 @@ def table(operations: Sequence[str], quick: bool, *, on_accelerator: bool = Fals
         dense_shapes, linear_shapes = QUICK_SHAPES, QUICK_LINEAR_SHAPES
     linear_dtype = "bfloat16" if on_accelerator else "float32"
     for operation in operations:
-        if operation == "linear":
-            problems += [Problem("linear", n, v, linear_dtype, d) for n, d, v in linear_shapes]
+        if operation in LINEAR:
+            problems += [Problem(operation, n, v, linear_dtype, d) for n, d, v in linear_shapes]
         elif operation == "eager":
             shapes_ = QUICK_SHAPES if quick else EAGER_SHAPES
             problems += [

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarking.problems import ARGUMENTS, Problem
+from experiments.benchmarking.problems import ARGUMENTS, IGNORED, Problem
 from experiments.benchmarking.timing import Call
 
 # A mean loss, or (for statistics) a pair of that and what is not differentiated.
@@ -98,18 +98,19 @@ def kind_of_device() -> str:
 def limit(problem: Problem, inputs: Inputs) -> tuple[Call, float]:
     """What no program can beat by much: a call, and how many times its time.
 
-    Without a linear layer, a read and a write of the logits: `-z`. With one, three matmuls, as
-    value and gradient need them: on an accelerator the whole product, as those work best on large
-    ones; on a CPU, the memory of which that might fill, at the rate of a large part of it.
+    Without a linear layer, a read and a write of the logits: `-z`. With one, three matmuls of the
+    rows that count, as value and gradient need them: on an accelerator at the rate of the whole
+    product, as those work best on large ones; on a CPU, the memory of which that might fill, at
+    that of a large part of it.
     """
-    if problem.formula == "linear":
+    if problem.features:
         on_cpu = jax.default_backend() == "cpu"
         block = min(problem.classes, 8192) if on_cpu else problem.classes
         hidden, kernel = inputs["hidden"], inputs["kernel"][:, :block]
         multiply = jax.jit(jnp.matmul)
         return (
             lambda: jax.block_until_ready(multiply(hidden, kernel)),
-            3 * problem.classes / block,
+            3 * problem.classes / block * float(jnp.mean(inputs["labels"] != IGNORED)),
         )
     negate, logits = jax.jit(jnp.negative), inputs["logits"]
     return lambda: jax.block_until_ready(negate(logits)), 1.0

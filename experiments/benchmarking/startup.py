@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarking import jax_peers
 from experiments.benchmarking.measure import BASELINE, OURS, Row
-from experiments.benchmarking.problems import ARGUMENTS, Problem
+from experiments.benchmarking.problems import ARGUMENTS, LINEAR, Problem
 from experiments.benchmarking.timing import Samples
 
 _ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def compile_rows(operations: list[str], rounds: int) -> list[Row]:
     rows = []
     losses = {name: jax_peers.losses()[name] for name in (OURS, BASELINE)}
     for operation, (n, classes) in itertools.product(operations, _COMPILED_SHAPES):
-        features = _FEATURES if operation == "linear" else 0
+        features = _FEATURES if operation in LINEAR else 0
         if features and (n, classes) != _COMPILED_SHAPES[0]:
             continue
         problem = Problem(operation, n, classes, "float32", features)

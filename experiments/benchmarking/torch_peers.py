@@ -17,12 +17,11 @@ from experiments.benchmarking.problems import (
     ARGUMENTS,
     ENTROPY_BONUS,
     IGNORED,
+    LINEAR,
     SMOOTHING,
     Problem,
 )
 from experiments.benchmarking.programs import Inputs, Loss, Peer, Program
-
-_DENSE = ("integer", "one-hot", "ignored", "weighted", "smoothed", "sigmoid", "statistics")
 
 
 def import_torch() -> Any:
@@ -44,7 +43,7 @@ def peers(*, compiled: bool) -> list[Peer]:
       compiled: whether `torch.compile` takes part; compiling takes it minutes.
     """
     torch = import_torch()
-    everything = frozenset((*_DENSE, "linear"))
+    everything = frozenset(ARGUMENTS)
     on_gpu = torch is not None and torch_device(torch) == "cuda"
     chunked_missing = _torch_missing(torch, "nn.functional.linear_cross_entropy")
     return [
@@ -55,22 +54,22 @@ def peers(*, compiled: bool) -> list[Peer]:
             _build(_compiled),
             _torch_missing(torch) or ("" if compiled else "left out by --quick"),
         ),
-        Peer("torch chunked", frozenset({"linear"}), _build(_chunked), chunked_missing),
+        Peer("torch chunked", frozenset(LINEAR), _build(_chunked), chunked_missing),
         Peer(
             "liger",
-            frozenset({"integer", "ignored", "weighted", "smoothed", "linear"}),
+            frozenset({"integer", "ignored", "weighted", "smoothed", *LINEAR}),
             _build(_liger),
             _gpu_missing("liger_kernel", on_gpu),
         ),
         Peer(
             "cut-cross-entropy",
-            frozenset({"linear"}),
+            frozenset(LINEAR),
             _build(_cut),
             _gpu_missing("cut_cross_entropy", on_gpu),
         ),
         Peer(
             "cut-cross-entropy exact",
-            frozenset({"linear"}),
+            frozenset(LINEAR),
             _build(partial(_cut, filter_eps=None)),
             _gpu_missing("cut_cross_entropy", on_gpu),
         ),
@@ -110,6 +109,7 @@ def _torch(torch: Any) -> dict[str, Loss]:
         "sigmoid": functional.binary_cross_entropy_with_logits,
         "statistics": statistics,
         "linear": lambda h, k, y: cross_entropy(functional.linear(h, k), y),
+        "masked": lambda h, k, y: cross_entropy(functional.linear(h, k), y, ignore_index=IGNORED),
     }
 
 
@@ -123,7 +123,8 @@ def _compiled(torch: Any) -> dict[str, Loss]:
 
 def _chunked(torch: Any) -> dict[str, Loss]:
     options = torch.nn.LinearCrossEntropyOptions()
-    return {"linear": partial(torch.nn.functional.linear_cross_entropy, options=options)}
+    linear = partial(torch.nn.functional.linear_cross_entropy, options=options)
+    return {"linear": linear, "masked": partial(linear, ignore_index=IGNORED)}
 
 
 def _liger(_: Any) -> dict[str, Loss]:
@@ -137,13 +138,15 @@ def _liger(_: Any) -> dict[str, Loss]:
             z.clone(), y, label_smoothing=SMOOTHING
         ),
         "linear": functional.liger_fused_linear_cross_entropy,
+        "masked": partial(functional.liger_fused_linear_cross_entropy, ignore_index=IGNORED),
     }
 
 
 def _cut(_: Any, **options: Any) -> dict[str, Loss]:
     # By default it leaves out blocks of the gradient in which no probability is above 2^-12.
     function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return {"linear": partial(function, **options)}
+    linear = partial(function, **options)
+    return {"linear": linear, "masked": partial(linear, ignore_index=IGNORED)}
 
 
 def _build(

@@ -34,7 +34,7 @@ TINY = Effort(0.001, 2, 2)
 
 
 def tiny(operation):
-    return Problem(operation, 6, 5, "float32", 3 if operation == "linear" else 0)
+    return Problem(operation, 6, 5, "float32", 3 if operation in problems.LINEAR else 0)
 
 
 def outputs(peer, problem):
