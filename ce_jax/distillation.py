@@ -133,8 +133,8 @@ def of_logits(
         for x in (student, teacher)
     )
     classes = sharded.all_classes(local, axis_name)
-    side = class_blocks.Options(local, -1, classes, axis_name)
-    both = Options(side, side, local)
+    side = class_blocks.Options(local, -1, classes, local, axis_name)
+    both = Options(side, side)
     by_row = options.of_rows(temperature, tuple(rows), dtype, student.counts)
     beta = None if beta is None else beta.astype(dtype)
     loss = _loss(

@@ -131,6 +131,7 @@ def layer(
         blocks.classes,
         class_axis,
         classes,
+        visited,
         axis_name,
         statistics=statistics,
         rows=tile,

@@ -120,7 +120,8 @@ def two_heads(
     pair_bytes = s.logit_bytes + t.logit_bytes
     block = block_sizes.blocks(at_once, local, pair_bytes, memory_budget, summed=False).classes
     of_teacher, of_student = (
-        class_blocks.Options(block, x.class_axis, classes, axis_name, rows=tile) for x in (t, s)
+        class_blocks.Options(block, x.class_axis, classes, local, axis_name, rows=tile)
+        for x in (t, s)
     )
     sides = [_without_unused(x.side, used) for x in (s, t)]
     if order is not None:
@@ -129,7 +130,7 @@ def two_heads(
     return TwoHeads(
         student=sides[0],
         teacher=sides[1],
-        options=Options(of_teacher, of_student, local),
+        options=Options(of_teacher, of_student),
         rows=s.rows,
         dtype=dtype,
         counts=counts,

@@ -1,8 +1,11 @@
 """Results of a loop over blocks of columns; the derivative computes each block again.
 
-`class_blocks` does this for the statistics of one softmax. A loss that reads a block in another way
-(both directions of a matrix, two matrices at once) brings a `Form`. The loop is here, with its
+The columns are classes, or the other side of pairs. A loss brings a `Form`, which says what a block
+adds to the sums of the rows, and what it gives to the cotangents. The loop is here, with its
 derivative and the care for dtypes and devices.
+
+Where only the first so many rows count, the rows of a block are visited in tiles, up to the last of
+those: the time goes with the rows that count.
 """
 
 from __future__ import annotations
@@ -13,155 +16,193 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from . import sharded
 from .dtypes import wide
 from .head import over_blocks, put, read_by_all, take
+from .numerics import instantiated
 from .order import Counting, over_rows, rows_of
 from .picked import First
 
-# For an input of which every block reads all.
-WHOLE = -1
+
+class Part(NamedTuple):
+    """What a block reads of an input.
+
+    Attributes:
+      axis: the axis that holds the columns, of which it reads its own; None if it reads all.
+      by_row: whether the first axis holds the rows.
+      dtype: in which it reads the numbers; None for that of the input.
+    """
+
+    axis: int | None = None
+    by_row: bool = False
+    dtype: DTypeLike | None = None
 
 
 class Form(NamedTuple):
     """How blocks are read and joined.
 
     Attributes:
-      start: `start(inputs, fixed)`, the sums over no columns.
-      fold: `fold(inputs, fixed, sums, first, size)`, the sums with `size` more columns.
+      start: `start(inputs, fixed, counting)`, the sums over no columns.
+      fold: `fold(inputs, fixed, sums, first)`, the sums with the columns of a block more, of which
+        `first` is the first. The inputs are what the block reads of them.
       across: joins the sums of all devices, if the columns' or rows' are to be joined.
       finish: turns the sums into the result.
-      pull: `pull(inputs, fixed, sums, g, first, size)`, what the columns of a block give to the
-        cotangents of the inputs; of an input with columns, the part that belongs to the block.
-      axes: the axis of each input that holds the columns, or `WHOLE`; a pytree like the inputs.
+      pull: `pull(inputs, fixed, sums, g, first)`, what a block gives to the cotangents of what it
+        reads.
+      parts: what it reads; a pytree of `Part` like the inputs.
       columns: how many columns there are.
       block: how many at a time.
+      tile: rows at a time, if not all count. Constants, sums and result then are by row.
+      cotangents: makes arrays of the result's cotangents, where JAX knows some to be 0.
     """
 
-    start: Callable[[Any, Any], Any]
-    fold: Callable[[Any, Any, Any, First, int], Any]
+    start: Callable[[Any, Any, Counting], Any]
+    fold: Callable[[Any, Any, Any, First], Any]
     across: Callable[[Any], Any]
     finish: Callable[[Any], Any]
-    pull: Callable[[Any, Any, Any, Any, First, int], Any]
-    axes: Any
+    pull: Callable[[Any, Any, Any, Any, First], Any]
+    parts: Any
     columns: int
     block: int
+    tile: int = 0
+    cotangents: Callable[[Any], Any] = instantiated
 
 
-def over_columns(form: Form, inputs: Any, fixed: Any, *, forward_mode: bool = False) -> Any:
-    """The result of a form, differentiable by `inputs`; `fixed` are constants."""
-    inputs, fixed = sharded.align((inputs, fixed))
+def over_columns(
+    form: Form, inputs: Any, fixed: Any, counting: Counting = None, *, forward_mode: bool = False
+) -> Any:
+    """The result of a form, differentiable by `inputs`; `fixed` are constants.
+
+    If `counting` is not None, only so many of the rows are visited, the first. The sums of the
+    others are those of the start, or of whatever they hold.
+    """
+    given = sharded.align((inputs, fixed, counting))
     if forward_mode:
-        return form.finish(sums(form, inputs, fixed))
-    return _fused(form, inputs, fixed)
+        return form.finish(sums(form, *given))
+    return _fused(form, *given)
 
 
 # Traced once, for the result and for the rule of its derivative.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def sums(form: Form, inputs: Any, fixed: Any) -> Any:
+def sums(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
     """The sums over all columns, those of all devices if they are to be joined."""
-    inputs_of_block = read_by_all(inputs)
+    of_block = _read_by_blocks(form, inputs)
 
     def step(sums: Any, first: First, size: int) -> Any:
-        return form.fold(inputs_of_block(), fixed, sums, first, size)
+        of_tile = of_block(first, size)
 
-    start = sharded.like(form.start(inputs, fixed), jax.tree.leaves(inputs)[0])
+        def fold(sums: Any, row: First, rows: int) -> Any:
+            some = functools.partial(_rows, counting, row, rows)
+            constants, seen = some((fixed, sums))
+            found = form.fold(some(of_tile(), form.parts), constants, seen, first)
+            return jax.tree.map(lambda x, new: put(x, new, row), sums, found)
+
+        return over_rows(fold, sums, _total(form, inputs), form.tile, counting)
+
+    start = sharded.like(form.start(inputs, fixed, counting), jax.tree.leaves(inputs)[0])
     return form.across(over_blocks(step, start, form.columns, form.block))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(form: Form, inputs: Any, fixed: Any) -> Any:
-    return form.finish(sums(form, inputs, fixed))
+def _fused(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
+    return form.finish(sums(form, inputs, fixed, counting))
 
 
-def _fused_fwd(form: Form, inputs: Any, fixed: Any) -> tuple[Any, Any]:
-    found = sums(form, inputs, fixed)
-    return form.finish(found), (inputs, fixed, found)
+def _fused_fwd(form: Form, *primals: Any) -> tuple[Any, Any]:
+    given: Any = jax.tree.map(lambda x: x.value, primals)
+    found = sums(form, *given)
+    return form.finish(found), (*given, found)
+
+
+def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None, None]:
+    return pulled_back(form, residuals, form.cotangents(g)), None, None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
 
 
 # As a whole for those who differentiate outside `jit`, where loops would be compiled in each call.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None]:
+def pulled_back(form: Form, residuals: Any, g: Any) -> Any:
+    """Cotangents of the inputs, given those of the result; `residuals` are all but the form."""
     residuals = jax.tree.map(jnp.asarray, residuals)  # a scalar may come as a literal
-    (inputs, fixed, sums), g = sharded.align((residuals, g))
-    inputs_of_block = read_by_all(inputs)
+    (inputs, fixed, counting, sums), g = sharded.align((residuals, g))
+    of_block = _read_by_blocks(form, inputs)
+
+    def zeros(x: Array, part: Part) -> Array:
+        """To add up in the wide dtype what every block or tile adds to."""
+        return jnp.zeros(x.shape, wide(x.dtype) if part.axis is None else x.dtype)
 
     def step(carry: Any, first: First, size: int) -> Any:
-        def add(d: Array, new: Array, axis: int) -> Array:
-            if axis == WHOLE:
-                return d + new
-            return new.astype(d.dtype) if new.shape == d.shape else put(d, new, first, axis)
+        of_tile = of_block(first, size)
 
-        block = form.pull(inputs_of_block(), fixed, sums, g, first, size)
-        return jax.tree.map(add, carry, block, form.axes)
+        def pull(d: Any, row: First, rows: int) -> Any:
+            some = functools.partial(_rows, counting, row, rows)
+            constants, seen, g_rows = some((fixed, sums, g))
+            more = form.pull(some(of_tile(), form.parts), constants, seen, g_rows, first)
+            added = jax.tree.map(jnp.add, some(d, form.parts), more)
+            return jax.tree.map(lambda d, new: put(d, new, row), d, added)
 
-    # What every block adds to adds up in the wide dtype; what is written once need not.
-    zeros = jax.tree.map(
-        lambda x, axis: jnp.zeros(x.shape, wide(x.dtype) if axis == WHOLE else x.dtype),
-        inputs,
-        form.axes,
-    )
-    zeros = sharded.like(zeros, jax.tree.leaves(inputs)[0])
-    grads = over_blocks(step, zeros, form.columns, form.block)
-    return jax.tree.map(lambda x, d: d.astype(x.dtype), inputs, grads), None
+        def nothing(d: Array, part: Part) -> Array:
+            if part.axis is None:
+                return d
+            shape = (*d.shape[: part.axis], size, *d.shape[part.axis + 1 :])
+            return sharded.like(jnp.zeros(shape, wide(d.dtype)), jax.tree.leaves(inputs)[0])
 
+        def written(d: Array, block: Array, part: Part) -> Array:
+            return block if part.axis is None else put(d, block, first, part.axis)
 
-_fused.defvjp(_fused_fwd, _fused_bwd)
+        d = jax.tree.map(nothing, carry, form.parts)
+        d = over_rows(pull, d, _total(form, inputs), form.tile, counting)
+        return jax.tree.map(written, carry, d, form.parts)
 
-
-class Visited(NamedTuple):
-    """The constants of a form whose rows are visited in tiles, and how many rows count."""
-
-    fixed: Any
-    counting: Counting
+    start = sharded.like(jax.tree.map(zeros, inputs, form.parts), jax.tree.leaves(inputs)[0])
+    grads = over_blocks(step, start, form.columns, form.block)
+    return jax.tree.map(lambda x, d: d.astype(x.dtype), inputs, grads)
 
 
-def in_tiles(form: Form, by_row: Any, total: int, tile: int) -> Form:
-    """The form in which a block is visited in tiles of rows, up to the last row that counts.
+def _read_by_blocks(form: Form, inputs: Any) -> Callable[[First, int], Callable[[], Any]]:
+    """For each block, how its tiles find what they read."""
 
-    Its constants are `Visited`. The sums are those of the start in rows that are not visited.
+    def whole(x: Array, part: Part) -> Array | None:
+        return x if part.axis is None else None
 
-    Args:
-      form: whose sums, constants and result are by row.
-      by_row: which of the inputs are by row, too; a pytree like the inputs.
-      total: how many rows there are.
-      tile: how many at a time.
-    """
+    of_all = read_by_all(jax.tree.map(whole, inputs, form.parts))
 
-    def some(inputs: Any, row: First, rows: int) -> Any:
-        return jax.tree.map(lambda x, own: take(x, row, rows) if own else x, inputs, by_row)
+    def of_block(first: First, size: int) -> Callable[[], Any]:
+        def own(x: Array, part: Part) -> Array | None:
+            return None if part.axis is None else take(x, first, size, part.axis)
 
-    def fold(inputs: Any, visited: Visited, sums: Any, first: First, size: int) -> Any:
-        inputs_of_tile = read_by_all(inputs)
+        def cast(x: Array | None, part: Part) -> Array | None:
+            return x if x is None or part.dtype is None else x.astype(part.dtype)
 
-        def of_tile(sums: Any, row: First, rows: int) -> Any:
-            of_rows = rows_of((visited.fixed, sums), row, rows)
-            found = form.fold(some(inputs_of_tile(), row, rows), *of_rows, first, size)
-            return jax.tree.map(lambda x, new: put(x, new, row), sums, found)
+        block = jax.tree.map(own, inputs, form.parts)
+        read = jax.tree.map(cast, block, form.parts, is_leaf=_is_none)
+        of_own = read_by_all(block, read)
+        return lambda: jax.tree.map(
+            lambda x, own: own if x is None else x, of_all(), of_own(), is_leaf=_is_none
+        )
 
-        return over_rows(of_tile, sums, total, tile, visited.counting)
+    return of_block
 
-    def pull(inputs: Any, visited: Visited, sums: Any, g: Any, first: First, size: int) -> Any:
-        inputs_of_tile = read_by_all(inputs)
 
-        def of_tile(d: Any, row: First, rows: int) -> Any:
-            of_rows = rows_of((visited.fixed, sums, g), row, rows)
-            more = form.pull(some(inputs_of_tile(), row, rows), *of_rows, first, size)
-            return jax.tree.map(
-                lambda d, new, own: put(d, new, row) if own else d + new, d, more, by_row
-            )
+def _is_none(x: Any) -> bool:
+    return x is None
 
-        def zeros(x: Array, axis: int) -> Array:
-            shape = list(x.shape)
-            if axis != WHOLE:
-                shape[axis] = size
-            return jnp.zeros(shape, wide(x.dtype))
 
-        d = sharded.like(jax.tree.map(zeros, inputs, form.axes), jax.tree.leaves(inputs)[0])
-        return over_rows(of_tile, d, total, tile, visited.counting)
+def _rows(counting: Counting, first: First, size: int, tree: Any, parts: Any = None) -> Any:
+    """The rows of a tile, of what is by row; all of everything if there are no tiles."""
+    if counting is None:
+        return tree
+    if parts is None:
+        return rows_of(tree, first, size)
+    return jax.tree.map(lambda x, part: take(x, first, size) if part.by_row else x, tree, parts)
 
-    return form._replace(
-        start=lambda inputs, visited: form.start(inputs, visited.fixed), fold=fold, pull=pull
-    )
+
+def _total(form: Form, inputs: Any) -> int:
+    """How many rows there are; 0 where no input is by row."""
+    rows = jax.tree.map(lambda x, part: x.shape[0] if part.by_row else None, inputs, form.parts)
+    return next(iter(jax.tree.leaves(rows)), 0)

@@ -24,9 +24,9 @@ from jaxtyping import Array, Bool, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
-from .columns import WHOLE, Form, Visited, in_tiles, over_columns
+from .columns import Form, Part, over_columns
 from .dtypes import wide
-from .head import Head, Tokens, take
+from .head import Head, Tokens
 from .numerics import not_negative, tempered_rows, weighted
 from .order import Counting
 from .picked import First
@@ -62,12 +62,10 @@ class Options(NamedTuple):
     Attributes:
       p: how p's logits are computed from its layer, if it has one.
       q: the same of q.
-      columns: how many of the local classes to visit.
     """
 
     p: class_blocks.Options
     q: class_blocks.Options
-    columns: int
 
 
 class _Sums(NamedTuple):
@@ -89,67 +87,45 @@ def divergence(
     Where the rows that count come first, `counting` is how many these are.
     """
     form = Form(
-        start=functools.partial(_start, options),
+        start=_start,
         fold=functools.partial(_fold, options),
         across=functools.partial(_across, options.p.axis_name),
         finish=_finish,
         pull=functools.partial(_pull, options),
-        axes=axes(options, inputs),
-        columns=options.columns,
+        parts=parts(options, inputs),
+        columns=options.p.local,
         block=options.p.block,
+        tile=options.p.rows,
     )
-    form, fixed = visiting(options, form, inputs, used, counting)
-    found: Array = over_columns(form, inputs, fixed, forward_mode=forward_mode)
+    found: Array = over_columns(form, inputs, used, counting, forward_mode=forward_mode)
     return found
 
 
-def visiting(
-    options: Options, form: Form, inputs: Inputs, used: Used, counting: Counting
-) -> tuple[Form, Any]:
-    """The form that leaves out the work of rows behind those that count, and its constants."""
-    if counting is None or used is None:
-        return form, used
-    tiled = in_tiles(form, _by_row(inputs), used.shape[0], options.p.rows)
-    return tiled, Visited(used, counting)
+def parts(options: Options, inputs: Inputs) -> Any:
+    """What a block of classes reads."""
+    by_row: Any = Part(by_row=True)
 
-
-def _by_row(inputs: Inputs) -> Any:
-    """For each array whether it is by row."""
-
-    def mark(tree: Any, own: bool) -> Any:
-        return jax.tree.map(lambda x: own, tree)
-
-    def of(side: Side) -> Any:
-        return mark(side, True)._replace(head=mark(side.head, False))
-
-    return Inputs(
-        of(inputs.p), of(inputs.q), mark(inputs.temperature, True), mark(inputs.share, False)
-    )
-
-
-def axes(options: Options, inputs: Inputs) -> Any:
-    """For each array the axis that holds its classes."""
-
-    def of(side: Side, class_axis: int) -> list[int]:
+    def of(side: Side, class_axis: int) -> Side:
         if side.logits is not None:
-            return [side.logits.ndim - 1]
-        head = zip(side.head, (class_axis, 0, WHOLE), strict=True)
-        return [WHOLE, *(axis for x, axis in head if x is not None)]
+            return Side(logits=by_row._replace(axis=side.logits.ndim - 1))
+        head = class_blocks.head_parts(side.head, class_axis, side.hidden.dtype)
+        return Side(hidden=by_row, head=head)
 
-    found = [*of(inputs.p, options.p.class_axis), *of(inputs.q, options.q.class_axis)]
-    found += [WHOLE for x in inputs[2:] if x is not None]
-    return jax.tree.unflatten(jax.tree.structure(inputs), found)
+    sides = of(inputs.p, options.p.class_axis), of(inputs.q, options.q.class_axis)
+    temperature = None if inputs.temperature is None else by_row
+    share: Any = None if inputs.share is None else Part()
+    return Inputs(*sides, temperature, share)
 
 
 Tiles = tuple[Float[Array, "*rows block"], Float[Array, "*rows block"]]
 
 
 def tiles(
-    options: Options, inputs: Inputs, used: Used, first: First, size: int
+    options: Options, inputs: Inputs, used: Used, first: First
 ) -> tuple[Tiles, Callable[[Tiles], Inputs]]:
     """Logits of a block of classes of both sides, and the function that pulls cotangents back."""
-    u, pull_u = _tile_of(options.p, inputs.p, first, size)
-    v, pull_v = _tile_of(options.q, inputs.q, first, size)
+    u, pull_u = _tile_of(options.p, inputs.p, first)
+    v, pull_v = _tile_of(options.q, inputs.q, first)
     dtype = jnp.promote_types(u.dtype, v.dtype)
     both, pull_both = jax.vjp(functools.partial(_both, dtype, used), u, v, inputs.temperature)
 
@@ -161,21 +137,19 @@ def tiles(
 
 
 def _tile_of(
-    options: class_blocks.Options, side: Side, first: First, size: int
+    options: class_blocks.Options, side: Side, first: First
 ) -> tuple[Array, Callable[[Array], Side]]:
     if side.logits is None:
         tokens = Tokens(side.hidden)
-        z, pull = class_blocks.block_logits(options, tokens, side.head, first, size)
+        z, pull = class_blocks.block_logits(options, tokens, side.head, first)
 
         def pull_layer(dz: Array) -> Side:
             d_tokens, d_head = pull(dz)
             return Side(hidden=d_tokens.hidden, head=d_head)
 
         return z, pull_layer
-    local = side.logits.shape[-1]
-    z = take(side.logits, first, size, side.logits.ndim - 1)
-    z = z.astype(wide(z.dtype))
-    z = sharded.without_padding(z, options.classes, local, options.axis_name, first)
+    z = side.logits.astype(wide(side.logits.dtype))
+    z = sharded.without_padding(z, options.classes, options.local, options.axis_name, first)
     return z, lambda dz: Side(logits=dz)
 
 
@@ -188,29 +162,26 @@ def _both(dtype: DTypeLike, used: Used, u: Array, v: Array, temperature: Array |
     return tempered_rows(u, temperature), tempered_rows(v, temperature)
 
 
-def nothing(options: Options, inputs: Inputs, used: Used) -> Partial:
+def nothing(inputs: Inputs, used: Used) -> Partial:
     """The normaliser of no classes, of p or of q.
 
     In a row that is not used, that of one class with the logit 0: if no block visits the row, its
     divergence is 0.
     """
-    size = min(options.p.block, options.columns)
-    tile, _ = jax.eval_shape(lambda: tiles(options, inputs, used, 0, size)[0])
-    base, sum_exp = no_classes(tile.shape[:-1], tile.dtype)
+    p, q = (side.hidden if side.logits is None else side.logits for side in inputs[:2])
+    base, sum_exp = no_classes(p.shape[:-1], wide(p.dtype, q.dtype))
     if used is None:
         return Partial(base, sum_exp)
     return Partial(jnp.where(used, base, 0), jnp.where(used, sum_exp, 1))
 
 
-def _start(options: Options, inputs: Inputs, used: Used) -> _Sums:
-    part = nothing(options, inputs, used)
+def _start(inputs: Inputs, used: Used, _: Counting) -> _Sums:
+    part = nothing(inputs, used)
     return _Sums(part, part, jnp.zeros_like(part.sum_exp))
 
 
-def _fold(
-    options: Options, inputs: Inputs, used: Used, sums: _Sums, first: First, size: int
-) -> _Sums:
-    both, _ = tiles(options, inputs, used, first, size)
+def _fold(options: Options, inputs: Inputs, used: Used, sums: _Sums, first: First) -> _Sums:
+    both, _ = tiles(options, inputs, used, first)
     new = _read(*both)
     p, q = merge(sums.p, new.p), merge(sums.q, new.q)
     gap = _rebased(sums, p.base, q.base) + _rebased(new, p.base, q.base)
@@ -260,9 +231,8 @@ def _pull(
     sums: _Sums,
     g: Float[Array, "*rows"],
     first: First,
-    size: int,
 ) -> Inputs:
-    (u, v), pull = tiles(options, inputs, used, first, size)
+    (u, v), pull = tiles(options, inputs, used, first)
     u, v = shift(u, sums.p.base), shift(v, sums.q.base)
     exp = jnp.exp(u)
     p = exp / sums.p.sum_exp[..., None]

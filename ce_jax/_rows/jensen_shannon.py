@@ -17,7 +17,7 @@ as `1 + (1 - s) (q / p - 1)`, and its logarithm by `log1p`.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from .. import _platform
 from . import sharded, tile
 from .columns import Form, over_columns, sums
-from .divergence import Inputs, Options, Tiles, Used, axes, nothing, tiles, visiting
+from .divergence import Inputs, Options, Tiles, Used, nothing, parts, tiles
 from .numerics import expm1_less_x, weighted
 from .order import Counting
 from .picked import First
@@ -55,35 +55,34 @@ def jensen_shannon(
     """The divergence of each row, where p has `inputs.share`; 0 in rows that are not `used`."""
     axis_name = options.p.axis_name
     normalisers = Form(
-        start=functools.partial(_no_classes, options),
+        start=_no_classes,
         fold=functools.partial(_normalise, options),
         across=functools.partial(_merged, axis_name),
         finish=_finish,
         pull=functools.partial(_pull, options),
-        axes=axes(options, inputs),
-        columns=options.columns,
+        parts=parts(options, inputs),
+        columns=options.p.local,
         block=options.p.block,
+        tile=options.p.rows,
     )
     form = normalisers._replace(
-        fold=functools.partial(_fold, options), across=functools.partial(_added, axis_name)
+        start=functools.partial(_start, normalisers),
+        fold=functools.partial(_fold, options),
+        across=functools.partial(_added, axis_name),
     )
-    normalisers, fixed = visiting(options, normalisers, inputs, used, counting)
-    form, _ = visiting(options, form, inputs, used, counting)
-    # The start is a loop of its own, so it gets the constants as the loop does.
-    form = form._replace(start=functools.partial(_start, normalisers))
-    found: Array = over_columns(form, inputs, fixed, forward_mode=forward_mode)
+    found: Array = over_columns(form, inputs, used, counting, forward_mode=forward_mode)
     return found
 
 
-def _no_classes(options: Options, inputs: Inputs, used: Used) -> _Normalisers:
-    part = nothing(options, inputs, used)
+def _no_classes(inputs: Inputs, used: Used, _: Counting) -> _Normalisers:
+    part = nothing(inputs, used)
     return _Normalisers(part, part)
 
 
 def _normalise(
-    options: Options, inputs: Inputs, used: Used, seen: _Normalisers, first: First, size: int
+    options: Options, inputs: Inputs, used: Used, seen: _Normalisers, first: First
 ) -> _Normalisers:
-    both, _ = tiles(options, inputs, used, first, size)
+    both, _ = tiles(options, inputs, used, first)
     new = (tile.read(z, Target(), _platform.normaliser(z)) for z in both)
     return _Normalisers(*map(merge, seen, new))
 
@@ -92,16 +91,14 @@ def _merged(axis_name: str | None, of: _Normalisers) -> _Normalisers:
     return _Normalisers(*(sharded.merge_across(x, axis_name) for x in of))
 
 
-def _start(normalisers: Form, inputs: Inputs, fixed: Any) -> _Sums:
-    of = sums(normalisers, inputs, fixed)
+def _start(normalisers: Form, inputs: Inputs, used: Used, counting: Counting) -> _Sums:
+    of = sums(normalisers, inputs, used, counting)
     zero = jnp.zeros_like(of.p.sum_exp)
     return _Sums(of, zero, zero, zero)
 
 
-def _fold(
-    options: Options, inputs: Inputs, used: Used, seen: _Sums, first: First, size: int
-) -> _Sums:
-    both, _ = tiles(options, inputs, used, first, size)
+def _fold(options: Options, inputs: Inputs, used: Used, seen: _Sums, first: First) -> _Sums:
+    both, _ = tiles(options, inputs, used, first)
     p, q = (jnp.sum(x.terms, -1) for x in _compared(both, seen.of, inputs.share))
     share = inputs.share.astype(p.dtype)
     weighted = share * p + (1 - share) * q
@@ -169,9 +166,8 @@ def _pull(
     seen: _Sums,
     g: Float[Array, "*rows"],
     first: First,
-    size: int,
 ) -> Inputs:
-    both, pull = tiles(options, inputs, used, first, size)
+    both, pull = tiles(options, inputs, used, first)
     p, q = _compared(both, seen.of, inputs.share)
     share = inputs.share.astype(g.dtype)
     g = g[..., None]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from .. import _platform
 from .._platform import block_sizes
 from . import logistic, sharded, tile
-from .columns import WHOLE, Form, over_columns
+from .columns import Form, Part, over_columns
 from .dtypes import wide
 from .head import Head, Tokens, over_blocks, put, take
 from .head import logits as products_of
@@ -48,7 +48,7 @@ class Sides(NamedTuple):
 
 # The differentiable inputs of a form, or their cotangents: rows, columns, scale.
 _Inputs = tuple[Array, Array, Array]
-_Axes = (WHOLE, 0, WHOLE)
+_PARTS = (Part(), Part(0), Part())
 _Partials = tuple[Partial, Partial]
 _Pull = Callable[[Float[Array, "n block"]], _Inputs]
 _Directions = tuple[RowStatistics, RowStatistics]
@@ -96,7 +96,7 @@ def _inputs(x: Sides) -> _Inputs:
     return x.rows, x.columns, x.scale
 
 
-def _logits(inputs: _Inputs, first: First, size: int) -> tuple[Float[Array, "n block"], _Pull]:
+def _logits(inputs: _Inputs) -> tuple[Float[Array, "n block"], _Pull]:
     """The logits of a block of columns, and what takes their cotangents back to the inputs.
 
     The scale multiplies the products in their wide dtype: rounded into narrow rows it would move
@@ -105,7 +105,7 @@ def _logits(inputs: _Inputs, first: First, size: int) -> tuple[Float[Array, "n b
     outside `jit`, logits of 1e6 and more are then off by their last digit.
     """
     rows, columns, scale = inputs
-    products, pull_products = products_of(Tokens(rows), Head(take(columns, first, size)), 0)
+    products, pull_products = products_of(Tokens(rows), Head(columns), 0)
 
     def pull(dz: Float[Array, "n block"]) -> _Inputs:
         tokens, head = pull_products(dz * scale)
@@ -181,12 +181,12 @@ def _pulled_back(view: _View, part: Partial, g: RowStatistics) -> Float[Array, "
 def one_direction(x: Sides, *, memory_budget: int | None, forward_mode: bool) -> Float[Array, " n"]:
     """Cross-entropy of each row with its column: row `i` is paired with column `first + i`."""
     form = Form(
-        start=lambda inputs, fixed: _nothing(inputs[0]),
+        start=lambda inputs, *_: _nothing(inputs[0]),
         fold=functools.partial(_fold_rows, _by_row),
         across=_not_empty,
         finish=lambda part: tile.finish(part).cross,
         pull=functools.partial(_pull_rows, _by_row),
-        axes=_Axes,
+        parts=_PARTS,
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 2),
     )
@@ -195,9 +195,9 @@ def one_direction(x: Sides, *, memory_budget: int | None, forward_mode: bool) ->
 
 
 def _fold_rows(
-    view: _ViewOf, inputs: _Inputs, fixed: _Fixed, sums: Partial, first: First, size: int
+    view: _ViewOf, inputs: _Inputs, fixed: _Fixed, sums: Partial, first: First
 ) -> Partial:
-    z, _ = _logits(inputs, first, size)
+    z, _ = _logits(inputs)
     return merge(sums, _read(view(z, fixed, first)))
 
 
@@ -208,9 +208,8 @@ def _pull_rows(
     sums: Partial,
     g: Array,
     first: First,
-    size: int,
 ) -> _Inputs:
-    z, pull = _logits(inputs, first, size)
+    z, pull = _logits(inputs)
     return pull(_pulled_back(view(z, fixed, first), sums, _of_cross(g)))
 
 
@@ -231,23 +230,24 @@ def both_directions(
     Row `i` is paired with column `first + i`, its label. One matrix serves both.
     """
     form = Form(
-        start=lambda inputs, fixed: tuple(_nothing(x, argmax=argmax) for x in inputs[:2]),
+        start=lambda inputs, *_: tuple(_nothing(x, argmax=argmax) for x in inputs[:2]),
         fold=functools.partial(_fold_both, argmax),
         across=functools.partial(_join_columns, axis_name),
         finish=lambda sums: tuple(map(tile.finish, sums)),
         pull=_pull_both,
-        axes=_Axes,
+        parts=_PARTS,
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 2),
+        cotangents=lambda g: tuple(map(tile.cotangents, g)),
     )
     both: _Directions = over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
     return both
 
 
 def _fold_both(
-    argmax: bool, inputs: _Inputs, fixed: _Fixed, sums: _Partials, first: First, size: int
+    argmax: bool, inputs: _Inputs, fixed: _Fixed, sums: _Partials, first: First
 ) -> _Partials:
-    z, _ = _logits(inputs, first, size)
+    z, _ = _logits(inputs)
     new = _read(_by_column(z, fixed, first), argmax)
     of_columns = jax.tree.map(lambda x, new: put(x, new, first), sums[1], new)
     return merge(sums[0], _read(_by_row(z, fixed, first), argmax)), of_columns
@@ -264,11 +264,9 @@ def _pull_both(
     sums: _Partials,
     g: _Directions,
     first: First,
-    size: int,
 ) -> _Inputs:
-    z, pull = _logits(inputs, first, size)
-    of_columns = sums[1], g[1]._replace(argmax=ABSENT)
-    part, d = jax.tree.map(lambda x: take(x, first, size), of_columns)
+    z, pull = _logits(inputs)
+    part, d = jax.tree.map(lambda x: take(x, first, z.shape[1]), (sums[1], g[1]))
     by_row = _pulled_back(_by_row(z, fixed, first), sums[0], g[0])
     return pull(by_row + _pulled_back(_by_column(z, fixed, first), part, d).T)
 
@@ -287,12 +285,12 @@ def decisions(
     Row `i` is to be told from all columns but `first + i`.
     """
     form = Form(
-        start=lambda inputs, fixed: jnp.zeros(inputs[0].shape[0], wide(inputs[0].dtype)),
+        start=lambda inputs, *_: jnp.zeros(inputs[0].shape[0], wide(inputs[0].dtype)),
         fold=_fold_decisions,
         across=lambda sums: sums,
         finish=lambda sums: sums,
         pull=_pull_decisions,
-        axes=(*_Axes, WHOLE),
+        parts=(*_PARTS, Part()),
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 3),
     )
@@ -311,9 +309,9 @@ def _pair_losses(
 
 
 def _fold_decisions(
-    inputs: _Biased, fixed: _Fixed, sums: Array, first: First, size: int
+    inputs: _Biased, fixed: _Fixed, sums: Array, first: First
 ) -> Float[Array, " n"]:
-    z, _ = _logits(inputs[:3], first, size)
+    z, _ = _logits(inputs[:3])
     return sums + jnp.sum(_pair_losses(fixed, first, z + inputs[3], forward_mode=True), -1)
 
 
@@ -323,9 +321,8 @@ def _pull_decisions(
     sums: Array,
     g: Array,
     first: First,
-    size: int,
 ) -> _Biased:
-    z, pull = _logits(inputs[:3], first, size)
+    z, pull = _logits(inputs[:3])
     losses = functools.partial(_pair_losses, fixed, first, forward_mode=False)
     _, pull_losses = jax.vjp(losses, z + inputs[3])
     (dz,) = pull_losses(jnp.broadcast_to(g[:, None], z.shape))
@@ -358,12 +355,12 @@ def against_group(
     nobody = sharded.like(jnp.zeros(groups.rows.shape, jnp.int32), groups.rows)
     positives = over_blocks(count, nobody, columns, block)
     form = Form(
-        start=lambda inputs, fixed: _nothing(inputs[0], probs=True),
+        start=lambda inputs, *_: _nothing(inputs[0], probs=True),
         fold=functools.partial(_fold_rows, _against_others),
         across=_not_empty,
         finish=lambda part: tile.finish(part).cross,
         pull=functools.partial(_pull_rows, _against_others),
-        axes=_Axes,
+        parts=_PARTS,
         columns=columns,
         block=block,
     )

@@ -128,7 +128,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         of_block = target._replace(labels=part(target.labels))
         block = jax.tree.map(part, rows._replace(shared=()))
         z, pull = class_blocks.block_logits(
-            options.head, jax.tree.map(part, tokens), head_of_block(), 0, options.head.classes
+            options.head, jax.tree.map(part, tokens), head_of_block(), 0
         )
         found = _platform.read(z, of_block, _platform.normaliser(z), **wanted)
 
@@ -186,9 +186,7 @@ def _fused_bwd(
             (inputs.tokens, inputs.head, target, counting, part),
             tile.cotangents(g_found),
         )
-        tokens, head, classes = jax.tree.map(
-            jnp.add, (d.tokens, d.head, d.classes), (*more[:2], more[2].classes)
-        )
+        tokens, head, classes = jax.tree.map(jnp.add, (d.tokens, d.head, d.classes), tuple(more))
         d = d._replace(tokens=tokens, head=head, classes=classes)
     rows = RowInputs(d.scales, d.shared, flags=None)
     return d.tokens, d.head, tile.Target(classes=d.classes), rows, None
