@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from ._arguments import checks
 from ._arguments.types import ArrayLike, Scalar
 from ._rows.dtypes import wide
-from ._rows.numerics import linear
+from ._rows.numerics import linear, log_complement
 
 # 1/17, ..., 1/5, 1/3: the series of `_kl_terms`. With |s| <= 1/8 the first term left out is below
 # float64's rounding.
@@ -273,18 +273,13 @@ def _entropy_terms_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 @jax.custom_jvp
 def _binary_entropy_terms(p: Array) -> Array:
     certain = p == 1
-    return _entropy_terms(p) + (p - 1) * _log_complement(jnp.where(certain, 0.0, p))
+    return _entropy_terms(p) + (p - 1) * log_complement(jnp.where(certain, 0.0, p))
 
 
 @_binary_entropy_terms.defjvp
 def _binary_entropy_terms_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (p,), (dp,) = primals, tangents
-    return _binary_entropy_terms(p), (_log_complement(p) - jnp.log(p)) * dp
-
-
-def _log_complement(p: Array) -> Array:
-    """log(1 - p). 1 - p would round a small p away; XLA's float64 log1p is coarse below -1/4."""
-    return jnp.where(p < 0.25, jnp.log1p(-p), jnp.log(1 - p))
+    return _binary_entropy_terms(p), (log_complement(p) - jnp.log(p)) * dp
 
 
 @jax.custom_jvp
@@ -313,8 +308,8 @@ def _kl_sum_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Arr
     p, q = map(_visible, primals)
     near, d = _nearness(p, q)
     # Where both are 0 the one-sided limit is +inf, not log 0 - log 0.
-    log_p = jnp.log(jnp.where((p == 0) & (q == 0), 1.0, p))
-    log_ratio = jnp.where(near, jnp.log1p(d / jnp.where(near, q, 1.0)), log_p - jnp.log(q))
+    far = _log_ratio(jnp.where((p == 0) & (q == 0), 1.0, p), q)
+    log_ratio = jnp.where(near, jnp.log1p(d / jnp.where(near, q, 1.0)), far)
     tangent = linear((log_ratio + 1, -_ratio(p, q)), tangents)
     return _kl_sum(p, q, axes), jnp.sum(tangent, axis=axes)
 
@@ -333,8 +328,23 @@ def _kl_terms(p: Array, q: Array) -> tuple[Array, Array]:
     t = s2 * functools.reduce(lambda t, c: t * s2 + c, _SERIES, jnp.zeros_like(s))
     impossible = (p == 0) & (q >= 0)
     safe_p, safe_q = (jnp.where(impossible, 1.0, x) for x in (p, q))
-    far = jnp.where(impossible, 0.0, p * (jnp.log(safe_p) - jnp.log(safe_q)))
+    far = jnp.where(impossible, 0.0, p * _log_ratio(safe_p, safe_q))
     return jnp.where(near, d * (s + t + s * t), far), d
+
+
+@jax.custom_jvp
+def _log_ratio(p: Array, q: Array) -> Array:
+    """log(p / q), which has more digits than the difference of the logarithms."""
+    ratio = p / q
+    normal = (ratio >= jnp.finfo(p.dtype).tiny) & (ratio < jnp.inf)
+    return jnp.where(normal, jnp.log(jnp.where(normal, ratio, 1.0)), jnp.log(p) - jnp.log(q))
+
+
+# That of the quotient divides by the square of q, which may underflow.
+@_log_ratio.defjvp
+def _log_ratio_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (p, q), (dp, dq) = primals, tangents
+    return _log_ratio(p, q), dp / p - dq / q
 
 
 def _nearness(p: Array, q: Array) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from ._arguments.log_probs import reduced, rows_of
 from ._arguments.options import scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
-from ._rows.logistic import probabilities
+from ._rows.logistic import probabilities, softplus
 from ._rows.numerics import weighted
 
 
@@ -114,7 +114,7 @@ def _dpo(
     def loss(*values: Array) -> Array:
         margin = _margin(*values)
         x, eps = beta.astype(margin.dtype) * margin, label_smoothing.astype(margin.dtype)
-        return weighted(1 - eps, jax.nn.softplus(-x)) + weighted(eps, jax.nn.softplus(x))
+        return weighted(1 - eps, softplus(-x)) + weighted(eps, softplus(x))
 
     return reduced(loss, rows, reduction)
 

@@ -14,7 +14,7 @@ from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducibl
 from ._rows import sharded
 from ._rows.dtypes import wide
 from ._rows.loss import smoothing_coefficients, softmax_loss
-from ._rows.numerics import silenced, weighted
+from ._rows.numerics import log_complement, silenced, weighted
 from ._rows.tile import RowStatistics
 
 
@@ -204,7 +204,9 @@ def _binary_cross_entropy(
     sample_weight = reductions.weights("sample_weight", sample_weight, p.shape, y.dtype)
     if sample_weight is not None:  # 0 times the NaN of what is no probability would be NaN
         p = jnp.where((sample_weight == 0) & ~((p >= 0) & (p <= 1)), 0.5, p)
-    loss = -(y * _clamped_log(p) + (1 - y) * _clamped_log(1 - p))
+    certain = p == 1
+    log_complement_p = jnp.where(certain, -100, log_complement(jnp.where(certain, 0, p)))
+    loss = -(y * _clamped_log(p) + (1 - y) * log_complement_p)
     weight = reductions.element_weights("weight", weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, loss)

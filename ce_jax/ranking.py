@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._arguments import options, reductions
-from ._arguments.compared import compared, tempered
+from ._arguments.compared import compared
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
-from ._rows.numerics import silenced, weighted
+from ._rows.numerics import silenced, tempered, weighted
 from .sigmoid import sigmoid_binary_cross_entropy
 
 
@@ -84,8 +84,10 @@ def _bpr(
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
-    x = tempered(compared(label_logits, negative_logits, where, sample_weight), temperature)
-    ahead = x.label[..., None] - x.negatives
+    x = compared(label_logits, negative_logits, where, sample_weight)
+    ahead = x.label[..., None] - x.negatives  # of quotients it would lose digits
+    of_row = options.of_rows(temperature, x.label.shape, ahead.dtype, x.counts)
+    ahead = ahead if of_row is None else tempered(ahead, of_row)
     included = jnp.ones(ahead.shape, bool) if x.included is None else x.included
     losses = sigmoid_binary_cross_entropy(
         ahead, jnp.ones_like(ahead), where=included, forward_mode=forward_mode
@@ -188,12 +190,17 @@ def _gbce(
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
-    x = tempered(compared(label_logits, negative_logits, where, sample_weight), temperature)
+    x = compared(label_logits, negative_logits, where, sample_weight)
+    x = x._replace(
+        label=options.tempered_elements(x.label, temperature, x.counts),
+        negatives=options.tempered_logits(x.negatives, temperature, x.counts),
+    )
     dtype = x.label.dtype
     number = jnp.full(x.label.shape, x.negatives.shape[-1], dtype)
     if x.included is not None:
         number = jnp.sum(x.included, -1, dtype=dtype)
-    beta = 1 - calibration.astype(dtype) * (1 - number / (items - 1))
+    calibration = calibration.astype(dtype)
+    beta = (1 - calibration) + calibration * (number / (items - 1))  # which may be nearly 0
     of_label = sigmoid_binary_cross_entropy(
         x.label, jnp.ones_like(x.label), forward_mode=forward_mode
     )

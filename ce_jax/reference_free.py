@@ -7,7 +7,6 @@ and order.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -17,6 +16,7 @@ from ._arguments.log_probs import reduced, rows_of
 from ._arguments.options import log_probability, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
+from ._rows.logistic import softplus
 
 
 @reducible
@@ -95,7 +95,7 @@ def _simpo(
 
     def loss(better: Array, worse: Array) -> Array:
         x = beta.astype(better.dtype) * (better - worse) - gamma.astype(better.dtype)
-        return jax.nn.softplus(-x)
+        return softplus(-x)
 
     return reduced(loss, rows, reduction)
 
@@ -190,7 +190,7 @@ def _log1p_odds_ratio(better: Array, worse: Array) -> Array:
     ratio = jnp.exp(low - high) * (jnp.expm1(high) / jnp.expm1(low))
     better, worse = (jnp.where(ahead, -1, x) for x in (better, worse))
     log_ratio = (worse - better) + (_log1mexp(better) - _log1mexp(worse))
-    return jnp.where(ahead, jnp.log1p(ratio), jax.nn.softplus(log_ratio))
+    return jnp.where(ahead, jnp.log1p(ratio), softplus(log_ratio))
 
 
 def _log1mexp(x: Array) -> Array:

@@ -10,12 +10,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks, options, reductions, targets
-from ._arguments.compared import Compared, compared, tempered
+from ._arguments.compared import Compared, compared
 from ._arguments.compiled import compiled
 from ._arguments.layer import head_of
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dtypes import wide
+from ._rows.numerics import relative
 from ._rows.sampled import layer_logits
 from .negatives import Negatives
 from .softmax import softmax_cross_entropy_with_integer_labels
@@ -307,11 +308,15 @@ def _loss(
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
-    x = tempered(x, temperature)
-    negatives = _corrected(x.negatives, "log_expected_count", log_expected_count)
-    label = _corrected(x.label, "label_log_expected_count", label_log_expected_count)
-    if x.included is not None:
-        negatives = jnp.where(x.included, negatives, -jnp.inf)
+    def included(negatives: Array) -> Array:
+        return negatives if x.included is None else jnp.where(x.included, negatives, -jnp.inf)
+
+    logits = jnp.concatenate([x.label[..., None], included(x.negatives)], -1)
+    if temperature is not None:  # their differences lose digits if they are divided before
+        logits = options.tempered_logits(relative(logits), temperature, x.counts)
+    label, negatives = logits[..., 0], logits[..., 1:]
+    label = _corrected(label, "label_log_expected_count", label_log_expected_count)
+    negatives = included(_corrected(negatives, "log_expected_count", log_expected_count))
     return softmax_cross_entropy_with_integer_labels(
         jnp.concatenate([label[..., None], negatives], -1),
         jnp.zeros(label.shape, jnp.int32),

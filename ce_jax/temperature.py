@@ -111,6 +111,7 @@ def _fit_temperature(
     usable = at_label[..., 0] > -jnp.inf
     if label.counts is not None:
         usable &= label.counts
+    unknown = label.unknown if weight is None else label.unknown & (weight != 0)
     weight = jnp.where(usable, jnp.ones(shape[:-1], dtype) if weight is None else weight, 0)
     # Relative to the label's logit, which the formulas then do not need; 0 if it is masked.
     z = jnp.where(allowed, z - jnp.where(usable[..., None], at_label, 0), 0)
@@ -153,5 +154,4 @@ def _fit_temperature(
     inverse = jax.lax.while_loop(unsettled, step, state)[2]
     found = jnp.clip(1 / inverse, low, high)
     found = jnp.where(coldest, low, jnp.where(hottest, high, found))
-    known = weight != 0 if sample_weight is not None else jnp.ones_like(usable)
-    return jnp.where(jnp.any(label.unknown & known) | jnp.isnan(first), jnp.nan, found)
+    return jnp.where(jnp.any(unknown) | jnp.isnan(first), jnp.nan, found)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._rows.dtypes import wide
-from . import checks, options, reductions
+from . import checks, reductions
 from .types import ArrayLike
 
 
@@ -67,11 +67,3 @@ def compared(
         label = jnp.where(kept, label, 0)
         negatives = jnp.where(kept[..., None], negatives, 0)
     return Compared(label, negatives, counts, included, weights)
-
-
-def tempered(x: Compared, temperature: Array | None) -> Compared:
-    """All logits of a row over its temperature."""
-    return x._replace(
-        label=options.tempered_elements(x.label, temperature, x.counts),
-        negatives=options.tempered_logits(x.negatives, temperature, x.counts),
-    )

@@ -51,6 +51,11 @@ def _logistic(z: Array, y: Array, pos_weight: Array | None) -> Float[Array, "*sh
     return far + far * excess + near
 
 
+def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`log(1 + exp(x))`, whose derivatives keep their digits at both ends."""
+    return _logistic(x, jnp.zeros_like(x), None)
+
+
 @jax.custom_jvp
 def probabilities(z: Float[Array, "*shape"]) -> tuple[Array, Array]:
     """The sigmoids `p` of z and `q` of -z, as `p = 1 / (1 + e)` and `q = e p`.

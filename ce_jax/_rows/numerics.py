@@ -169,12 +169,29 @@ def one_minus_exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(near, -small * expm1_ratio(small), 1 - jnp.exp(large))
 
 
+def log_complement(p: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log(1 - p). 1 - p would round a small p away; XLA's float64 log1p is coarse below -1/4."""
+    return jnp.where(p < 0.25, jnp.log1p(-p), jnp.log(1 - p))
+
+
+@jax.custom_jvp
+def _expm1(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`e^x - 1`, with the derivative `e^x` (JAX's own, `expm1(x) + 1`, is 0 for x < -17)."""
+    return jnp.expm1(x)
+
+
+@_expm1.defjvp
+def _expm1_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    return _expm1(x), jnp.exp(x) * dx
+
+
 def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`e^x - 1 - x`, without the cancellation near 0."""
     near = jnp.abs(x) <= 0.5
     small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)
     series = jnp.square(small) * _polynomial(_SECOND, small)
-    return jnp.where(near, series, jnp.expm1(large) - large)
+    return jnp.where(near, series, _expm1(large) - large)
 
 
 @jax.custom_jvp
