@@ -75,8 +75,8 @@ def linear_softmax_cross_entropy(
     are used for a "sum", "mean" or "ratio" over all tokens, if the budget has room for the logits
     of 1024 tokens, or of all tokens if there are fewer. They are not used with `axis_name` or
     `forward_mode`, nor with a `log_prob_loss` that has a traced parameter inside `jax.shard_map`.
-    The value alone takes one matmul in both ways. Who differentiates the statistics, too, pays
-    three matmuls more.
+    The value alone takes one matmul in both ways. The derivative of the statistics takes three
+    matmuls more.
 
     Args:
       hidden: `[..., D]`, floating.
@@ -100,8 +100,8 @@ def linear_softmax_cross_entropy(
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
-      log_prob_loss: replaces the negative log-probability: an elementwise function of the array of
-        the labels' log-probabilities, such as `ce_jax.focal_loss`. Class weights and smoothing
+      log_prob_loss: replaces the negative log-probability: a function of one log-probability, a
+        scalar, such as `ce_jax.focal_loss`. Class weights and smoothing
         apply to it as to the plain loss. Outside `jit`, each new function object is compiled again:
         define it at module level.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `kernel`, `bias` and `weight`
@@ -112,12 +112,13 @@ def linear_softmax_cross_entropy(
         `mean_denominator`).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
       return_statistics: return `(loss, statistics)` from one pass, with the statistics of
-        `linear_softmax_statistics`. The accuracy is the mean of `statistics.argmax == labels`.
+        `linear_softmax_statistics`. The accuracy is the mean of `statistics.argmax == labels` over
+        the rows that count (`jnp.mean(..., where=...)`): of others the argmax is 0.
       memory_budget: bytes that a block of logits and its gradient may take. The default is a third
-        of the kernel's bytes, but at least 256 MB and at most 1 GB. For a sum or mean with a narrow
-        `hidden` and a float32 kernel it is a quarter of all logits, up to 1.3 GB, or the bytes of
-        1024 tokens, up to 2 GB. On a CPU it is 17 MB, and less if the CPU simulates several
-        devices.
+        of the kernel's bytes in the dtype of `hidden`, within 256 MB and 1 GB. For a sum or mean
+        with a narrow `hidden` and a float32 kernel it is a quarter of all logits, up to 1.3 GB, or
+        the bytes of 1024 tokens, up to 2 GB. On a CPU it is 17 MB, and less if the CPU simulates
+        several devices.
       forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
         custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
         then differentiates by its own rules, in the same memory.

@@ -46,7 +46,7 @@ def init_log_variances(losses: PyTree, *, value: Scalar = 0.0) -> PyTree:
       and Semantics`, 2018.
     """
     start = scalar("value", value)
-    return jax.tree.map(lambda loss: start.astype(_task_loss(loss).dtype), losses)
+    return jax.tree.map(lambda loss: start.astype(_scalar("losses", loss).dtype), losses)
 
 
 def uncertainty_weighted_loss(log_variances: PyTree, losses: PyTree) -> Float[Array, ""]:
@@ -92,7 +92,7 @@ def uncertainty_weighted_loss(log_variances: PyTree, losses: PyTree) -> Float[Ar
         raise ValueError("losses must have at least one leaf, got none")
     return _uncertainty_weighted_loss(
         [_scalar("log_variances", x) for x in jax.tree.leaves(log_variances)],
-        [_task_loss(x) for x in jax.tree.leaves(losses)],
+        [_scalar("losses", x) for x in jax.tree.leaves(losses)],
     )
 
 
@@ -106,10 +106,6 @@ def _uncertainty_weighted_loss(log_variances: list[Array], losses: list[Array]) 
         weight = jnp.exp(-jnp.where(low, _LOWEST, s)) * jnp.where(low, 1 + _LOWEST - s, 1)
         total = total + weight * loss.astype(dtype) + s / 2
     return total
-
-
-def _task_loss(x: ArrayLike) -> Float[Array, ""]:
-    return _scalar("losses", x)
 
 
 def _scalar(name: str, x: ArrayLike) -> Float[Array, ""]:

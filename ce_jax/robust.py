@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._arguments import checks
-from ._arguments.compiled import array, compiled
+from ._arguments.compiled import compiled
 from ._arguments.options import log_probability, scalar
 from ._arguments.types import ArrayLike, Scalar
 from ._rows import sharded
@@ -238,8 +238,7 @@ def soft_bootstrapped_cross_entropy(
     References:
       Reed et al., `Training Deep Neural Networks on Noisy Labels with Bootstrapping`, 2014.
     """
-    beta = scalar("beta", beta, 0.0, 1.0)
-    return _soft_bootstrapped(log_prob, array("entropy", entropy), beta)
+    return _soft_bootstrapped(log_prob, entropy, scalar("beta", beta, 0.0, 1.0))
 
 
 def hard_bootstrapped_cross_entropy(
@@ -276,9 +275,7 @@ def hard_bootstrapped_cross_entropy(
     References:
       Reed et al., `Training Deep Neural Networks on Noisy Labels with Bootstrapping`, 2014.
     """
-    beta = scalar("beta", beta, 0.0, 1.0)
-    own = array("argmax_log_prob", argmax_log_prob)
-    return _hard_bootstrapped(log_prob, own, beta)
+    return _hard_bootstrapped(log_prob, argmax_log_prob, scalar("beta", beta, 0.0, 1.0))
 
 
 @compiled
@@ -287,9 +284,9 @@ def _soft_bootstrapped(log_prob: Array, entropy: Array, beta: Array) -> Array:
 
 
 @compiled
-def _hard_bootstrapped(log_prob: Array, own: Array, beta: Array) -> Array:
-    name = "argmax_log_prob"
-    return _bootstrapped(log_prob, name, -log_probability(name, own), beta)
+def _hard_bootstrapped(log_prob: Array, argmax_log_prob: Array, beta: Array) -> Array:
+    own_loss = -log_probability("argmax_log_prob", argmax_log_prob)
+    return _bootstrapped(log_prob, "argmax_log_prob", own_loss, beta)
 
 
 def _bootstrapped(log_prob: Array, name: str, own_loss: Array, beta: Array) -> Array:

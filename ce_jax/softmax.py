@@ -83,8 +83,9 @@ def softmax_cross_entropy_with_integer_labels(
         gives NaN; see `mean_denominator`).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
       return_statistics: return `(loss, statistics)` from one pass, with the statistics of
-        `softmax_statistics`. The accuracy is the mean of `statistics.argmax == labels`. Under
-        `jit`, statistics that are not used are not computed.
+        `softmax_statistics`. The accuracy is the mean of `statistics.argmax == labels` over the
+        rows that count (`jnp.mean(..., where=...)`): of others the argmax is 0. Under `jit`,
+        statistics that are not used are not computed.
       forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
         custom gradient ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"); JAX
         then differentiates by its own rules.

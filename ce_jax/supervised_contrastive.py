@@ -105,9 +105,7 @@ def _supervised_contrastive(
     labels = checks.integer("labels", labels)
     checks.shape_is("labels", labels, x.rows.shape[:1], "one class id per row")
     labels = sharded.like(labels, x.rows)
-    groups = pairs.Groups(labels, gathered(labels, axis_name))
-    loss, counts = pairs.against_group(
-        x, groups, memory_budget=memory_budget, forward_mode=forward_mode
-    )
+    x = x._replace(row_group=labels, column_group=gathered(labels, axis_name))
+    loss, counts = pairs.against_group(x, memory_budget=memory_budget, forward_mode=forward_mode)
     counts = counts if x.row_counts is None else counts & x.row_counts
     return reduced(loss, counts, sample_weight, axis_name, reduction)

@@ -244,7 +244,7 @@ def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> in
     width = hidden.shape[-1]
     if kernel.shape[1 - axis] != width or 0 in kernel.shape:
         cure = ""
-        if kernel.shape[axis] == width and 0 not in kernel.shape:  # as it were for the other axis
+        if kernel.shape[axis] == width and 0 not in kernel.shape:
             cure = f"; write {prefix}class_axis={1 - axis} for a kernel of shape "
             cure += "[V, D]" if axis else "[D, V]"
         raise ValueError(

@@ -18,6 +18,8 @@ _AS_IT_IS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 def array(name: str, x: Any) -> Any:
     """`x`, if JAX takes it, or else the array it stands for; named tuples field by field."""
+    if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "OSUMm":  # V: bfloat16
+        raise TypeError(f"{name} must hold numbers, got dtype {x.dtype}")
     if x is None or isinstance(x, _AS_IT_IS):
         return x
     if hasattr(x, "_fields"):

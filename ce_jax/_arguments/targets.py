@@ -152,7 +152,11 @@ def distributions(
             f"class, got {labels.shape}; class ids go to softmax_cross_entropy_with_integer_labels"
         )
     whole = (1,) * (len(shape) - labels.ndim) + labels.shape
-    if len(whole) == len(shape) and any(whole[a] == 1 != shape[a] for a in axes):
+    rows = tuple(n for a, n in enumerate(shape) if a not in axes)
+    one_each = labels.shape == rows  # a number for each row, or for each class of one
+    if len(whole) == len(shape) and any(
+        whole[a] != shape[a] and (whole[a] == 1 or one_each) for a in axes
+    ):
         raise ValueError(
             f"labels must have a number for every class of logits, {shape} with the class axis "
             f"{axis}, got {labels.shape}; class ids go, as integers of the loss's shape, to "

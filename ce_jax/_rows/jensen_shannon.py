@@ -101,8 +101,8 @@ def _fold(options: Options, inputs: Inputs, used: Used, seen: _Sums, first: Firs
     both, _ = tiles(options, inputs, used, first)
     p, q = (jnp.sum(x.terms, -1) for x in _compared(both, seen.of, inputs.share))
     share = inputs.share.astype(p.dtype)
-    weighted = share * p + (1 - share) * q
-    return seen._replace(p=seen.p + p, q=seen.q + q, both=seen.both + weighted)
+    mixed = share * p + (1 - share) * q
+    return seen._replace(p=seen.p + p, q=seen.q + q, both=seen.both + mixed)
 
 
 def _added(axis_name: str | None, seen: _Sums) -> _Sums:

@@ -136,7 +136,7 @@ def log_softmax(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows classes
 def tempered_rows(
     z: Float[Array, "*rows classes"], temperature: Float[Array, "*rows"]
 ) -> Float[Array, "*rows classes"]:
-    """The same of any logits, of which the largest is found to be the same number each time.
+    """`tempered` of any logits, of which the largest is found to be the same number each time.
 
     A compiler may contract a product with a difference that follows, in one place only. From their
     maximum logits of 1e10 would then differ by what the product was rounded by, and exponentials

@@ -36,6 +36,9 @@ class Sides(NamedTuple):
       first: the column with which the first row is paired.
       row_counts: rows that exist; None if all do.
       column_counts: columns that exist; None if all do.
+      row_group: the group of each row, where there are groups.
+      column_group: the group of each column.
+      positives: how many others are in the row's group, at least 1.
     """
 
     rows: Float[Array, "n width"]
@@ -44,6 +47,9 @@ class Sides(NamedTuple):
     first: Integer[Array, ""]
     row_counts: Bool[Array, " n"] | None
     column_counts: Bool[Array, " m"] | None
+    row_group: Integer[Array, " n"] = ABSENT
+    column_group: Integer[Array, " m"] = ABSENT
+    positives: Float[Array, " n"] = ABSENT
 
 
 # The differentiable inputs of a form, or their cotangents: rows, columns, scale.
@@ -54,28 +60,9 @@ _Pull = Callable[[Float[Array, "n block"]], _Inputs]
 _Directions = tuple[RowStatistics, RowStatistics]
 
 
-class _Fixed(NamedTuple):
-    """What has no derivative: the rest of `Sides`, and where there are groups, which and how many.
-
-    Attributes:
-      first: as in `Sides`.
-      row_counts: as in `Sides`.
-      column_counts: as in `Sides`.
-      row_group: the group of each row.
-      column_group: the group of each column.
-      positives: how many others are in the row's group, at least 1.
-    """
-
-    first: Integer[Array, ""]
-    row_counts: Bool[Array, " n"] | None
-    column_counts: Bool[Array, " m"] | None
-    row_group: Integer[Array, " n"] = ABSENT
-    column_group: Integer[Array, " m"] = ABSENT
-    positives: Float[Array, " n"] = ABSENT
-
-
-def _fixed(x: Sides) -> _Fixed:
-    return _Fixed(x.first, x.row_counts, x.column_counts)
+def _fixed(x: Sides) -> Sides:
+    """What has no derivative."""
+    return x._replace(rows=ABSENT, columns=ABSENT, scale=ABSENT)
 
 
 def _block(x: Sides, memory_budget: int | None, tiles: int) -> int:
@@ -146,16 +133,16 @@ def _of_cross(g: Float[Array, " n"]) -> RowStatistics:
 
 # Logits, their target, and the id of the first class; and what makes them of a block.
 _View = tuple[Float[Array, "_ _"], Target, First]
-_ViewOf = Callable[[Float[Array, "n block"], _Fixed, First], _View]
+_ViewOf = Callable[[Float[Array, "n block"], Sides, First], _View]
 
 
-def _by_row(z: Float[Array, "n block"], fixed: _Fixed, first: First) -> _View:
+def _by_row(z: Float[Array, "n block"], fixed: Sides, first: First) -> _View:
     """A block as rows of columns, with the label of each row."""
     labels = fixed.first + jnp.arange(z.shape[0], dtype=jnp.int32)
     return _without(z, fixed.column_counts, first), Target(labels=labels), first
 
 
-def _by_column(z: Float[Array, "n block"], fixed: _Fixed, first: First) -> _View:
+def _by_column(z: Float[Array, "n block"], fixed: Sides, first: First) -> _View:
     """A block as columns of rows, likewise.
 
     The label of a column may be a row of another device: then it is not found in this block.
@@ -195,7 +182,7 @@ def one_direction(x: Sides, *, memory_budget: int | None, forward_mode: bool) ->
 
 
 def _fold_rows(
-    view: _ViewOf, inputs: _Inputs, fixed: _Fixed, sums: Partial, first: First
+    view: _ViewOf, inputs: _Inputs, fixed: Sides, sums: Partial, first: First
 ) -> Partial:
     z, _ = _logits(inputs)
     return merge(sums, _read(view(z, fixed, first)))
@@ -204,7 +191,7 @@ def _fold_rows(
 def _pull_rows(
     view: _ViewOf,
     inputs: _Inputs,
-    fixed: _Fixed,
+    fixed: Sides,
     sums: Partial,
     g: Array,
     first: First,
@@ -245,7 +232,7 @@ def both_directions(
 
 
 def _fold_both(
-    argmax: bool, inputs: _Inputs, fixed: _Fixed, sums: _Partials, first: First
+    argmax: bool, inputs: _Inputs, fixed: Sides, sums: _Partials, first: First
 ) -> _Partials:
     z, _ = _logits(inputs)
     new = _read(_by_column(z, fixed, first), argmax)
@@ -260,7 +247,7 @@ def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:
 
 def _pull_both(
     inputs: _Inputs,
-    fixed: _Fixed,
+    fixed: Sides,
     sums: _Partials,
     g: _Directions,
     first: First,
@@ -300,7 +287,7 @@ def decisions(
 
 
 def _pair_losses(
-    fixed: _Fixed, first: First, z: Float[Array, "n block"], *, forward_mode: bool
+    fixed: Sides, first: First, z: Float[Array, "n block"], *, forward_mode: bool
 ) -> Float[Array, "n block"]:
     rows = fixed.first + jnp.arange(z.shape[0], dtype=jnp.int32)
     z = _without(z, fixed.column_counts, first)  # the loss of a negative at -inf is 0
@@ -308,16 +295,14 @@ def _pair_losses(
     return logistic.loss(z, y, forward_mode=forward_mode)
 
 
-def _fold_decisions(
-    inputs: _Biased, fixed: _Fixed, sums: Array, first: First
-) -> Float[Array, " n"]:
+def _fold_decisions(inputs: _Biased, fixed: Sides, sums: Array, first: First) -> Float[Array, " n"]:
     z, _ = _logits(inputs[:3])
     return sums + jnp.sum(_pair_losses(fixed, first, z + inputs[3], forward_mode=True), -1)
 
 
 def _pull_decisions(
     inputs: _Biased,
-    fixed: _Fixed,
+    fixed: Sides,
     sums: Array,
     g: Array,
     first: First,
@@ -332,27 +317,20 @@ def _pull_decisions(
 # A softmax over all columns but the row itself, against the columns of the row's group.
 
 
-class Groups(NamedTuple):
-    """Which group the rows and columns belong to."""
-
-    rows: Integer[Array, " n"]
-    columns: Integer[Array, " m"]
-
-
 def against_group(
-    x: Sides, groups: Groups, *, memory_budget: int | None, forward_mode: bool
+    x: Sides, *, memory_budget: int | None, forward_mode: bool
 ) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
     """Mean cross-entropy of each row with the others of its group, and whether there are any.
 
     Row `i` is the same thing as column `first + i`.
     """
-    fixed = _fixed(x)._replace(row_group=groups.rows, column_group=groups.columns)
+    fixed = _fixed(x)
     columns, block = x.columns.shape[0], _block(x, memory_budget, 5)
 
     def count(total: Array, first: First, size: int) -> Array:
         return total + jnp.sum(_same(fixed, first, size)[0], -1, dtype=total.dtype)
 
-    nobody = sharded.like(jnp.zeros(groups.rows.shape, jnp.int32), groups.rows)
+    nobody = sharded.like(jnp.zeros(x.row_group.shape, jnp.int32), x.row_group)
     positives = over_blocks(count, nobody, columns, block)
     form = Form(
         start=lambda inputs, *_: _nothing(inputs[0], probs=True),
@@ -370,7 +348,7 @@ def against_group(
 
 
 def _same(
-    fixed: _Fixed, first: First, size: int
+    fixed: Sides, first: First, size: int
 ) -> tuple[Bool[Array, "n block"], Bool[Array, "n block"]]:
     """Which columns are of the row's group, and which are others than the row at all."""
     rows = fixed.first + jnp.arange(fixed.row_group.shape[0], dtype=jnp.int32)
@@ -382,7 +360,7 @@ def _same(
     return same & others, others
 
 
-def _against_others(z: Float[Array, "n block"], fixed: _Fixed, first: First) -> _View:
+def _against_others(z: Float[Array, "n block"], fixed: Sides, first: First) -> _View:
     """A block as rows of the other columns, of which those of the row's group are the target."""
     same, others = _same(fixed, first, z.shape[1])
     probs = jnp.where(same, 1 / fixed.positives[:, None], 0)

@@ -22,9 +22,9 @@ and `g_label_logit` more in the label's column. For a one-hot `t` and the loss `
 `lse - z` is found from logits relative to the row's maximum: the difference of two large numbers
 would lose the digits that `log p` is made of.
 
-Where a target picks classes, `lse` is that of all others, and `picked` their own logits: together
-the logits of a softmax in which all other classes are one. What those weigh is then never a
-difference, and keeps its digits where the picked classes hold nearly all.
+Where a target picks classes, `lse` is that of all others, and `picked` holds the logits of the
+picked ones: together the logits of a softmax in which all other classes are one. What those weigh
+is then never a difference, and keeps its digits where the picked classes hold nearly all.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def read(
     if target.probs is not None:
         probs = target.probs.astype(surprise.dtype)
         cross = product(probs, not_negative(surprise))
-        out = out._replace(**row_sums({"cross": cross}), **row_sums({"target_sum": probs}))
+        out = out._replace(cross=jnp.sum(cross, -1), target_sum=jnp.sum(probs, -1))
     if target.classes is not None:
         classes, allowed = _spread(target.classes, z)
         sums = {
@@ -201,8 +201,8 @@ def read(
         if not target.classes.ndim:
             out = out._replace(classes_sum=target.classes * out.classes_count)
     if entropy:
-        found = row_sums({"entropy": jnp.exp(shifted) * _finite_exponent(surprise)})
-        out = out._replace(entropy=found["entropy"] / _nonzero(out.sum_exp))
+        total = jnp.sum(jnp.exp(shifted) * _finite_exponent(surprise), -1)
+        out = out._replace(entropy=total / _nonzero(out.sum_exp))
     if argmax:
         column = first_of(z.astype(row_max.dtype) == row_max[..., None])
         out = out._replace(argmax=jnp.where(column == NOWHERE, column, column + first_class))

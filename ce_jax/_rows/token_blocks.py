@@ -179,7 +179,7 @@ def _fused_bwd(
         lambda x, dx: (factor * dx).astype(jnp.result_type(x)), inputs, residuals.grads
     )
     if not all(isinstance(x, SymbolicZero) for x in jax.tree.leaves(g_found)):
-        # Who differentiates the statistics, too, has all logits computed once more.
+        # Their derivative computes all logits once more.
         *_, target, counting, part = residuals
         more = class_blocks.pulled_back(
             options.head,

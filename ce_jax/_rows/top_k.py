@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from .numerics import expm1_less_x, one_minus_exp
 from .tile import RowStatistics, finite_maximum
 
-# Log-probabilities that were rounded to bfloat16 add up to so much more than 1 at the most.
+# The sum of probabilities whose logarithms were rounded to bfloat16 exceeds 1 by at most this.
 _SURPLUS = 0.1
 
 Tail: TypeAlias = Literal["bucket", "renormalize", "drop"]
