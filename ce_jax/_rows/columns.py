@@ -176,8 +176,8 @@ def _read_by_blocks(form: Form, inputs: Any) -> Callable[[First, int], Callable[
         def own(x: Array, part: Part) -> Array | None:
             return None if part.axis is None else take(x, first, size, part.axis)
 
-        def cast(x: Array | None, part: Part) -> Array | None:
-            return x if x is None or part.dtype is None else x.astype(part.dtype)
+        def cast(x: Array | None, part: Part | None) -> Array | None:
+            return x if x is None or part is None or part.dtype is None else x.astype(part.dtype)
 
         block = jax.tree.map(own, inputs, form.parts)
         read = jax.tree.map(cast, block, form.parts, is_leaf=_is_none)

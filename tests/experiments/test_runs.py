@@ -241,7 +241,15 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
         runs.read_config(tmp_path)
 
 
-def test_an_interrupt_waits_for_a_checkpoint():
+@pytest.fixture
+def heard_interrupts():
+    """A program that a shell runs in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_for_a_checkpoint(heard_interrupts):
     """A second one does not."""
     steps = []
 
