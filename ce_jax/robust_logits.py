@@ -15,7 +15,7 @@ from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducibl
 from ._rows import sharded
 from ._rows.dense import Options, row_statistics
 from ._rows.dtypes import wide
-from ._rows.numerics import relative, silenced, weighted
+from ._rows.numerics import one_minus_exp, relative, silenced, weighted
 from ._rows.tile import Target
 
 
@@ -248,6 +248,6 @@ def _poly_loss_cross_entropy(
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
     z = options.tempered_logits(relative(z), temperature, rows.counts)
     statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
-    missed = -jnp.expm1(z - statistics.lse[..., None])
+    missed = one_minus_exp(z - statistics.lse[..., None])
     loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)
     return reductions.reduce(loss, rows.counts, sample_weight, reduction)

@@ -311,10 +311,11 @@ def _loss(
     def included(negatives: Array) -> Array:
         return negatives if x.included is None else jnp.where(x.included, negatives, -jnp.inf)
 
-    logits = jnp.concatenate([x.label[..., None], included(x.negatives)], -1)
+    label, negatives = x.label, included(x.negatives)
     if temperature is not None:  # their differences lose digits if they are divided before
-        logits = options.tempered_logits(relative(logits), temperature, x.counts)
-    label, negatives = logits[..., 0], logits[..., 1:]
+        logits = relative(jnp.concatenate([label[..., None], negatives], -1))
+        logits = options.tempered_logits(logits, temperature, x.counts)
+        label, negatives = logits[..., 0], logits[..., 1:]
     label = _corrected(label, "label_log_expected_count", label_log_expected_count)
     negatives = included(_corrected(negatives, "log_expected_count", log_expected_count))
     return softmax_cross_entropy_with_integer_labels(

@@ -105,6 +105,19 @@ def test_curvature_of_preferences(margin):
             close(hessian(jnp.float32(margin)), truth)
 
 
+@pytest.mark.parametrize("logit", [-30.0, -22.0, -10.0, 0.0, 10.0])
+def test_curvature_of_the_poly_loss(logit):
+    """`p (1 - p) (4 p - 1)` with epsilon 2."""
+    p = np.exp(-softplus(-logit))
+    labels = jnp.array([1.0, 0.0])
+    found = jax.hessian(
+        lambda z: ce_jax.poly_loss_cross_entropy(
+            jnp.stack([z, jnp.zeros_like(z)]), labels, epsilon=2.0
+        )
+    )(jnp.float32(logit))
+    np.testing.assert_allclose(found, p * (1 - p) * (4 * p - 1), rtol=3e-6, atol=1e-6 * p)
+
+
 @pytest.mark.parametrize("ahead", MARGINS)
 def test_curvature_of_the_third_estimate_of_the_divergence(ahead):
     estimate = functools.partial(ce_jax.kl_estimate, kind="k3")

@@ -38,7 +38,8 @@ def default_budget(kernel_bytes: int, logits: tuple[int, int] | None = None) -> 
     of width 2304 with 256000 classes take 74 to 66 ms in blocks of 1920 to 12800 classes, and 52 ms
     in blocks of 1024 tokens, which need 2.4 GB to add up the kernel's gradient. Where that is the
     result itself, `logits` are the tokens and the bytes of each one's logits: the default then is a
-    quarter of them within 1.3 GB, or 1024 tokens within 2 GB. Devices that one CPU plays share it.
+    quarter of them within 1.3 GB, or 1024 tokens within 2 GB. Devices that one CPU plays share its
+    17 MB.
     """
     if jax.default_backend() == "cpu":
         mesh = jax.sharding.get_abstract_mesh()
@@ -67,8 +68,9 @@ def blocks(tokens: int, classes: int, logit_bytes: int, budget: int, *, summed: 
 def rows(tokens: int) -> int:
     """Rows per tile, where tiles without a row that counts are left out.
 
-    A matmul arranges its block of the kernel again in each. 2048 rows on a CPU take 1.07, 1.03 and
-    1.00 of the time without a mask in 8, 5 and 4 tiles; a quarter and one 0.42, 0.43 and 0.52.
+    On a CPU at most 512; five tiles or more of more than 800 rows. A matmul arranges its
+    block of the kernel again in each: 2048 rows take 1.07, 1.03 and 1.00 of the time without a mask
+    in 8, 5 and 4 tiles; a quarter and one 0.42, 0.43 and 0.52.
     """
     tokens = max(tokens, 1) if isinstance(tokens, int) else _IF_UNKNOWN
     if jax.default_backend() != "cpu":

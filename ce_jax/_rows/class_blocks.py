@@ -61,8 +61,7 @@ def row_statistics(
     Those of rows that do not count are of no class, or of whatever the row holds.
     """
     sharded.check_sharded("kernel", head.kernel, options.axis_name)
-    inputs, by_row = _Inputs(tokens, head, target.classes), target._replace(classes=ABSENT)
-    form = _form(options, inputs)
+    form, inputs, by_row = _form(options, tokens, head, target)
     found: tile.RowStatistics = over_columns(
         form, inputs, by_row, counting, forward_mode=forward_mode
     )
@@ -85,23 +84,25 @@ def pulled_back(
 ) -> tuple[Tokens, Head, Any]:
     """Cotangents of tokens, head and class coefficients, given those of the statistics."""
     tokens, head, target, counting, part = residuals
-    inputs, by_row = _Inputs(tokens, head, target.classes), target._replace(classes=ABSENT)
-    form = _form(options, inputs)
+    form, inputs, by_row = _form(options, tokens, head, target)
     found: _Inputs = columns.pulled_back(form, (inputs, by_row, counting, part), g)
     return found
 
 
-def _form(options: Options, inputs: _Inputs) -> Form:
-    classes = inputs.classes
-    return Form(
+def _form(
+    options: Options, tokens: Tokens, head: Head, target: Target
+) -> tuple[Form, _Inputs, Target]:
+    """The form, what it is differentiated by, and the part of the target that is by row."""
+    classes = target.classes
+    form = Form(
         start=functools.partial(_start, options),
         fold=functools.partial(_fold, options),
         across=functools.partial(sharded.merge_across, axis_name=options.axis_name),
         finish=tile.finish,
         pull=functools.partial(_pull, options),
         parts=_Inputs(
-            jax.tree.map(lambda x: Part(by_row=True), inputs.tokens),
-            head_parts(inputs.head, options.class_axis, inputs.tokens.hidden.dtype),
+            jax.tree.map(lambda x: Part(by_row=True), tokens),
+            head_parts(head, options.class_axis, tokens.hidden.dtype),
             None if classes is None else Part(0 if classes.ndim else None),
         ),
         columns=options.local,
@@ -109,6 +110,7 @@ def _form(options: Options, inputs: _Inputs) -> Form:
         tile=options.rows,
         cotangents=tile.cotangents,
     )
+    return form, _Inputs(tokens, head, classes), target._replace(classes=ABSENT)
 
 
 def head_parts(head: Head, class_axis: int, dtype: DTypeLike) -> Any:

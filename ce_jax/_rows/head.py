@@ -109,10 +109,10 @@ def put(x: Array, block: Array, first: First, axis: int = 0) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), first, axis)
 
 
-def take_classes(head: Head, first: First, size: int, class_axis: int) -> Head:
-    """The part of the head that gives the logits of some classes."""
-    bias = ABSENT if head.bias is None else take(head.bias, first, size)
-    return head._replace(kernel=take(head.kernel, first, size, class_axis), bias=bias)
+def take_classes(head: Head, classes: int, class_axis: int) -> Head:
+    """The part of the head that gives the logits of the first classes."""
+    bias = ABSENT if head.bias is None else take(head.bias, 0, classes)
+    return head._replace(kernel=take(head.kernel, 0, classes, class_axis), bias=bias)
 
 
 def read_by_all(inputs: _Tree, read: _Tree | None = None) -> Callable[[], _Tree]:

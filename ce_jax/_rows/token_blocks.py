@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from .. import _platform
 from . import class_blocks, sharded, tile
 from .dtypes import wide
-from .head import Head, Tokens, head_read_by_all, over_blocks, put, take, take_classes
+from .head import Head, Tokens, head_read_by_all, logits, over_blocks, put, take, take_classes
 from .numerics import instantiated
 from .order import Counting, while_counting
 from .picked import First
@@ -74,7 +74,7 @@ def loss_sum(
 ) -> _Result:
     """The sum of `row_loss` over all rows."""
     # Every block reads all classes it is given: 0 times padding that is not finite would be NaN.
-    head = take_classes(head, 0, options.head.classes, options.head.class_axis)
+    head = take_classes(head, options.head.classes, options.head.class_axis)
     if target.classes is not None and target.classes.ndim:
         target = target._replace(classes=take(target.classes, 0, options.head.classes))
     return _fused(options, *sharded.align((tokens, head, target, rows, counting)))
@@ -127,9 +127,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         part = functools.partial(take, first=first, size=size)
         of_block = target._replace(labels=part(target.labels))
         block = jax.tree.map(part, rows._replace(shared=()))
-        z, pull = class_blocks.block_logits(
-            options.head, jax.tree.map(part, tokens), head_of_block(), 0
-        )
+        z, pull = logits(jax.tree.map(part, tokens), head_of_block(), options.head.class_axis)
         found = _platform.read(z, of_block, _platform.normaliser(z), **wanted)
 
         def block_loss(statistics: tile.RowStatistics, scales: Any, shared: Any) -> Array:
