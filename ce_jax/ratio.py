@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Ratio:
 
         A total of NaN, which shows a label that is not a class, stays NaN.
         """
+        if isinstance(self.denominator, np.ndarray) and self.denominator.all():  # known not to be 0
+            return jnp.divide(self.total, self.denominator)
         empty = (self.denominator == 0) & ~jnp.isnan(self.total)
         quotient = self.total / jnp.where(self.denominator == 0, 1, self.denominator)
         return jnp.where(empty, 0, quotient)

@@ -1,5 +1,6 @@
 """The linear form of logits that are far from 0 or from one another."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,3 +67,48 @@ def test_classes_that_are_as_far_apart_as_numbers_can_be(low, forward_mode):
     np.testing.assert_allclose(d_kernel[0], slope, rtol=1e-5, atol=1e-6)
     share = np.log(4) * (0.7 * (np.arange(6) == label) + 0.3 / 6)
     np.testing.assert_allclose(d_weight[~low], share[~low], rtol=1e-6)
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize("distance", [-300.0, -100.0, -60.0, 60.0, 100.0, 300.0])
+def test_blocks_that_are_nothing_beside_what_was_seen(distance, forward_mode):
+    """The exponentials of a block may all round to 0 relative to the maximum of those before it."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=6) + distance * np.repeat([0.0, 1.0, 2.0], 2)
+    weight, g = rng.uniform(0.5, 2.0, 6), rng.normal(size=(4, 6))
+    labels = jnp.arange(6)
+
+    def numbers(kernel, weight):
+        hidden = jnp.ones((6, 1))
+        loss, found = ce_jax.linear_softmax_cross_entropy(
+            hidden,
+            kernel,
+            labels,
+            weight=weight,
+            label_smoothing=0.3,
+            return_statistics=True,
+            forward_mode=forward_mode,
+            **by_class(6),
+        )
+        return jnp.stack([loss, found.lse, found.log_prob, found.entropy]), found.argmax
+
+    def total(kernel, weight):
+        return jnp.sum(jnp.asarray(g, jnp.float32) * numbers(kernel, weight)[0])
+
+    kernel, narrow_weight = jnp.asarray(z, jnp.float32)[None], jnp.asarray(weight, jnp.float32)
+    z = np.asarray(kernel[0], float)
+    found, argmax = numbers(kernel, narrow_weight)
+    d_kernel, d_weight = jax.grad(total, (0, 1))(kernel, narrow_weight)
+
+    lse = z.max() + np.log(np.exp(z - z.max()).sum())
+    p, surprise = np.exp(z - lse), lse - z
+    entropy = p @ surprise
+    target = 0.7 * np.diag(weight) + 0.3 / 6 * weight
+    truth = np.stack([target @ surprise, np.full(6, lse), -surprise, np.full(6, entropy)])
+    np.testing.assert_allclose(found, truth, rtol=3e-6, atol=3e-6)
+    np.testing.assert_array_equal(argmax, z.argmax())
+    slope = (target.sum(1) @ g[0] + g[1].sum() - g[2].sum()) * p - g[0] @ target + g[2]
+    slope += g[3].sum() * p * (surprise - entropy)
+    np.testing.assert_allclose(d_kernel[0], slope, rtol=2e-5, atol=2e-5)
+    share = 0.7 * g[0] + 0.3 / 6 * g[0].sum()
+    np.testing.assert_allclose(d_weight, share * surprise, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -129,7 +130,7 @@ def of_total(
     if reducer.kind == "sum":
         return total
     by = denominator(shape, total.dtype, counts, *weights, axes=reducer.axes(len(shape)))
-    return finish(Ratio(total, jnp.broadcast_to(by, total.shape)), reducer)
+    return finish(Ratio(total, by), reducer)
 
 
 def finish(ratio: Ratio, reducer: Reducer) -> Loss:
@@ -145,11 +146,16 @@ def denominator(
     *weights: Float[Array, "*rows"] | None,
     axes: tuple[int, ...] | None = None,
 ) -> Float[Array, "..."]:
-    """The sum, over the examples that count, of the product of the weights."""
+    """The sum, over the examples that count, of the product of the weights.
+
+    NumPy's array of their number if all count alike and it is known when the program is made.
+    """
     axes = tuple(range(len(shape))) if axes is None else axes
-    size = math.prod(shape[a] for a in axes)
-    if counts is None and all(w is None for w in weights) and isinstance(size, int):
-        return jnp.asarray(size, dtype)  # may be symbolic otherwise
+    alike = counts is None and all(w is None for w in weights)
+    if alike and all(isinstance(n, int) for n in shape):  # not symbolic
+        kept = [n for a, n in enumerate(shape) if a not in axes]
+        number: Any = np.full(kept, math.prod(shape[a] for a in axes), dtype)
+        return cast(Array, number)
     total = jnp.ones(shape, dtype)
     for weight in weights:
         total = total if weight is None else total * weight

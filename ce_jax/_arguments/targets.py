@@ -216,7 +216,7 @@ def nan_if(
     """Makes loss and gradient NaN in rows with an unknown label, unless their weight is 0."""
     if sample_weight is not None:
         unknown = unknown & (sample_weight != 0)
-    return loss * jnp.where(unknown, jnp.nan, 1).astype(loss.dtype)
+    return loss * jnp.where(unknown, jnp.array(jnp.nan, loss.dtype), 1)
 
 
 def counting(

@@ -25,7 +25,7 @@ from .._rows import sharded, tile
 from . import cpu, gpu
 
 
-def normaliser(z: Float[Array, "*rows classes"]) -> tile.Normaliser:
+def normaliser(z: Float[Array, "*rows classes"], seen: tile.Seen = None) -> tile.Normaliser:
     """`tile.normaliser`, in the way of the platform."""
     ways: dict[str, Any] = {}
     if sharded.is_own(z) and z.size * z.dtype.itemsize > gpu.CACHED_BYTES:
@@ -33,8 +33,8 @@ def normaliser(z: Float[Array, "*rows classes"]) -> tile.Normaliser:
     if sharded.is_own(z) and cpu.stores_wide(z):
         ways["cpu"] = cpu.normaliser
     if not ways:
-        return tile.normaliser(z)
-    row_max, sum_exp = jax.lax.platform_dependent(z, **ways, default=tile.normaliser)
+        return tile.normaliser(z, seen)
+    row_max, sum_exp = jax.lax.platform_dependent(z, seen, **ways, default=tile.normaliser)
     return jax.lax.stop_gradient(row_max), sum_exp
 
 

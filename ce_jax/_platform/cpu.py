@@ -54,9 +54,9 @@ def apart(*arrays: Any) -> Any:
     return jax.lax.optimization_barrier(arrays)
 
 
-def normaliser(z: Float[Array, "*rows classes"]) -> tile.Normaliser:
+def normaliser(z: Float[Array, "*rows classes"], seen: tile.Seen = None) -> tile.Normaliser:
     """As `tile.normaliser`, in two readings that each convert the logits."""
-    row_max = tile.row_maxima(z)
+    row_max = tile.row_maxima(z, seen)
     return row_max, tile.sum_exp(apart(z)[0], row_max)
 
 

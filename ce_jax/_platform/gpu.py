@@ -32,7 +32,7 @@ CACHED_BYTES = 1 << 23
 
 
 @jax.custom_jvp
-def normaliser(z: Float[Array, "*rows classes"]) -> tile.Normaliser:
+def normaliser(z: Float[Array, "*rows classes"], seen: tile.Seen = None) -> tile.Normaliser:
     """As `tile.normaliser`."""
     dtype = wide(z.dtype)
     width = -(-z.shape[-1] // _SIDE_BY_SIDE)
@@ -44,7 +44,7 @@ def normaliser(z: Float[Array, "*rows classes"]) -> tile.Normaliser:
     parts = (tile.finite_maximum(functools.reduce(jnp.maximum, few)), sums)
     start = tile.no_classes((), dtype)
     found: tile.Normaliser = jax.lax.reduce(parts, start, _joined, (z.ndim - 1,))
-    return found
+    return found if seen is None else _joined(found, (seen, jnp.zeros_like(seen)))
 
 
 def _joined(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -54,8 +54,8 @@ def _joined(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Arra
 
 @normaliser.defjvp
 def _normaliser_jvp(
-    primals: tuple[Array], tangents: tuple[Array]
+    primals: tuple[Array, tile.Seen], tangents: tuple[Array, tile.Seen]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     row_max, sum_exp = normaliser(*primals)
-    _, slope = jax.jvp(lambda z: tile.sum_exp(z, row_max), primals, tangents)
+    _, slope = jax.jvp(lambda z: tile.sum_exp(z, row_max), primals[:1], tangents[:1])
     return (row_max, sum_exp), (jnp.zeros_like(row_max), slope)

@@ -166,7 +166,7 @@ def _fold(
     new = _platform.read(
         z,
         by_row._replace(classes=inputs.classes),
-        _platform.normaliser(z),
+        _platform.normaliser(z, seen.base),
         entropy=options.statistics,
         argmax=options.statistics,
         first_class=first_class,

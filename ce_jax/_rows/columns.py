@@ -80,12 +80,9 @@ def over_columns(
     others are those of the start, or of whatever they hold.
     """
     given = sharded.align((inputs, fixed, counting))
-    if forward_mode:
-        return form.finish(sums(form, *given))
-    return _fused(form, *given)
+    return _finished(form, *given)[0] if forward_mode else _fused(form, *given)
 
 
-# Traced once, for the result and for the rule of its derivative.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def sums(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
     """The sums over all columns, those of all devices if they are to be joined."""
@@ -106,15 +103,23 @@ def sums(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
     return form.across(over_blocks(step, start, form.columns, form.block))
 
 
+# Traced once, for the result and for the rule of its derivative.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _finished(form: Form, inputs: Any, fixed: Any, counting: Counting) -> tuple[Any, Any]:
+    """The result, and the sums it is made of."""
+    found = sums(form, inputs, fixed, counting)
+    return form.finish(found), found
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
-    return form.finish(sums(form, inputs, fixed, counting))
+    return _finished(form, inputs, fixed, counting)[0]
 
 
 def _fused_fwd(form: Form, *primals: Any) -> tuple[Any, Any]:
     given: Any = jax.tree.map(lambda x: x.value, primals)
-    found = sums(form, *given)
-    return form.finish(found), (*given, found)
+    result, found = _finished(form, *given)
+    return result, (*given, found)
 
 
 def _fused_bwd(form: Form, residuals: Any, g: Any) -> tuple[Any, None, None]:

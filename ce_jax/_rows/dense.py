@@ -82,7 +82,7 @@ def _of_counting(
         logits = silence(counts, logits)
     if forward_mode:
         logits = logits.astype(wide(logits.dtype))  # so that cotangents add up in it
-        found = tile.finish(_whole_rows(options, logits, target, counts))
+        found, _ = _whole_rows(options, logits, target, counts)
     else:
         found = _fused(options, logits, target, counts)
     if counts is None:
@@ -120,7 +120,9 @@ def _constant_unless_jvp(
 
 # Traced once, for the statistics and for the rule of their derivative.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _whole_rows(options: Options, logits: Array, target: Target, counts: Array | None) -> Partial:
+def _whole_rows(
+    options: Options, logits: Array, target: Target, counts: Array | None
+) -> tuple[RowStatistics, Partial]:
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
     logits, picked = pick(logits, target.picked, first_class)
     if options.axis_name is None:
@@ -137,16 +139,16 @@ def _whole_rows(options: Options, logits: Array, target: Target, counts: Array |
         first_class=first_class,
     )
     part = sharded.merge_across(part._replace(picked=picked), options.axis_name)
-    if counts is None:
-        return part
-    # All but the maximum, so that the gradient finds the exponentials as they are in memory.
-    harmless = jax.tree.map(lambda x: jnp.where(counts, x, 1), part)
-    return harmless._replace(base=part.base)
+    if counts is not None:
+        # All but the maximum, so that the gradient finds the exponentials as they are in memory.
+        harmless = jax.tree.map(lambda x: jnp.where(counts, x, 1), part)
+        part = harmless._replace(base=part.base)
+    return tile.finish(part), part
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(options: Options, logits: Array, target: Target, counts: Array | None) -> RowStatistics:
-    return tile.finish(_whole_rows(options, logits, target, counts))
+    return _whole_rows(options, logits, target, counts)[0]
 
 
 _Residuals = tuple[Array, Target, Array | None, Partial]
@@ -154,8 +156,8 @@ _Residuals = tuple[Array, Target, Array | None, Partial]
 
 def _fused_fwd(options: Options, *primals: Any) -> tuple[RowStatistics, _Residuals]:
     given: Any = jax.tree.map(lambda x: x.value, primals)
-    part = _whole_rows(options, *given)
-    return tile.finish(part), (*given, part)
+    found, part = _whole_rows(options, *given)
+    return found, (*given, part)
 
 
 def _fused_bwd(

@@ -23,14 +23,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from .. import _platform
-from . import class_blocks, sharded, tile
+from . import class_blocks, sharded
 from .columns import Form, Part, over_columns
 from .dtypes import wide
 from .head import Head, Tokens
 from .numerics import not_negative, tempered_rows, weighted
 from .order import Counting
 from .picked import First
-from .tile import ABSENT, Partial, Target, merge, no_classes, shift
+from .tile import ABSENT, Partial, merge, no_classes, shift
 
 # Which rows are used; None for all.
 Used = Bool[Array, "*rows"] | None
@@ -182,18 +182,15 @@ def _start(inputs: Inputs, used: Used, _: Counting) -> _Sums:
 
 def _fold(options: Options, inputs: Inputs, used: Used, sums: _Sums, first: First) -> _Sums:
     both, _ = tiles(options, inputs, used, first)
-    new = _read(*both)
-    p, q = merge(sums.p, new.p), merge(sums.q, new.q)
-    gap = _rebased(sums, p.base, q.base) + _rebased(new, p.base, q.base)
-    return _Sums(p, q, gap)
-
-
-def _read(u: Float[Array, "*rows block"], v: Float[Array, "*rows block"]) -> _Sums:
-    p, q = (tile.read(z, Target(), _platform.normaliser(z)) for z in (u, v))
-    u, v = shift(u, p.base), shift(v, q.base)
+    p, q = (
+        Partial(*_platform.normaliser(z, seen.base))
+        for z, seen in zip(both, (sums.p, sums.q), strict=True)
+    )
+    u, v = shift(both[0], p.base), shift(both[1], q.base)
     gap = _where_possible(u > -jnp.inf, u, v)
     terms = jnp.where(gap == jnp.inf, gap, jnp.exp(u) * gap)  # an exponential may round to 0
-    return _Sums(p, q, jnp.sum(terms, -1))
+    gap = _rebased(sums, p.base, q.base) + jnp.sum(terms, -1)
+    return _Sums(merge(sums.p, p), merge(sums.q, q), gap)
 
 
 def _where_possible(possible: Array, u: Array, v: Array) -> Array:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._platform import block_sizes
@@ -62,7 +63,11 @@ def logits(
     products = _dot(hidden, 1, kernel, 1 - class_axis)
     if head.bias is not None:
         products = products + head.bias.astype(products.dtype)[None]
-    z, undo = jax.vjp(_capped_and_tempered, products, head.soft_cap, tokens.temperature)
+    undo: Callable[[Array], tuple[Any, ...]]
+    if head.soft_cap is None and tokens.temperature is None:
+        z, undo = products, lambda dz: (dz, ABSENT, ABSENT)
+    else:
+        z, undo = jax.vjp(_capped_and_tempered, products, head.soft_cap, tokens.temperature)
 
     def pull(dz: Float[Array, "tokens classes"]) -> tuple[Tokens, Head]:
         dz, d_cap, d_temperature = undo(dz)
@@ -125,10 +130,14 @@ def read_by_all(inputs: _Tree, read: _Tree | None = None) -> Callable[[], _Tree]
     therefore go to a wide copy. Nothing reads its numbers, so XLA leaves it out of other programs.
     """
     copies = jax.tree.map(lambda x: x.astype(wide(x.dtype)), inputs)
-    constants = jax.lax.stop_gradient(inputs if read is None else read)
 
-    def of_block(copy: Array, x: Array) -> Array:
-        return copy if copy.dtype == x.dtype else with_slope_of(copy, x)
+    def constant(copy: Array, x: Array) -> Array | None:
+        return None if copy.dtype == x.dtype else jax.lax.stop_gradient(x)
+
+    constants = jax.tree.map(constant, copies, inputs if read is None else read)
+
+    def of_block(copy: Array, x: Array | None) -> Array:
+        return copy if x is None else with_slope_of(copy, x)
 
     return lambda: jax.tree.map(of_block, copies, constants)
 
@@ -175,7 +184,7 @@ def over_blocks(
     size, full, rest = cut(total, most)
 
     def all_full(carry: _Carry) -> _Carry:
-        firsts = jnp.arange(full, dtype=jnp.int32) * size
+        firsts: Any = (np if isinstance(full, int) else jnp).arange(full, dtype=np.int32) * size
         return jax.lax.scan(lambda c, first: (one(c, first, size), None), carry, firsts)[0]
 
     if not isinstance(total, int):

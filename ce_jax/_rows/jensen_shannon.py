@@ -29,7 +29,7 @@ from .divergence import Inputs, Options, Tiles, Used, nothing, parts, tiles
 from .numerics import expm1_less_x, weighted
 from .order import Counting
 from .picked import First
-from .tile import Partial, Target, merge
+from .tile import Partial, merge
 
 
 class _Normalisers(NamedTuple):
@@ -83,7 +83,7 @@ def _normalise(
     options: Options, inputs: Inputs, used: Used, seen: _Normalisers, first: First
 ) -> _Normalisers:
     both, _ = tiles(options, inputs, used, first)
-    new = (tile.read(z, Target(), _platform.normaliser(z)) for z in both)
+    new = (Partial(*_platform.normaliser(z, of.base)) for z, of in zip(both, seen, strict=True))
     return _Normalisers(*map(merge, seen, new))
 
 

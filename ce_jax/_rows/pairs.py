@@ -151,10 +151,10 @@ def _by_column(z: Float[Array, "n block"], fixed: Sides, first: First) -> _View:
     return _without(z.T, fixed.row_counts, 0), Target(labels=labels), fixed.first
 
 
-def _read(view: _View, argmax: bool = False) -> Partial:
+def _read(view: _View, seen: tile.Seen = None, *, argmax: bool = False) -> Partial:
     z, target, first_class = view
-    options = {"argmax": argmax, "first_class": first_class}
-    return _platform.read(z, target, _platform.normaliser(z), **options)
+    normaliser = _platform.normaliser(z, seen)
+    return _platform.read(z, target, normaliser, argmax=argmax, first_class=first_class)
 
 
 def _pulled_back(view: _View, part: Partial, g: RowStatistics) -> Float[Array, "_ _"]:
@@ -185,7 +185,7 @@ def _fold_rows(
     view: _ViewOf, inputs: _Inputs, fixed: Sides, sums: Partial, first: First
 ) -> Partial:
     z, _ = _logits(inputs)
-    return merge(sums, _read(view(z, fixed, first)))
+    return merge(sums, _read(view(z, fixed, first), sums.base))
 
 
 def _pull_rows(
@@ -235,9 +235,10 @@ def _fold_both(
     argmax: bool, inputs: _Inputs, fixed: Sides, sums: _Partials, first: First
 ) -> _Partials:
     z, _ = _logits(inputs)
-    new = _read(_by_column(z, fixed, first), argmax)
+    new = _read(_by_column(z, fixed, first), argmax=argmax)
     of_columns = jax.tree.map(lambda x, new: put(x, new, first), sums[1], new)
-    return merge(sums[0], _read(_by_row(z, fixed, first), argmax)), of_columns
+    of_rows = merge(sums[0], _read(_by_row(z, fixed, first), sums[0].base, argmax=argmax))
+    return of_rows, of_columns
 
 
 def _join_columns(axis_name: str | None, sums: _Partials) -> _Partials:

@@ -29,6 +29,7 @@ is then never a difference, and keeps its digits where the picked classes hold n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,6 +108,9 @@ class Partial(NamedTuple):
 # The largest logit of each row, and the sum of exponentials relative to it.
 Normaliser = tuple[Float[Array, "*rows"], Float[Array, "*rows"]]
 
+# The largest logit of each row in the tiles before, if there are any: a finite number.
+Seen = Float[Array, "*rows"] | None
+
 
 def no_classes(rows: tuple[int, ...], dtype: jnp.dtype) -> Normaliser:
     """The normaliser of no classes: a finite number in place of their maximum, and 0."""
@@ -136,9 +140,10 @@ RowSums = Callable[[dict[str, Array]], dict[str, Array]]
 FirstOf = Callable[[Bool[Array, "*rows classes"]], Integer[Array, "*rows"]]
 
 
-def row_maxima(z: Float[Array, "*rows classes"]) -> Float[Array, "*rows"]:
-    """The `finite_maximum` of each row, as a constant: no statistic depends on it."""
-    return finite_maximum(jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype)))
+def row_maxima(z: Float[Array, "*rows classes"], seen: Seen = None) -> Float[Array, "*rows"]:
+    """The `finite_maximum` of each row so far, as a constant: no statistic depends on it."""
+    row_max = jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
+    return finite_maximum(row_max, jax.lax.stop_gradient(seen))
 
 
 def sum_exp(
@@ -148,9 +153,9 @@ def sum_exp(
     return jnp.sum(jnp.exp(shift(z, row_max)), -1)
 
 
-def normaliser(z: Float[Array, "*rows classes"]) -> Normaliser:
+def normaliser(z: Float[Array, "*rows classes"], seen: Seen = None) -> Normaliser:
     """The `row_maxima`, and the sum of exponentials relative to them."""
-    row_max = row_maxima(z)
+    row_max = row_maxima(z, seen)
     return row_max, sum_exp(z, row_max)
 
 
@@ -178,13 +183,19 @@ def read(
 ) -> Partial:
     """The statistics of one tile, whose first column is class `first_class` of the row.
 
-    `normaliser` is that of the tile, perhaps relative to the maximum of the whole row.
+    `normaliser` is that of the tile, perhaps relative to the maximum of more than that.
     """
     row_max, _ = normaliser
-    out, shifted = Partial(*normaliser), shift(z, row_max)
-    surprise = _log(out.sum_exp)[..., None] - shifted  # that of a class is -log p
+    out = Partial(*normaliser)
     if target.labels is not None:
         out = out._replace(label_logit=label_logit(z, target.labels, first_class))
+    if argmax:
+        column = first_of(z.astype(row_max.dtype) == row_max[..., None])
+        out = out._replace(argmax=jnp.where(column == NOWHERE, column, column + first_class))
+    if target.probs is None and target.classes is None and not entropy:
+        return out
+    shifted = shift(z, row_max)
+    surprise = _log(out.sum_exp)[..., None] - shifted  # that of a class is -log p
     if target.probs is not None:
         probs = target.probs.astype(surprise.dtype)
         cross = product(probs, not_negative(surprise))
@@ -203,9 +214,6 @@ def read(
     if entropy:
         total = jnp.sum(jnp.exp(shifted) * _finite_exponent(surprise), -1)
         out = out._replace(entropy=total / _nonzero(out.sum_exp))
-    if argmax:
-        column = first_of(z.astype(row_max.dtype) == row_max[..., None])
-        out = out._replace(argmax=jnp.where(column == NOWHERE, column, column + first_class))
     return out
 
 
@@ -235,17 +243,16 @@ def scaled_sum(base: Array, sum_exp: Array, row_max: Array) -> Float[Array, "*ro
     return sum_exp * jnp.exp(base - row_max)
 
 
-def merge(a: Partial, b: Partial) -> Partial:
-    """Joins the statistics of two disjoint sets of classes."""
-    row_max = jnp.maximum(a.base, b.base)
-    argmax = ABSENT
-    if a.argmax is not None:
-        of_equals = jnp.where(a.base == b.base, jnp.minimum(a.argmax, b.argmax), a.argmax)
-        argmax = jnp.where(b.base > a.base, b.argmax, of_equals)
-    of_a, of_b = (scaled_sum(x.base, x.sum_exp, row_max) for x in (a, b))
-    sum_exp = of_a + of_b
-    shares = share_of(a, of_a, row_max, sum_exp), share_of(b, of_b, row_max, sum_exp)
-    total: Partial = jax.tree.map(jnp.add, *shares)
+def merge(seen: Partial, new: Partial) -> Partial:
+    """Adds the statistics of more classes, which are relative to the maximum of both."""
+    row_max, argmax = new.base, ABSENT
+    if new.argmax is not None:
+        earlier = jnp.where(row_max > seen.base, NOWHERE, seen.argmax)
+        argmax = jnp.minimum(earlier, new.argmax)
+    scaled = scaled_sum(seen.base, seen.sum_exp, row_max)
+    sum_exp = scaled + new.sum_exp
+    share = functools.partial(share_of, row_max=row_max, sum_exp=sum_exp)
+    total: Partial = jax.tree.map(jnp.add, share(seen, scaled), share(new, new.sum_exp))
     return total._replace(base=row_max, sum_exp=sum_exp, argmax=argmax)
 
 
@@ -285,10 +292,8 @@ def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
     Under `vmap` over labels or weights alone, `lse` would be one for the whole batch. JAX from 0.12
     on takes no cotangent of such an output from a custom_vjp, as it could be counted too often.
     """
-    zero = jnp.zeros((), out.lse.dtype)
-    for x in (part.label_logit, part.target_sum, part.classes_sum):
-        if x is not None:
-            zero = zero + ((x != x) & False).astype(zero.dtype)
+    of_target = part.label_logit, part.target_sum, part.classes_sum
+    zero = sum(jnp.where(False, x, 0) for x in of_target if x is not None)
     return jax.tree.map(lambda x: x + zero, out._replace(argmax=ABSENT))._replace(argmax=out.argmax)
 
 
@@ -350,9 +355,9 @@ def cotangents(g: RowStatistics) -> RowStatistics:
     return instantiated(g._replace(argmax=ABSENT))
 
 
-def finite_maximum(row_max: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+def finite_maximum(row_max: Float[Array, "*rows"], seen: Seen = None) -> Float[Array, "*rows"]:
     """What is subtracted from a row: its maximum, or a finite number where all of it is -inf."""
-    return jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
+    return jnp.maximum(row_max, jnp.finfo(row_max.dtype).min if seen is None else seen)
 
 
 def shift(
