@@ -20,8 +20,6 @@ from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
 from ._rows.dtypes import wide
 from ._rows.numerics import log_softmax
 
-_Axis = int | tuple[int, ...] | None
-
 
 class ReliabilityBins(NamedTuple):
     """Predictions grouped by their confidence; see `reliability_bins`.
@@ -281,7 +279,7 @@ def _brier_score(
     sample_weight: Array | None,
     temperature: Array | None,
     *,
-    axis: _Axis,
+    axis: Axes,
     ignore_index: int | None,
     reduction: Reducer,
 ) -> Loss:

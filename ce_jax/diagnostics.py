@@ -11,13 +11,11 @@ from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, options, targets
 from ._arguments.compiled import compiled
-from ._arguments.types import ArrayLike
+from ._arguments.types import ArrayLike, Axes
 from ._rows import sharded
 from ._rows.bins import bin_counts, bin_sums
 from ._rows.dtypes import wide
 from ._rows.numerics import expm1_less_x, log_softmax
-
-_Axis = int | tuple[int, ...] | None
 
 
 class CrossEntropyParts(NamedTuple):
@@ -84,7 +82,7 @@ def cross_entropy_parts(
 
 @compiled
 def _cross_entropy_parts(
-    logits: Array, labels: Array, where: Array | None, temperature: Array | None, *, axis: _Axis
+    logits: Array, labels: Array, where: Array | None, temperature: Array | None, *, axis: Axes
 ) -> CrossEntropyParts:
     rows = targets.rows_of("logits", logits, axis, where)
     z = targets.without_excluded(rows.values, rows.counts)
@@ -179,7 +177,7 @@ def _gradient_view(
     labels: Array,
     where: Array | None,
     *,
-    axis: _Axis,
+    axis: Axes,
     ignore_index: int | None,
 ) -> GradientView:
     rows = targets.rows_of("logits", logits, axis, where)

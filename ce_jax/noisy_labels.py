@@ -19,8 +19,6 @@ from ._rows.dtypes import wide
 from ._rows.tile import row_maxima
 from .softmax import softmax_cross_entropy
 
-_Axis = int | tuple[int, ...] | None
-
 
 @reducible
 def forward_corrected_cross_entropy(
@@ -103,7 +101,7 @@ def _forward(
     sample_weight: Array | None,
     temperature: Array | None,
     *,
-    axis: _Axis,
+    axis: Axes,
     ignore_index: int | None,
     reduction: Reducer,
 ) -> Loss:
@@ -223,7 +221,7 @@ def _backward(
     sample_weight: Array | None,
     temperature: Array | None,
     *,
-    axis: _Axis,
+    axis: Axes,
     ignore_index: int | None,
     reduction: Reducer,
     forward_mode: bool,

@@ -24,8 +24,6 @@ from ._rows.numerics import silenced
 from ._rows.tile import ABSENT, Target
 from .statistics import SoftmaxStatistics, by_label
 
-_Axis = int | Sequence[int] | None
-
 
 @with_statistics
 def softmax_cross_entropy_with_integer_labels(
@@ -144,7 +142,7 @@ def _integer_loss(
     z_loss: Array | None,
     temperature: Array | None,
     *,
-    axis: _Axis,
+    axis: Axes,
     ignore_index: int | None,
     axis_name: str | None,
     reduction: Reducer,
@@ -289,7 +287,7 @@ def _distribution_loss(
     z_loss: Array | None,
     temperature: Array | None,
     *,
-    axis: _Axis,
+    axis: Axes,
     axis_name: str | None,
     reduction: Reducer,
     forward_mode: bool,

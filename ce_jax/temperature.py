@@ -11,11 +11,10 @@ from jaxtyping import Array, Float
 from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.options import scalar
-from ._arguments.types import ArrayLike, Scalar
+from ._arguments.types import ArrayLike, Axes, Scalar
 from ._rows.dtypes import wide
 from ._rows.numerics import relative
 
-_Axis = int | tuple[int, ...] | None
 _MOST_STEPS = 100
 # Bracket of the inverse temperature, the inverse temperature, its last change, steps taken.
 _State = tuple[Array, Array, Array, Array, Array]
@@ -98,7 +97,7 @@ def _fit_temperature(
     low: Array,
     high: Array,
     *,
-    axis: _Axis,
+    axis: Axes,
     ignore_index: int | None,
 ) -> Array:
     rows = targets.rows_of("logits", logits, axis, where)

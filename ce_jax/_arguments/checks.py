@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .compiled import array
-from .types import ArrayLike, Reduction, Scalar
+from .types import ArrayLike, Axes, Reduction, Scalar
 
 REDUCTIONS = get_args(Reduction)
 
@@ -144,19 +144,19 @@ def indexing(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
     return "; write " + " or ".join(found) if found else ""
 
 
-def axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
-    """`axis` as a tuple of distinct non-negative axes; None means all of them."""
+def axes(axis: Axes, ndim: int, name: str = "axis") -> tuple[int, ...]:
+    """An argument as a tuple of distinct non-negative axes; None means all of them."""
     if axis is None:
         return tuple(range(ndim))
     wanted = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
     for a in wanted:
         if isinstance(a, bool) or not hasattr(a, "__index__"):
-            raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}")
+            raise TypeError(f"{name} must be an int or a tuple of ints, got {axis!r}")
         if not -ndim <= a < ndim:
-            raise ValueError(f"axis {axis} is out of range for {ndim} dimension(s)")
+            raise ValueError(f"{name} {axis} is out of range for {ndim} dimension(s)")
     found = tuple(int(a) % ndim for a in wanted)
     if not found or len(set(found)) != len(found):
-        raise ValueError(f"axis must name at least one axis, and no axis twice, got {axis}")
+        raise ValueError(f"{name} must name at least one axis, and no axis twice, got {axis}")
     return found
 
 

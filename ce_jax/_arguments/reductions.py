@@ -49,16 +49,7 @@ class Reducer(NamedTuple):
 
     def axes(self, ndim: int) -> tuple[int, ...]:
         """The axes to reduce of a loss with so many."""
-        if self.axis is None:
-            return tuple(range(ndim))
-        if not all(-ndim <= a < ndim for a in self.axis):
-            raise ValueError(
-                f"reduction_axis must name axes of the loss, which has {ndim} axes, got {self.axis}"
-            )
-        axes = tuple(a % ndim for a in self.axis)
-        if len(set(axes)) < len(axes):
-            raise ValueError(f"reduction_axis must not name an axis twice, got {self.axis}")
-        return axes
+        return checks.axes(self.axis, ndim, "reduction_axis")
 
 
 def reducer(reduction: Reduction, reduction_axis: Axes = None) -> Reducer:
