@@ -1,7 +1,10 @@
 """The linear form of logits that are far from 0 or from one another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 
@@ -112,3 +115,40 @@ def test_blocks_that_are_nothing_beside_what_was_seen(distance, forward_mode):
     np.testing.assert_allclose(d_kernel[0], slope, rtol=2e-5, atol=2e-5)
     share = 0.7 * g[0] + 0.3 / 6 * g[0].sum()
     np.testing.assert_allclose(d_weight, share * surprise, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", [-100.0, -60.0, -30.0, 60.0])
+def test_three_derivatives_of_blocks_that_are_nothing_beside_others(distance):
+    """They divide by powers of a block's sum of exponentials, which may be e^-120."""
+    rng = np.random.default_rng(1)
+    z = np.float32(rng.normal(size=6) + distance * np.repeat([0.0, 1.0, 2.0], 2))
+    along, g, label = np.float32(rng.normal(size=6)), np.float32(rng.normal(size=3)), 2
+
+    def total(t):
+        loss, found = ce_jax.linear_softmax_cross_entropy(
+            jnp.ones((1, 1)),
+            (z + t * along)[None],
+            jnp.array([label]),
+            label_smoothing=0.3,
+            return_statistics=True,
+            forward_mode=True,
+            **by_class(1),
+        )
+        return g @ jnp.stack([loss, found.lse, found.entropy])[:, 0]
+
+    def truth(t):
+        moved = [mpmath.mpf(float(a)) + t * float(b) for a, b in zip(z, along, strict=True)]
+        lse = mpmath.log(sum(map(mpmath.exp, moved)))
+        loss = 0.7 * (lse - moved[label]) + 0.3 / 6 * sum(lse - x for x in moved)
+        entropy = sum(mpmath.exp(x - lse) * (lse - x) for x in moved)
+        return float(g[0]) * loss + float(g[1]) * lse + float(g[2]) * entropy
+
+    for order in range(1, 4):
+        before = total
+        total = functools.partial(_slope, before)
+        expected = float(mpmath.diff(truth, 0, order))
+        np.testing.assert_allclose(jax.jit(total)(0.0), expected, rtol=1e-4, atol=1e-5)
+
+
+def _slope(function, t):
+    return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]

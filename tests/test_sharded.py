@@ -278,3 +278,29 @@ def test_long_rows_are_not_gathered_under_plain_jit(spec, classes):
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     found = hlo.collectives(run.lower(*arguments).compile())
     assert max(c.largest for c in found) <= 8 * 4
+
+
+def test_second_derivative_of_the_entropy_beside_other_devices(mesh):
+    """Relative to the maximum of all devices, exponentials of most devices add up to e^-60."""
+    draw = np.random.default_rng(2)
+    z, along = np.float32(draw.normal(size=(2, 3, CLASSES)))
+    z -= np.float32(60) * (np.arange(CLASSES) >= 5)
+
+    def entropy(logits, labels):
+        options = {"axis_name": "model", "forward_mode": True}
+        return ce_jax.softmax_statistics(logits, labels, **options).entropy
+
+    spread = jax.shard_map(entropy, mesh=mesh, in_specs=(P(None, "model"), P()), out_specs=P(None))
+
+    def slope(t):
+        return jax.jvp(lambda t: spread(z + t * along, jnp.zeros(3, int)), (t,), (1.0,))[1]
+
+    found = jax.jit(lambda t: jax.jvp(slope, (t,), (1.0,))[1])(0.0)
+
+    # With surprise s = lse - z and the mean <.>: H = <s>, H' = -cov(z, z'), and H'' as follows.
+    z, v = np.asarray(z, float), np.asarray(along, float)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    z, v = (x - np.sum(p * x, -1, keepdims=True) for x in (z, v))
+    truth = -np.sum(p * v * v, -1) - np.sum(p * z * v * v, -1)
+    close(found, truth, 1e-5)

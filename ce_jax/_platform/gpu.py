@@ -49,7 +49,7 @@ def normaliser(z: Float[Array, "*rows classes"], seen: tile.Seen = None) -> tile
 
 def _joined(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
     row_max = jnp.maximum(a[0], b[0])
-    return row_max, tile.scaled_sum(*a, row_max) + tile.scaled_sum(*b, row_max)
+    return row_max, a[1] * jnp.exp(a[0] - row_max) + b[1] * jnp.exp(b[0] - row_max)
 
 
 @normaliser.defjvp

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
 from .compat import psum, reshard, vary_over, varying
-from .tile import NOWHERE, Partial, scaled_sum, share_of
+from .tile import NOWHERE, Partial, share_of
 
 _Tree = TypeVar("_Tree")
 
@@ -111,13 +111,13 @@ def merge_across(part: Partial, axis_name: str | None) -> Partial:
         return part
     spread = axis_name in varying(part.base)  # not so if it is that of all devices already
     row_max = max_over(part.base, axis_name) if spread else part.base
-    scaled = scaled_sum(part.base, part.sum_exp, row_max)
-    sum_exp = jax.lax.psum(scaled, axis_name)
+    scale = jnp.exp(part.base - row_max)
+    sum_exp = jax.lax.psum(part.sum_exp * scale, axis_name)
     argmax = part.argmax
     if argmax is not None:
         # The lowest class among those that reach the maximum, as `jnp.argmax` has it.
         argmax = jax.lax.pmin(jnp.where(part.base == row_max, argmax, NOWHERE), axis_name)
-    total = psum(share_of(part, scaled, row_max, sum_exp), axis_name)
+    total = psum(share_of(part, scale, row_max, sum_exp), axis_name)
     return total._replace(base=row_max, sum_exp=sum_exp, argmax=argmax)
 
 

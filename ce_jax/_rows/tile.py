@@ -86,10 +86,11 @@ class Partial(NamedTuple):
 
     The normaliser is `lse = base + log(sum_exp)`, where `base` is the `finite_maximum` of the row
     and `sum_exp` is `sum exp(z - base)`. `label_logit` is 0 as long as the label was not seen.
-    `cross`, `uniform` and `entropy` are relative to this `lse`; `target_sum`, `classes_sum`,
-    `classes_count` are `sum(t)`, and `sum(a)` and the number of the classes with `z > -inf`.
-    `argmax` counts from the first class of the whole row. `picked` is 0 as long as the class was
-    not seen, and -inf if there is none.
+    `cross`, `uniform` and `entropy`, which is `<exp(z - base), lse - z>`, are relative to this
+    `lse`, or to `base` if that is larger: it may be the maximum of more classes. `target_sum`,
+    `classes_sum`, `classes_count` are `sum(t)`, and `sum(a)` and the number of the classes with
+    `z > -inf`. `argmax` counts from the first class of the whole row. `picked` is 0 as long as the
+    class was not seen, and -inf if there is none.
     """
 
     base: Float[Array, "*rows"]
@@ -212,17 +213,16 @@ def read(
         if not target.classes.ndim:
             out = out._replace(classes_sum=target.classes * out.classes_count)
     if entropy:
-        total = jnp.sum(jnp.exp(shifted) * _finite_exponent(surprise), -1)
-        out = out._replace(entropy=total / _nonzero(out.sum_exp))
+        terms = jnp.exp(shifted) * _finite_exponent(surprise)
+        out = out._replace(entropy=jnp.sum(terms, -1))
     return out
 
 
-def share_of(part: Partial, scaled: Array, row_max: Array, sum_exp: Array) -> Partial:
+def share_of(part: Partial, scale: Array, row_max: Array, sum_exp: Array) -> Partial:
     """What a part adds to the statistics of a softmax over more classes, given its normaliser.
 
-    `scaled` is the part's own sum of exponentials relative to `row_max`. With `ahead` the
-    difference of both `lse`, `lse - z` grows by that in each class, and a share `exp(-ahead)` of
-    all probability is in the part.
+    `scale` brings the part's exponentials to `row_max`. With `ahead` the difference of both `lse`,
+    `lse - z` grows by that in each class.
     """
     out = part._replace(base=ABSENT, sum_exp=ABSENT, argmax=ABSENT)
     if part.cross is None and part.uniform is None and part.entropy is None:
@@ -233,14 +233,9 @@ def share_of(part: Partial, scaled: Array, row_max: Array, sum_exp: Array) -> Pa
     if part.uniform is not None:
         out = out._replace(uniform=part.uniform + part.classes_sum * _finite(ahead))
     if part.entropy is not None:
-        share = scaled / _nonzero(sum_exp)
-        out = out._replace(entropy=share * (part.entropy + _finite_exponent(ahead)))
+        more = part.sum_exp * _finite_exponent(ahead)
+        out = out._replace(entropy=scale * (part.entropy + more))
     return out
-
-
-def scaled_sum(base: Array, sum_exp: Array, row_max: Array) -> Float[Array, "*rows"]:
-    """A sum of exponentials relative to `base`, relative to another maximum."""
-    return sum_exp * jnp.exp(base - row_max)
 
 
 def merge(seen: Partial, new: Partial) -> Partial:
@@ -249,10 +244,10 @@ def merge(seen: Partial, new: Partial) -> Partial:
     if new.argmax is not None:
         earlier = jnp.where(row_max > seen.base, NOWHERE, seen.argmax)
         argmax = jnp.minimum(earlier, new.argmax)
-    scaled = scaled_sum(seen.base, seen.sum_exp, row_max)
-    sum_exp = scaled + new.sum_exp
+    scale = jnp.exp(seen.base - row_max)
+    sum_exp = seen.sum_exp * scale + new.sum_exp
     share = functools.partial(share_of, row_max=row_max, sum_exp=sum_exp)
-    total: Partial = jax.tree.map(jnp.add, share(seen, scaled), share(new, new.sum_exp))
+    total: Partial = jax.tree.map(jnp.add, share(seen, scale), share(new, jnp.ones_like(scale)))
     return total._replace(base=row_max, sum_exp=sum_exp, argmax=argmax)
 
 
@@ -273,7 +268,7 @@ def finish(part: Partial) -> RowStatistics:
     if part.label_logit is not None:
         out = out._replace(cross=not_negative(log_sum - (part.label_logit - base)))
     if part.entropy is not None:
-        out = out._replace(entropy=not_negative(part.entropy))
+        out = out._replace(entropy=not_negative(part.entropy / _nonzero(part.sum_exp)))
     return _batched_alike(out, part)
 
 
@@ -341,7 +336,8 @@ def pullback(
         d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(rows)))
     if g.entropy is not None:
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
-        dz = dz + exp * onto_log_p * (_finite_exponent(surprise) - part.entropy[..., None])
+        entropy = (part.entropy / part.sum_exp)[..., None]
+        dz = dz + exp * onto_log_p * (_finite_exponent(surprise) - entropy)
     return dz, d_target
 
 
@@ -372,11 +368,11 @@ def _log(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 
 
 def _nonzero(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """The sum, or a small number where no class was seen that is allowed.
+    """The sum, or 1 if that is larger: of no classes, or relative to the maximum of others.
 
-    The derivative of a quotient divides by its square, which must not be 0.
+    Derivatives divide by powers of it, which must not be 0.
     """
-    return jnp.maximum(sum_exp, float(jnp.finfo(sum_exp.dtype).tiny) ** 0.5)
+    return jnp.where(sum_exp < 1, 1, sum_exp)
 
 
 def _finite_exponent(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
