@@ -111,6 +111,26 @@ def test_the_normaliser_of_a_gpu(classes):
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.usefixtures("one_device", "x64")
+def test_second_derivatives_of_blocks(without_platforms, monkeypatch):
+    """Under `jax.checkpoint` a second derivative does not use the rule of the first."""
+    hidden, kernel = draw.normal(size=(3, 2)), draw.normal(size=(2, 12))
+
+    def hessian():
+        jax.clear_caches()
+        options = {"label_smoothing": 0.1, "memory_budget": 1, "forward_mode": True}
+        return jax.hessian(
+            lambda x: ce_jax.linear_softmax_cross_entropy(x, kernel, LABELS[:3] % 12, **options)
+        )(hidden)
+
+    of_platform = hessian()
+    without_platforms()
+    plain = hessian()
+    monkeypatch.setattr(_platform, "normaliser", gpu.normaliser)
+    for found in (of_platform, hessian()):
+        np.testing.assert_allclose(found, plain, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("classes", [1, 3, 1024, 1031, 131071, 131072])
 def test_the_sums_of_a_cpu(classes):
     """Also of a prime number of classes no more are added up one by one than digits allow."""

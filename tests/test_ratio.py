@@ -82,6 +82,14 @@ def test_reduction_axis_of_every_loss(name):
         call(name, narrow(exact), reduction="sum", reduction_axis=2)
 
 
+def test_it_holds_arrays_also_without_jit():
+    with jax.disable_jit():
+        found = ce_jax.softmax_cross_entropy_with_integer_labels(
+            jnp.zeros((2, 3)), jnp.array([0, 2]), reduction="ratio"
+        )
+    assert all(isinstance(x, jax.Array) for x in (found.total, found.denominator))
+
+
 @pytest.mark.parametrize("axis", [None, 0, -1, (1, 0)])
 def test_reduction_axis(axis):
     """One sequence has no row that counts: its mean is 0, and so is its gradient."""

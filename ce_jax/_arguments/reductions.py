@@ -126,8 +126,9 @@ def of_total(
 
 def finish(ratio: Ratio, reducer: Reducer) -> Loss:
     """The ratio, or the mean if that is asked for."""
-    found: Any = ratio if reducer.kind == "ratio" else ratio.mean()
-    return cast(Loss, found)
+    if reducer.kind != "ratio":
+        return ratio.mean()
+    return cast(Loss, Ratio(ratio.total, jnp.asarray(ratio.denominator)))
 
 
 def denominator(
@@ -146,7 +147,7 @@ def denominator(
     if alike and all(isinstance(n, int) for n in shape):  # not symbolic
         kept = [n for a, n in enumerate(shape) if a not in axes]
         number: Any = np.full(kept, math.prod(shape[a] for a in axes), dtype)
-        return cast(Array, number)
+        return number
     total = jnp.ones(shape, dtype)
     for weight in weights:
         total = total if weight is None else total * weight

@@ -1,9 +1,8 @@
 """Loops over a tile that store no array of its size and fill vector registers, for a CPU.
 
-XLA has a fast kernel for one sum of simple arithmetic. What two of them share it first stores: the
-logits relative to their maximum, or bfloat16 logits in float32. So a second reading is kept `apart`
-from the first, and computes for itself. Smoothing has a select among what it adds up, which the
-kernel does not know: its sums are one reduction with several operands, a loop that stores nothing.
+XLA has a fast kernel for one sum of simple arithmetic. What two share it first stores: the logits
+relative to their maximum, or in float32. So a second reading is kept `apart` from the first. The
+kernel knows no select: the sums of smoothing are one reduction with several operands, a loop.
 
 Value and gradient on two cores, in times of the plain way, default malloc (jax 0.10.2):
 
@@ -97,14 +96,16 @@ def first_of(reached: Bool[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
 @jax.custom_jvp
 def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
     """The sums over the last axis of arrays of one shape."""
-    first, *_ = summands.values()
-    *rows, classes = first.shape
+    # `jax.checkpoint` loses the rule below, and JAX's own needs a tangent of each.
+    tied: Any = sum(summands.values())
+    summands = {name: jnp.where(False, tied, x) for name, x in summands.items()}
+    *rows, classes = tied.shape
     count = -(-classes // _LONGEST)
     size, rest = divmod(classes, count)
     parts = jax.tree.map(lambda x: x[..., : count * size].reshape(*rows, count, size), summands)
     zeros = {name: jnp.zeros((), x.dtype) for name, x in summands.items()}
     sums: dict[str, Array] = tile.row_sums(
-        jax.lax.reduce(parts, zeros, lambda a, b: jax.tree.map(jnp.add, a, b), (first.ndim,))
+        jax.lax.reduce(parts, zeros, lambda a, b: jax.tree.map(jnp.add, a, b), (tied.ndim,))
     )
     if not rest:
         return sums
@@ -112,5 +113,4 @@ def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
     return {name: sums[name] + more[name] for name in sums}
 
 
-# JAX has no derivative of a reduction with several operands.
 row_sums.defjvp(lambda primals, tangents: (row_sums(*primals), tile.row_sums(*tangents)))

@@ -187,8 +187,8 @@ def _fold(options: Options, inputs: Inputs, used: Used, sums: _Sums, first: Firs
         for z, seen in zip(both, (sums.p, sums.q), strict=True)
     )
     u, v = shift(both[0], p.base), shift(both[1], q.base)
-    gap = _where_possible(u > -jnp.inf, u, v)
-    terms = jnp.where(gap == jnp.inf, gap, jnp.exp(u) * gap)  # an exponential may round to 0
+    ahead = _where_possible(u > -jnp.inf, u, v)
+    terms = jnp.where(ahead == jnp.inf, ahead, jnp.exp(u) * ahead)  # exponentials may round to 0
     gap = _rebased(sums, p.base, q.base) + jnp.sum(terms, -1)
     return _Sums(merge(sums.p, p), merge(sums.q, q), gap)
 

@@ -184,7 +184,9 @@ def over_blocks(
     size, full, rest = cut(total, most)
 
     def all_full(carry: _Carry) -> _Carry:
-        firsts: Any = (np if isinstance(full, int) else jnp).arange(full, dtype=np.int32) * size
+        # A constant, for which no kernel is compiled, unless the number is symbolic.
+        arange: Any = np.arange if isinstance(full, int) else jnp.arange
+        firsts = arange(full, dtype=np.int32) * size
         return jax.lax.scan(lambda c, first: (one(c, first, size), None), carry, firsts)[0]
 
     if not isinstance(total, int):

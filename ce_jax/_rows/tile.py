@@ -144,7 +144,7 @@ FirstOf = Callable[[Bool[Array, "*rows classes"]], Integer[Array, "*rows"]]
 def row_maxima(z: Float[Array, "*rows classes"], seen: Seen = None) -> Float[Array, "*rows"]:
     """The `finite_maximum` of each row so far, as a constant: no statistic depends on it."""
     row_max = jax.lax.stop_gradient(jnp.max(z, -1)).astype(wide(z.dtype))
-    return finite_maximum(row_max, jax.lax.stop_gradient(seen))
+    return finite_maximum(row_max, None if seen is None else jax.lax.stop_gradient(seen))
 
 
 def sum_exp(
