@@ -72,8 +72,9 @@ def test_classes_that_are_as_far_apart_as_numbers_can_be(low, forward_mode):
     np.testing.assert_allclose(d_weight[~low], share[~low], rtol=1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("forward_mode", [False, True])
-@pytest.mark.parametrize("distance", [-300.0, -100.0, -60.0, 60.0, 100.0, 300.0])
+@pytest.mark.parametrize("distance", [-300.0, -60.0, 100.0])
 def test_blocks_that_are_nothing_beside_what_was_seen(distance, forward_mode):
     """The exponentials of a block may all round to 0 relative to the maximum of those before it."""
     rng = np.random.default_rng(0)
@@ -118,10 +119,9 @@ def test_blocks_that_are_nothing_beside_what_was_seen(distance, forward_mode):
 
 
 @pytest.mark.parametrize("forward_mode", [False, True])
-@pytest.mark.parametrize("distance", [-80.0, -50.0, -20.0])
-def test_an_entropy_that_is_nearly_nothing_has_its_digits(distance, forward_mode):
-    """It is what one class leaves to the others. That one's own part, up to 1/21, rounds to 0."""
-    z = np.array([0.0, distance, distance, distance - 1])
+def test_an_entropy_that_is_nearly_nothing_has_its_digits(forward_mode):
+    """It is what one class leaves to the others. That one's own part, 1/51, rounds to 0."""
+    z = np.array([0.0, -50.0, -50.0, -51.0])
 
     def entropy(kernel):
         found = ce_jax.linear_softmax_statistics(
@@ -132,11 +132,12 @@ def test_an_entropy_that_is_nearly_nothing_has_its_digits(distance, forward_mode
     value, (slope,) = pulled(entropy, jnp.asarray(z, jnp.float32)[None])
     p = np.exp(z) / np.exp(z).sum()
     surprise = np.log1p(np.exp(z[1:]).sum()) - z
-    np.testing.assert_allclose(value, p @ surprise, rtol=1 / 20)
+    np.testing.assert_allclose(value, p @ surprise, rtol=1 / 40)
     np.testing.assert_allclose(slope[0, 1:], (p * (surprise - p @ surprise))[1:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("distance", [-100.0, -60.0, -30.0, 60.0])
+@pytest.mark.sweep
+@pytest.mark.parametrize("distance", [-60.0, 60.0])
 def test_three_derivatives_of_blocks_that_are_nothing_beside_others(distance):
     """They divide by powers of a block's sum of exponentials, which may be e^-120."""
     rng = np.random.default_rng(1)
