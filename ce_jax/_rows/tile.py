@@ -87,7 +87,7 @@ class Partial(NamedTuple):
     The normaliser is `lse = base + log(sum_exp)`, where `base` is the `finite_maximum` of the row
     and `sum_exp` is `sum exp(z - base)`. `label_logit` is 0 as long as the label was not seen.
     `cross`, `uniform` and `entropy`, which is `<exp(z - base), lse - z>`, are relative to this
-    `lse`, or to `base` if that is larger: it may be the maximum of more classes. `target_sum`,
+    `lse`, or to near `base` if that is larger: it may be the maximum of more classes. `target_sum`,
     `classes_sum`, `classes_count` are `sum(t)`, and `sum(a)` and the number of the classes with
     `z > -inf`. `argmax` counts from the first class of the whole row. `picked` is 0 as long as the
     class was not seen, and -inf if there is none.
@@ -286,9 +286,10 @@ def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
 
     Under `vmap` over labels or weights alone, `lse` would be one for the whole batch. JAX from 0.12
     on takes no cotangent of such an output from a custom_vjp, as it could be counted too often.
+    (A select of 0 is left out late: the sum of soft labels would be compiled and cost its time.)
     """
     of_target = part.label_logit, part.target_sum, part.classes_sum
-    zero = sum(jnp.where(False, x, 0) for x in of_target if x is not None)
+    zero = sum(((x != x) & False).astype(x.dtype) for x in of_target if x is not None)
     return jax.tree.map(lambda x: x + zero, out._replace(argmax=ABSENT))._replace(argmax=out.argmax)
 
 
@@ -368,11 +369,12 @@ def _log(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 
 
 def _nonzero(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """The sum, or 1 if that is larger: of no classes, or relative to the maximum of others.
+    """The sum, at least 1 or nearly so: it is less of no classes or beside others that are larger.
 
-    Derivatives divide by powers of it, which must not be 0.
+    Derivatives divide by powers of it, which must not be 0. The number may not be 1, which is the
+    sum of one class: where both are equal, half of the derivative would be lost.
     """
-    return jnp.where(sum_exp < 1, 1, sum_exp)
+    return jnp.maximum(sum_exp, 0.7)
 
 
 def _finite_exponent(surprise: Float[Array, "..."]) -> Float[Array, "..."]:
