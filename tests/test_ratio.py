@@ -78,7 +78,7 @@ def test_reduction_axis_of_every_loss(name):
     close(found, np.sum(rows, -1), 1e-5)
     with pytest.raises(ValueError, match="reduction_axis=0 needs a reduction"):
         call(name, narrow(exact), reduction_axis=0)
-    with pytest.raises(ValueError, match=r"reduction_axis .* is out of range"):
+    with pytest.raises(ValueError, match="reduction_axis must name axes of the loss"):
         call(name, narrow(exact), reduction="sum", reduction_axis=2)
 
 

@@ -144,7 +144,7 @@ def indexing(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
     return "; write " + " or ".join(found) if found else ""
 
 
-def axes(axis: Axes, ndim: int, name: str = "axis") -> tuple[int, ...]:
+def axes(axis: Axes, ndim: int, name: str = "axis", of: str = "the array") -> tuple[int, ...]:
     """An argument as a tuple of distinct non-negative axes; None means all of them."""
     if axis is None:
         return tuple(range(ndim))
@@ -153,7 +153,7 @@ def axes(axis: Axes, ndim: int, name: str = "axis") -> tuple[int, ...]:
         if isinstance(a, bool) or not hasattr(a, "__index__"):
             raise TypeError(f"{name} must be an int or a tuple of ints, got {axis!r}")
         if not -ndim <= a < ndim:
-            raise ValueError(f"{name} {axis} is out of range for {ndim} dimension(s)")
+            raise ValueError(f"{name} must name axes of {of}, which has {ndim} axes, got {axis}")
     found = tuple(int(a) % ndim for a in wanted)
     if not found or len(set(found)) != len(found):
         raise ValueError(f"{name} must name at least one axis, and no axis twice, got {axis}")

@@ -49,7 +49,7 @@ class Reducer(NamedTuple):
 
     def axes(self, ndim: int) -> tuple[int, ...]:
         """The axes to reduce of a loss with so many."""
-        return checks.axes(self.axis, ndim, "reduction_axis")
+        return checks.axes(self.axis, ndim, "reduction_axis", "the loss")
 
 
 def reducer(reduction: Reduction, reduction_axis: Axes = None) -> Reducer:

@@ -1,7 +1,7 @@
 """Loops over a tile that store no array of its size and fill vector registers, for a CPU.
 
 XLA has a fast kernel for one sum of simple arithmetic. What two share it first stores: the logits
-relative to their maximum, or in float32. So a second reading is kept `apart` from the first. The
+relative to their maximum, or bfloat16 ones in float32. So a second reading is kept `apart`. The
 kernel knows no select: the sums of smoothing are one reduction with several operands, a loop.
 
 Value and gradient on two cores, in times of the plain way, default malloc (jax 0.10.2):
