@@ -132,8 +132,9 @@ def test_tiles_without_a_row_that_counts_are_not_computed(name):
     assert inside >= 6
 
 
+@pytest.mark.parametrize("tile", [2], indirect=True)
 @pytest.mark.parametrize("name", BOTH_KINDS)
-def test_each_device_has_its_own_number_of_rows_that_count(name):
+def test_each_device_has_its_own_number_of_rows_that_count(name, tile):
     arrays = problem()
     where = jnp.asarray(MASKS["run"])  # none of the first three rows, none of the last
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

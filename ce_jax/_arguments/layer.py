@@ -12,7 +12,7 @@ from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.dtypes import wide
 from .._rows.head import Head, Tokens
-from .._rows.order import Counting, Order, in_order, order_of
+from .._rows.order import Counting, Order, in_order, in_tiles, order_of
 from . import checks, options, targets
 from .types import ArrayLike
 
@@ -100,8 +100,9 @@ def layer(
     tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), tokens)
     label = jax.tree.map(jnp.ravel, label)
     count = tokens.hidden.shape[0]
+    tile = block_sizes.rows(count)
     local_rows = all(map(sharded.is_local, jax.tree.leaves((tokens, label))))
-    sorted_by = label.counts if local_rows else None
+    sorted_by = label.counts if local_rows and in_tiles(count, tile) else None
 
     # Bytes of a logit, of its gradient in the dtype of hidden, and of what a CPU stores for each
     # step from the matmul to the logit.
@@ -118,7 +119,7 @@ def layer(
     # With tiles of rows, less memory is needed per class, so a block may have more classes.
     at_once = count if sorted_by is None else -(-count // 2)
     blocks = block_sizes.blocks(at_once, visited, logit_bytes, memory_budget, summed=summed)
-    token_block, tile = blocks.tokens, block_sizes.rows(count)
+    token_block = blocks.tokens
     if token_block is not None:
         token_block = tile = token_block if sorted_by is None else min(token_block, tile)
 

@@ -11,7 +11,7 @@ from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.divergence import Options, Side
 from .._rows.dtypes import wide
-from .._rows.order import Order, in_order, order_of
+from .._rows.order import Order, in_order, in_tiles, order_of
 from . import checks, reductions, targets
 from .layer import head_of
 from .types import ArrayLike
@@ -113,7 +113,7 @@ def two_heads(
         memory_budget = block_sizes.default_budget(s.kernel_bytes + t.kernel_bytes)
     tokens, local = _leaf(s.side).shape[0], s.local if axis_name is not None else classes
     order, tile = None, block_sizes.rows(tokens)
-    if counts is not None and used is not None and teacher is not None:
+    if counts is not None and used is not None and teacher is not None and in_tiles(tokens, tile):
         local_rows = map(sharded.is_local, (_leaf(s.side), _leaf(t.side), used))
         order = order_of(used, tile) if all(local_rows) else None
     at_once = tokens if order is None else -(-tokens // 2)

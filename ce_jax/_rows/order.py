@@ -43,6 +43,11 @@ class Order(NamedTuple):
         return jnp.arange(self.rows.shape[0], dtype=jnp.int32) < self.counting
 
 
+def in_tiles(total: int, tile: int) -> bool:
+    """Whether rows are computed in several tiles, of which some can be left out."""
+    return not isinstance(total, int) or tile < total  # may be symbolic
+
+
 def order_of(counts: Bool[Array, " tokens"], tile: int) -> Order:
     """The order in which rows that count are the first, with places for whole tiles of rows."""
     total = counts.shape[0]
