@@ -53,8 +53,8 @@ def order_of(counts: Bool[Array, " tokens"], tile: int) -> Order:
     total = counts.shape[0]
     if isinstance(total, int):  # may be symbolic
         counts = jnp.pad(counts, (0, -total % tile))
-    rows = jnp.argsort(~counts, stable=True).astype(jnp.int32)
-    every = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    every = jnp.arange(counts.shape[0], dtype=jnp.int32)
+    rows = jnp.sort(jnp.where(counts, every, every + counts.shape[0])) % counts.shape[0]
     places = jnp.zeros_like(rows).at[rows].set(every, unique_indices=True)
     return Order(rows, places[:total], jnp.sum(counts, dtype=jnp.int32))
 
