@@ -12,7 +12,7 @@ from ce_jax._platform import block_sizes
 from tests import linear
 from tests.helpers import GARBAGE
 
-pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("few_tokens")]
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("few_tokens", "cheap_programs")]
 
 INF, NAN = jnp.inf, jnp.nan
 
@@ -260,6 +260,7 @@ def test_a_bias_of_minus_infinity_bans_its_class(how):
         np.testing.assert_array_equal(slopes[2][1], 0.0)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("banned", [slice(0, 4), slice(2, 6), slice(4, 8)])
 @pytest.mark.parametrize("forward_mode", [False, True])
 def test_a_whole_block_at_minus_infinity(banned, forward_mode):
@@ -363,6 +364,7 @@ def test_a_function_of_the_log_probability_is_one_per_element():
             )
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_losses_are_not_quantised(dtype):
     losses = ce_jax.linear_softmax_cross_entropy(
@@ -372,6 +374,7 @@ def test_losses_are_not_quantised(dtype):
     np.testing.assert_allclose(losses, np.log(100.0), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_lse_is_not_accumulated_in_bfloat16():
     hidden, kernel = inputs(2, 4, 8192, jnp.bfloat16)
     z = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
@@ -380,7 +383,7 @@ def test_lse_is_not_accumulated_in_bfloat16():
         np.testing.assert_allclose(found.lse, np.log(np.exp(z).sum(-1)), rtol=2e-6)
 
 
-@pytest.mark.usefixtures("one_device")
+@pytest.mark.usefixtures("one_device", "usual_programs")
 def test_float16_with_131072_classes():
     kernel = jnp.zeros((1, 131072), jnp.float16)
     for how in (by_class(3, 2**14, "float16"), by_token(131072, dtype="float16")):

@@ -9,7 +9,10 @@ import ce_jax
 from tests import reference
 from tests.comparison import close
 
-pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("x64", "module_on_one_device")]
+pytestmark = [
+    pytest.mark.sweep,
+    pytest.mark.usefixtures("x64", "module_on_one_device", "cheap_programs"),
+]
 
 ROWS, CLASSES = 4, 20
 draw = np.random.default_rng(21)
@@ -122,6 +125,7 @@ def test_a_weight_that_is_nan_where_its_class_is_masked():
     close(losses, truth, 1e-13)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_the_entropy_of_linear_logits_that_overflow():
     """Without a bias no logit counts as masked; one that overflows has no part in the entropy."""
     hidden, kernel = jnp.ones((1, 1), jnp.float32), jnp.array([[2e38, 2e38, -2e38]], jnp.float32)

@@ -13,7 +13,7 @@ from tests import reference, reference_beyond
 from tests.comparison import accuracy, compare, result_dtype, slopes_everywhere, together
 from tests.helpers import WRONG_NAME, compilations, softmax_arguments
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 mp = mpmath.mp
 # Name -> options to try, of each one that is differentiated.
@@ -86,6 +86,7 @@ def test_derivatives_of_higher_order(name, options, x64):
         np.testing.assert_allclose(derivative, np.array(exact, float), rtol=1e-12, atol=1e-99)
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize(
     ("name", "options", "at_one", "at_zero"),
     [  # (value, slope) at p = 1 and at p = 0
@@ -107,6 +108,7 @@ def test_limits(name, options, at_one, at_zero):
     np.testing.assert_allclose(slope, [at_one[1], at_zero[1]], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_derivatives_at_probability_one():
     """With gamma = 1 the series is x^2 + x^3 / 2 + ...; with 1/2 the curvature is infinite."""
     third = jax.jit(jax.grad(jax.grad(jax.grad(functools.partial(ce_jax.focal_loss, gamma=1.0)))))
@@ -122,6 +124,7 @@ def test_derivatives_at_probability_one():
     assert found[1, 0, 1, 0] > 0
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_generalized_cross_entropy_near_order_zero():
     """q -> 0 gives the cross-entropy, smoothly: the slope by q at 0 is -log(p)^2 / 2."""
     x = jnp.array([-1e-6, -0.5, -20.0])
@@ -131,6 +134,7 @@ def test_generalized_cross_entropy_near_order_zero():
     np.testing.assert_allclose(slope, -jnp.square(x) / 2, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_what_is_no_log_probability():
     """Rounding is forgiven; a loss in place of a log-probability is not."""
     x = jnp.array([1e-7, 0.5, jnp.nan])

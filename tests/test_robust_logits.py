@@ -14,7 +14,7 @@ from tests import reference_beyond
 from tests.comparison import compare, slopes_everywhere, together
 from tests.helpers import covering, softmax_arguments
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 mp = mpmath.mp
 
@@ -60,6 +60,7 @@ def test_sigmoid_focal_loss(case):
     )
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_sigmoid_focal_loss_at_infinite_logits(gamma):
     """The loss is that of the denied share of the label; slopes are the limits, in both modes."""
@@ -76,6 +77,7 @@ def test_sigmoid_focal_loss_at_infinite_logits(gamma):
     assert ce_jax.sigmoid_focal_loss(inf, 0.0, sample_weight=0.0, gamma=gamma) == 0
 
 
+@pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
 def test_sigmoid_focal_loss_keeps_small_numbers(gamma, x64):
     """At a large margin the loss is e^(-(1 + gamma) z), and so, up to sign and size, its slopes."""
@@ -123,6 +125,7 @@ def test_poly_loss_cross_entropy(case):
     )
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_poly_loss_cross_entropy_at_large_logits():
     """Far from 0 as near it, in value and gradient, and with a target on a masked class."""
     logits, labels = jnp.array([[3.0, 1.0, -jnp.inf]]), jnp.array([[0.0, 1.0, 0.0]])
@@ -222,6 +225,7 @@ def test_corrections_do_what_they_are_for():
         np.testing.assert_allclose(matrix @ by_label, exact, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("usual_programs")
 def test_forward_correction_at_extreme_logits():
     """No class that can become label 3 is likely: its probability underflows, its log does not."""
     logits = jnp.array([[300.0, 0.0, -200.0, -400.0]])
