@@ -13,6 +13,7 @@ import jax
 import pytest
 from jax._src import compiler
 
+from ce_jax._platform import block_sizes
 from ce_jax._rows import sharded
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -104,6 +105,16 @@ def _on_one_device():
 one_device = pytest.fixture(_on_one_device)
 # Programs are kept for the tests of a module that follow.
 module_on_one_device = pytest.fixture(scope="module")(_on_one_device)
+
+
+@pytest.fixture(scope="module")
+def tiles_of_one_row():
+    """So that small batches too have tiles to leave out, those without a row that counts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_sizes, "rows", lambda tokens: 1)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -7,14 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 import ce_jax
 from tests import reference, reference_contrastive
 from tests.comparison import close, compare
 from tests.helpers import GARBAGE, WRONG_NAME, compilations
-from tests.test_linear_transforms import dot_products
 from tests.test_memory import temporaries
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
@@ -228,70 +225,6 @@ def test_no_matrix_of_all_pairs(name):
     assert temporaries(gradient, *sides, *labels) < 8 * 10**6
 
 
-DEVICES = 4
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-
-
-@pytest.mark.cpu
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("name", "reduction"), [*((name, "mean") for name in PAIRS), ("clip_loss", "none")]
-)
-def test_sharded_batch(name, reduction, mesh):
-    """Value and gradients are those of one device, of arrays sharded and of replicated scalars."""
-    options = {"where": True, "sample_weight": True} if reduction == "mean" else {}
-    arguments = problem(name, rows=12, **options)
-    if name == "info_nce_loss":
-        arguments["keys"] = arguments["keys"][:12]
-    arrays = {k: jnp.asarray(v) for k, v in arguments.items()}
-    specs = {k: P("data") if v.ndim else P() for k, v in arrays.items()}
-    more = {"axis_name": "data", "reduction": reduction, **budget(name, 3, 5, jnp.float64)}
-
-    @jax.jit
-    @functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(specs,),
-        out_specs=P() if reduction == "mean" else P("data"),
-    )
-    def sharded(arrays):
-        return of(name)(**arrays, **more)
-
-    truth = functools.partial(of(name, reference_contrastive), reduction=reduction)
-    smooth = {k: v for k, v in arrays.items() if v.dtype == jnp.float64}
-    rest = {k: v for k, v in arrays.items() if k not in smooth}
-    value, pull = jax.vjp(lambda smooth: sharded(smooth | rest), smooth)
-    expected = truth(**arguments)
-    close(value, expected, 1e-12)
-    cotangent = np.random.default_rng(3).normal(size=np.shape(expected))
-    for key, gradient in pull(jnp.asarray(cotangent))[0].items():
-        slope = reference.vjp(truth, arguments, key, cotangent)
-        close(gradient, slope, 1e-11, key, np.max(np.abs(expected)))
-
-
-@pytest.mark.cpu
-@every_loss
-def test_what_would_be_silently_wrong_raises(name, mesh):
-    """Gradients without JAX's record of what varies, and embeddings that are not sharded."""
-    arrays = {k: jnp.asarray(v) for k, v in problem(name, rows=8).items() if np.ndim(v)}
-    arrays |= {k: v[:8].astype(jnp.float32) for k, v in arrays.items() if k in PAIRS[name]}
-    for specs, options in ((P("data"), {"check_vma": False}), (P(), {})):
-        local = functools.partial(of(name), axis_name="data", reduction="sum")
-        sharded = jax.shard_map(
-            lambda arrays, local=local: local(**arrays),
-            mesh=mesh,
-            in_specs=(dict.fromkeys(arrays, specs),),
-            out_specs=P(),
-            **options,
-        )
-        with pytest.raises(ValueError, match=rf"{PAIRS[name][0]} must vary .*'data'"):
-            sharded(arrays)
-
-
 def value_and_gradients(name, arguments, **options):
     """Of the sum of the losses, by all floating arguments; and the same for others."""
     labels = {k: v for k, v in arguments.items() if k == "labels"}
@@ -359,77 +292,6 @@ def test_labels_are_names():
     for names in (np.uint8(LABELS + 3), np.int32(LABELS + 2**31 - 1000)):
         arguments["labels"] = names
         np.testing.assert_array_equal(ce_jax.supervised_contrastive_loss(**arguments), wanted)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("statistics", [False, True])
-def test_one_matrix_serves_both_directions(statistics):
-    """Value and gradient take four matmuls: the logits twice, and one for each side."""
-    x = jnp.ones((6, 2))
-    options = {"reduction": "sum", "return_statistics": statistics}
-    loss = functools.partial(ce_jax.clip_loss, **options, **budget("clip_loss", 6, 2, "f8"))
-    gradient = jax.grad(loss, (0, 1), has_aux=statistics)
-    assert len(dot_products(jax.make_jaxpr(loss)(x, x).jaxpr)) == 1
-    assert len(dot_products(jax.make_jaxpr(gradient)(x, x).jaxpr)) == 4
-
-
-def matches(images, texts, exists):
-    """Which text each image is taken for, and which image each text, of those that exist."""
-    z = np.where(exists[:, None], images, 0) @ np.where(exists[:, None], texts, 0).T
-    z = np.where(exists[:, None] & exists, z, -np.inf)
-    return np.where(exists, z.argmax(1), 0), np.where(exists, z.argmax(0), 0)
-
-
-@pytest.mark.parametrize("forward_mode", [False, True])
-@pytest.mark.parametrize("columns", [2, 3, 100])
-def test_statistics_of_both_directions(columns, forward_mode):
-    """In blocks of any size; the first of equal ones; loss and slopes are what they are without."""
-    arguments = problem("clip_loss", rows=11, where=True, sample_weight=True)
-    for key in PAIRS["clip_loss"]:
-        arguments[key][[8, 10]] = arguments[key][6]
-    arguments = {k: jnp.asarray(v, bool if k == "where" else F32) for k, v in arguments.items()}
-    options = {"reduction": "mean", "forward_mode": forward_mode}
-    options |= budget("clip_loss", 11, columns, F32)
-
-    @jax.jit
-    def both(images):
-        def loss(images, **more):
-            return ce_jax.clip_loss(**(arguments | {"images": images}), **options, **more)
-
-        plain = jax.value_and_grad(loss)(images)
-        return plain, jax.value_and_grad(loss, has_aux=True)(images, return_statistics=True)
-
-    (value, slope), ((same_value, found), same_slope) = both(arguments["images"])
-    assert value == same_value
-    np.testing.assert_array_equal(slope, same_slope)
-    wanted = matches(*(np.asarray(arguments[k]) for k in (*PAIRS["clip_loss"], "where")))
-    assert {6} <= {*wanted[0]} | {*wanted[1]}
-    assert not {8, 10} & {*wanted[0], *wanted[1]}
-    for ids, of_direction in zip(found, wanted, strict=True):
-        assert ids.dtype == jnp.int32
-        np.testing.assert_array_equal(ids, of_direction)
-
-
-@pytest.mark.cpu
-def test_statistics_of_a_sharded_batch(mesh):
-    """Ids are those among the pairs of all devices; under vmap too."""
-    arguments = [problem("clip_loss", rows=12, where=True, seed=seed) for seed in (0, 1)]
-    names = (*PAIRS["clip_loss"], "where")
-    stacked = [np.stack([x[name] for x in arguments]) for name in names]
-    arrays = [jnp.asarray(x, bool if x.dtype == bool else F32) for x in stacked]
-
-    @jax.jit
-    @jax.vmap
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    def sharded(*arrays):
-        more = {"axis_name": "data", "return_statistics": True}
-        return ce_jax.clip_loss(*arrays, **more, **budget("clip_loss", 3, 5, F32))[1]
-
-    found = sharded(*arrays)
-    for i in range(2):
-        wanted = matches(*(np.asarray(x[i]) for x in arrays))
-        for ids, of_direction in zip(found, wanted, strict=True):
-            np.testing.assert_array_equal(ids[i], of_direction)
 
 
 def test_eager_calls_run_one_cached_program():

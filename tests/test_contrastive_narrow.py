@@ -10,7 +10,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from tests import reference, reference_contrastive
-from tests.test_contrastive import DEVICES, PAIRS, budget, every_loss, of, problem, scalars
+from tests.test_contrastive import PAIRS, budget, every_loss, of, problem, scalars
+from tests.test_contrastive_sharded import DEVICES
 
 pytestmark = pytest.mark.sweep
 

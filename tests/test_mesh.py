@@ -28,7 +28,10 @@ STATISTICS = {k: OPTIONS[k] for k in ("ignore_index", "num_classes", "logit_soft
 SMOOTH = ("hidden", "kernel", "bias", "weight", "sample_weight")
 SLOPES = 1e-11
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("x64", "cheap_programs")]
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.usefixtures("x64", "cheap_programs", "tiles_of_one_row"),
+]
 
 
 @functools.cache

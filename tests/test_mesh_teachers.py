@@ -17,7 +17,10 @@ from tests.test_mesh import compare
 BATCH, LENGTH, WIDTH, CLASSES, HELD, KNOWN = 8, 2, 8, 21, 24, 3
 EXPLICIT = AxisType.Explicit
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("x64", "cheap_programs")]
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.usefixtures("x64", "cheap_programs", "tiles_of_one_row"),
+]
 
 
 def problem():
