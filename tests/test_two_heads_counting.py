@@ -132,6 +132,16 @@ def test_tiles_without_a_row_that_counts_are_not_computed(name):
     assert inside >= 6
 
 
+@pytest.mark.parametrize("tile", [ROWS], indirect=True)
+@pytest.mark.parametrize("name", BOTH_KINDS)
+def test_rows_of_one_tile_stay_where_they_are(name, tile):
+    """There would be nothing to leave out."""
+    step = jax.grad(lambda arrays: jnp.sum(ours(name, arrays, MASKS["one"])))
+    program = jax.make_jaxpr(step)(problem()).jaxpr
+    assert "sort[" not in str(program)
+    assert matmuls(program, False)[0] == 0
+
+
 @pytest.mark.parametrize("tile", [2], indirect=True)
 @pytest.mark.parametrize("name", BOTH_KINDS)
 def test_each_device_has_its_own_number_of_rows_that_count(name, tile):
