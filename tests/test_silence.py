@@ -346,3 +346,30 @@ def test_labels_of_a_banned_class_in_second_derivatives():
     np.testing.assert_allclose(of_square[0, :, 0], wanted, rtol=1e-6)
     mixed = jax.jacrev(jax.grad(loss), 1)(labels, jnp.ones(1))[0, :, 0]
     np.testing.assert_allclose(mixed, [*surprise, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("form", [INTEGER, "softmax_cross_entropy", "linear_softmax_cross_entropy"])
+def test_a_weight_of_nan_in_a_row_that_does_not_count(form, reduction):
+    """It reaches no derivative, as any other number there would not."""
+    where, weights = np.array([True, False, True]), np.array([1.0, NAN, 2.0], np.float32)
+    draw = np.random.default_rng(0)
+    z, kernel = draw.normal(size=(3, 3)), draw.normal(size=(3, 3))
+    given = {"logits": z} if form != "linear_softmax_cross_entropy" else {"hidden": z}
+    given |= {"kernel": kernel} if "hidden" in given else {}
+    given |= {"weight": np.array([0.5, 1.5, 2.0]), "label_smoothing": 0.2, "z_loss": 0.1}
+    given = {k: jnp.asarray(v, jnp.float32) for k, v in given.items()}
+    ids = np.array([1, 0, 2])
+    labels = np.eye(3, dtype=np.float32)[ids] if form == "softmax_cross_entropy" else ids
+
+    @jax.jit
+    def both(given, weights):
+        def loss(given, weights):
+            options = {"where": where, "sample_weight": weights, "reduction": reduction}
+            return getattr(ce_jax, form)(**given, labels=labels, **options)
+
+        return jax.value_and_grad(loss, (0, 1))(given, weights)
+
+    found, wanted = both(given, weights), both(given, np.where(where, weights, 1))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -75,8 +75,10 @@ def masked(
     counts: Bool[Array, "*rows"] | None,
     sample_weight: Float[Array, "*rows"] | None,
 ) -> Float[Array, "*rows"]:
-    """The losses, weighted, and 0 where they do not count."""
+    """The losses, weighted, and 0 where they do not count, whatever loss and weight are there."""
     if sample_weight is not None:
+        if counts is not None:  # as a factor it would reach other derivatives: 0 times NaN is NaN
+            sample_weight = jnp.where(counts, sample_weight, 0)
         loss = weighted(sample_weight, loss)
     return loss if counts is None else jnp.where(counts, loss, 0)
 
@@ -150,5 +152,6 @@ def denominator(
         return number
     total = jnp.ones(shape, dtype)
     for weight in weights:
-        total = total if weight is None else total * weight
+        if weight is not None:
+            total = total * (weight if counts is None else jnp.where(counts, weight, 0))
     return jnp.sum(total if counts is None else jnp.where(counts, total, 0), axes)
