@@ -11,7 +11,7 @@ import ce_jax
 from ce_jax._rows.bins import bin_sums
 from tests import reference_beyond
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 adaptive_error = functools.partial(ce_jax.expected_calibration_error, adaptive=True)
 

@@ -76,6 +76,7 @@ def test_value_and_gradients(name, dtype, options):
     compare(of(name), truth, arguments, scalars(arguments), dtype=dtype, loosen=3.0, **blocks)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("x64")
 @every_loss
 def test_a_scale_of_zero_has_a_gradient(name):
@@ -89,6 +90,7 @@ def test_a_scale_of_zero_has_a_gradient(name):
         np.testing.assert_allclose(found.sum(), expected, rtol=1e-12)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["info_nce_loss", "siglip_loss"])
 def test_a_query_that_weighs_nothing_may_hold_anything(name):
     """It has a part in its own loss alone, and so reaches no other's gradient."""
@@ -239,6 +241,7 @@ def value_and_gradients(name, arguments, **options):
     return functools.partial(both, smooth), both, smooth
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("usual_programs")
 @every_loss
 def test_extremes(name):
@@ -268,6 +271,7 @@ def test_extremes(name):
         assert np.any(gradient != 0)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("rows", [0, 1])
 @every_loss

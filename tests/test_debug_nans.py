@@ -9,8 +9,9 @@ import pytest
 
 import ce_jax
 from ce_jax import Negatives
+from tests.arguments import ARGUMENTS
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 NAN, INF = np.nan, np.inf
 ROWS = 5
@@ -96,6 +97,34 @@ def test_a_row_that_does_not_count(name, by, spoil):
             found = found, jax.grad(of, tuple(range(len(arrays))))(*spoiled)
     for x in jax.tree.leaves(found):
         assert np.isfinite(x).all()
+
+
+OTHERS = [
+    (function, name)
+    for function, arguments in ARGUMENTS.items()
+    for name in ("logits", "hidden", "log_probs", "label_logits", "images", "queries", "embeddings")
+    if {"where", name} <= arguments.keys() and function not in CASES
+]
+
+
+@pytest.mark.parametrize(("function", "name"), OTHERS)
+def test_where_in_every_other_function(function, name):
+    """Outside `jit`: what is kept for the gradient is no NaN either."""
+    arguments = dict(ARGUMENTS[function])
+    call, where = getattr(ce_jax, function), arguments["where"]
+
+    def total(x):
+        leaves = jax.tree.leaves(call(**arguments | {name: x}))
+        return sum(jnp.sum(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
+
+    for fault in (INF, -INF):  # where a NaN was made, there the alarm is
+        x = np.array(arguments[name])
+        x[~where] = fault
+        x = jnp.asarray(x)
+        with jax.debug_nans(True):
+            value, slope = jax.value_and_grad(total)(x)
+        assert jnp.isfinite(value)
+        assert jnp.all(jnp.isfinite(slope))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

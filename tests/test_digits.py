@@ -9,6 +9,8 @@ import pytest
 
 import ce_jax
 
+pytestmark = pytest.mark.sweep
+
 
 def close(found, truth, relative=3e-6):
     assert found.dtype == jnp.float32

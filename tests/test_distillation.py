@@ -189,6 +189,7 @@ def test_no_logits_are_held(given):
         np.testing.assert_allclose(spent[0] / spent[1], 6 / 8, atol=0.03)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("usual_programs")
 def test_close_to_the_teacher():
     """Where cross-entropy less entropy has no digit left, the divergence has many."""
@@ -203,6 +204,7 @@ def test_close_to_the_teacher():
     np.testing.assert_array_equal(ce_jax.distillation_loss(teacher, teacher), 0.0)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("usual_programs")
 def test_bfloat16():
     """Of student or teacher alone: both are compared in float32, gradients have their dtypes."""
@@ -232,6 +234,7 @@ def test_bfloat16():
         close(gradient, slope, 2**-6 if name in names[:2] else 1e-5, name)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_extremes(reverse):
@@ -261,6 +264,7 @@ def test_extremes(reverse):
     assert empty == 0
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("side", ["hidden", "teacher_hidden"])
 def test_a_row_that_weighs_nothing_may_hold_anything(side):
     """It reaches no gradient, that of the kernel beside it least of all."""

@@ -37,6 +37,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @together(CASES)
 def test_dense(case):
     dtype = case.pop("dtype")
@@ -61,6 +62,7 @@ LINEAR_CASES = [
 ]
 
 
+@pytest.mark.sweep
 @together(LINEAR_CASES)
 def test_linear(case):
     dtype = case.pop("dtype")
@@ -128,6 +130,7 @@ def test_where_both_agree():
         np.testing.assert_array_equal(x, 0)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("size", [1e-2, 1e-5])
 def test_close_to_the_teacher(size):
     """The loss is of second order in the difference, and keeps its digits; so do its slopes."""
@@ -149,6 +152,7 @@ def test_close_to_the_teacher(size):
         assert np.max(np.abs(slope - wanted)) <= near * np.max(np.abs(first))
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("usual_programs")
 def test_extremes():
     """Disjoint; huge logits; a class that one side bans; one class; nothing allowed, weight 0."""
@@ -189,6 +193,7 @@ def test_it_is_symmetric():
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("usual_programs")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("small", [1e-4, 1e-6])

@@ -65,6 +65,7 @@ def agree(ours, theirs, tolerance=2e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.sweep
 @with_places_left
 @pytest.mark.parametrize("way", WAYS)
 def test_values_and_gradients_are_those_of_the_dense_form(way):

@@ -52,6 +52,7 @@ def data():
     return jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS), jnp.asarray(WEIGHTS, jnp.float32)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", LOSSES)
 def test_total_and_denominator_of_every_loss(name):
     """Against the sums of the reference; what the mean divides by has no other factor."""
@@ -70,6 +71,7 @@ def test_total_and_denominator_of_every_loss(name):
     close(total / denominator, mean, 1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", [name for name in LOSSES if takes(name, "reduction_axis")])
 def test_reduction_axis_of_every_loss(name):
     exact = CATALOGUE[name].arrays()
@@ -214,6 +216,7 @@ def test_linear_by_tokens_and_some_axes():
         close(found.denominator, np.sum(share, axis), 1e-6)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_counts(name):
     """A mean of 0 with gradient 0, also through the ratio."""

@@ -21,7 +21,7 @@ from tests.catalogue import CATALOGUE
 from tests.comparison import accuracy, close
 from tests.helpers import GARBAGE
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 BATCHED = [name for name in CATALOGUE if batched(name)]
 REDUCED = [name for name in BATCHED if takes(name, "reduction")]
@@ -131,7 +131,7 @@ def of_counting(name, arrays, counts):
 
 
 CASES = [
-    pytest.param(name, way, option, marks=[pytest.mark.sweep] if option else [])
+    (name, way, option)
     for name, way in WAYS
     for option in ({}, {"reduction": "mean"}, {"forward_mode": True})
     if all(takes(name, key) for key in option)

@@ -12,7 +12,7 @@ from tests import reference, reference_linear
 from tests.calls import call, narrow, takes, truth
 from tests.catalogue import CATALOGUE
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 
 def normal(*shape, scale=1.0, seed=0):

@@ -81,6 +81,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep
 @together(CASES)
 def test_value_and_gradients(case):
     form, dtype = case.pop("form"), case.pop("dtype")
@@ -153,6 +154,7 @@ def test_memory():
     assert temporaries(ce_jax.linear_top_k_distillation_loss, *entries) <= 1.25 * plain
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("form", [DENSE, LINEAR])
 def test_a_row_of_nonsense_is_nan(form):
     """And its gradient, and no other row's; not so if it does not count."""
@@ -189,6 +191,7 @@ def test_a_row_of_nonsense_is_nan(form):
             assert np.isfinite(slope).all()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
 def test_ids_of_any_integer_dtype(dtype):
     """Of 300 classes, 255 is one, though -1 is stored as it in 8 bits without a sign."""

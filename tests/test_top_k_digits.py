@@ -12,6 +12,8 @@ from tests import reference, reference_distillation
 from tests.comparison import accuracy, close
 from tests.test_top_k import CLASSES, DENSE, INF, NAN, ROWS, TAILS, arguments_of, known
 
+pytestmark = pytest.mark.sweep
+
 
 def naive(logits, ids, log_probs):
     """The bucket as it is mostly written: the student's rest as what its known classes leave."""

@@ -61,6 +61,7 @@ def theirs(name, arrays, where, **options):
     return DENSE[name](student, teacher, where=where, **rest, **options)
 
 
+@pytest.mark.sweep
 @with_places_left
 @pytest.mark.parametrize("name", LINEAR)
 def test_values_and_gradients_are_those_of_the_dense_form(name):
@@ -79,6 +80,7 @@ def test_values_and_gradients_are_those_of_the_dense_form(name):
         agree(both(ours, arrays | garbage, where), both(theirs, arrays, where), 1e-4)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", BOTH_KINDS)
 def test_a_weight_of_zero_silences_rows_that_are_not_finite(name):
     arrays = problem()
