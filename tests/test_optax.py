@@ -13,6 +13,8 @@ import pytest
 import ce_jax
 from tests.helpers import LAYOUTS, softmax_arguments
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 FORWARD = (
     "softmax_cross_entropy",
     "safe_softmax_cross_entropy",

@@ -50,10 +50,9 @@ def pick(
     else:
         there = jnp.where(inside, at, 0)
         found = jnp.take_along_axis(z, there, axis=-1, mode="promise_in_bounds")
-    # -inf by way of what was found: XLA then reads the tile before it writes, and copies nothing.
-    none = jnp.minimum(jax.lax.stop_gradient(found), -jnp.inf).astype(z.dtype)
+    others = _with_columns(z, at, jnp.full_like(found, -jnp.inf, dtype=z.dtype))
     found = jnp.where(inside, found, 0).astype(wide(z.dtype))
-    return _with_columns(z, at, none), jnp.where(ids < 0, -jnp.inf, found)
+    return others, jnp.where(ids < 0, -jnp.inf, found)
 
 
 def pull_picked(
