@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -237,17 +238,20 @@ def _poly_loss_cross_entropy(
     forward_mode: bool,
 ) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
-    dtype = wide(rows.values.dtype)
-    sample_weight = reductions.weights(
-        "sample_weight", sample_weight, rows.values.shape[:-1], dtype
-    )
-    z = targets.without_excluded(rows.values, rows.counts, sample_weight).astype(dtype)
-    probs = targets.distributions(labels, logits.shape, axis, dtype)
-    probs = targets.without_excluded(probs, rows.counts, sample_weight)
+    dtype, shape = wide(rows.values.dtype), rows.values.shape[:-1]
+    sample_weight = reductions.weights("sample_weight", sample_weight, shape, dtype)
 
-    # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
-    z = options.tempered_logits(relative(z), temperature, rows.counts)
-    statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
-    missed = one_minus_exp(z - statistics.lse[..., None])
-    loss = statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)
+    # For the gradient all is computed again: to store arrays of the logits' size takes longer.
+    @jax.checkpoint
+    def losses(values: Array, labels: Array, epsilon: Array, temperature: Array | None) -> Array:
+        z = targets.without_excluded(values, rows.counts, sample_weight).astype(dtype)
+        probs = targets.distributions(labels, logits.shape, axis, dtype)
+        probs = targets.without_excluded(probs, rows.counts, sample_weight)
+        # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
+        z = options.tempered_logits(relative(z), temperature, rows.counts)
+        statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
+        missed = one_minus_exp(z - statistics.lse[..., None])
+        return statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)
+
+    loss = losses(rows.values, labels, epsilon, temperature)
     return reductions.reduce(loss, rows.counts, sample_weight, reduction)

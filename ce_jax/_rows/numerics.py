@@ -162,11 +162,16 @@ def expm1_ratio(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return _polynomial(_FIRST, x)
 
 
+@jax.custom_jvp
 def one_minus_exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`1 - e^x`; its derivatives keep their digits at both ends (those of expm1 lose e^x)."""
-    near = jnp.abs(x) <= 0.5
-    small, large = jnp.where(near, x, 0), jnp.where(near, -1, x)
-    return jnp.where(near, -small * expm1_ratio(small), 1 - jnp.exp(large))
+    """`1 - e^x`, with the derivative `-e^x` (JAX's own, by `expm1(x) + 1`, is 0 for x < -17)."""
+    return -jnp.expm1(x)
+
+
+@one_minus_exp.defjvp
+def _one_minus_exp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    return one_minus_exp(x), -jnp.exp(x) * dx
 
 
 def log_complement(p: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -174,24 +179,12 @@ def log_complement(p: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(p < 0.25, jnp.log1p(-p), jnp.log(1 - p))
 
 
-@jax.custom_jvp
-def _expm1(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`e^x - 1`, with the derivative `e^x` (JAX's own, `expm1(x) + 1`, is 0 for x < -17)."""
-    return jnp.expm1(x)
-
-
-@_expm1.defjvp
-def _expm1_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    return _expm1(x), jnp.exp(x) * dx
-
-
 def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`e^x - 1 - x`, without the cancellation near 0."""
     near = jnp.abs(x) <= 0.5
     small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)
     series = jnp.square(small) * _polynomial(_SECOND, small)
-    return jnp.where(near, series, _expm1(large) - large)
+    return jnp.where(near, series, -one_minus_exp(large) - large)
 
 
 @jax.custom_jvp
