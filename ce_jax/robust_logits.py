@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
@@ -102,6 +102,24 @@ def _sigmoid_focal_loss(
     *,
     reduction: Reducer,
 ) -> Loss:
+    loss, counts, sample_weight = _focal_losses(
+        logits, labels, alpha, gamma, sample_weight, where, temperature
+    )
+    return reductions.reduce(loss, counts, sample_weight, reduction)
+
+
+# For the gradient all is computed again, instead of storing a dozen arrays of the logits' size.
+@jax.checkpoint
+def _focal_losses(
+    logits: Array,
+    labels: Array,
+    alpha: Array | None,
+    gamma: Array,
+    sample_weight: Array | None,
+    where: Array | None,
+    temperature: Array | None,
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"] | None, Float[Array, "*shape"] | None]:
+    """The losses, which of them count, and their weights."""
     z, y, counts = targets.elements("logits", logits, labels, where, None, sample_weight)
     z = options.tempered_elements(z.astype(y.dtype), temperature, counts)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
@@ -123,7 +141,7 @@ def _sigmoid_focal_loss(
     share = reductions.element_weights("alpha", alpha, y.shape, y.dtype)
     if share is not None:
         loss = weighted(share * y + (1 - share) * (1 - y), silenced(sample_weight, loss))
-    return reductions.reduce(loss, counts, sample_weight, reduction)
+    return loss, counts, sample_weight
 
 
 def _log_miss_and_cross(

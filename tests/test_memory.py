@@ -46,6 +46,16 @@ LOSSES = {
         lambda z, t: optax.losses.softmax_cross_entropy(z, t).mean(),
         None,
     ),
+    "poly": (
+        lambda z, t: ce_jax.poly_loss_cross_entropy(z, t, reduction="mean"),
+        lambda z, t: optax.losses.poly_loss_cross_entropy(z, t).mean(),
+        None,
+    ),
+    "focal": (
+        lambda z, t: ce_jax.sigmoid_focal_loss(z, t, reduction="mean"),
+        lambda z, t: optax.losses.sigmoid_focal_loss(z, t).mean(),
+        None,
+    ),
 }
 
 
@@ -58,6 +68,13 @@ def test_the_gradient_takes_no_more_than_optax(name, dtype):
     # A page for scalars and rows.
     limit = temporaries(jax.value_and_grad(theirs), logits, labels or logits) + 4096
     assert used <= limit
+
+
+def test_poly_loss_builds_one_array_of_the_logits_size():
+    """The exponentials that the gradient is made of; with fewer classes not even these."""
+    logits = ((ROWS, CLASSES), jnp.float32)
+    loss, _, _ = LOSSES["poly"]
+    assert temporaries(jax.value_and_grad(loss), logits, logits) < 1.1 * ALL
 
 
 @pytest.mark.parametrize(
