@@ -2,6 +2,7 @@ r"""Distillation: the divergence between the softmax of a teacher and that of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ._arguments.compiled import array, compiled
 from ._arguments.reductions import Reducer
 from ._arguments.two_heads import Layer, two_heads
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
+from ._platform import block_sizes
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, Used, divergence
 from ._rows.dtypes import wide
@@ -103,6 +105,11 @@ def distillation_loss(
     )
 
 
+# The mixture of two softmaxes and its logarithms take so many arrays of the size of the logits. If
+# they take more bytes, they are computed in blocks of classes: again for the gradient, not stored.
+_ARRAYS, _AT_ONCE = 4, 256 * 10**6
+
+
 @compiled
 def of_logits(
     logits: Array,
@@ -133,7 +140,12 @@ def of_logits(
         for x in (student, teacher)
     )
     classes = sharded.all_classes(local, axis_name)
-    side = class_blocks.Options(local, -1, classes, local, axis_name)
+    block, logit_bytes = local, _ARRAYS * dtype.itemsize
+    own = all(sharded.is_own(x.values) for x in (student, teacher))
+    if beta is not None and own and student.values.size * logit_bytes > _AT_ONCE:
+        count, budget = math.prod(rows), block_sizes.default_budget(0)
+        block = block_sizes.blocks(count, local, logit_bytes, budget, summed=False).classes
+    side = class_blocks.Options(block, -1, classes, local, axis_name)
     both = Options(side, side)
     by_row = options.of_rows(temperature, tuple(rows), dtype, student.counts)
     beta = None if beta is None else beta.astype(dtype)

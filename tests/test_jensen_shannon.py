@@ -1,6 +1,7 @@
 """Jensen-Shannon losses: dense, from a layer, and from two layers, against float64 NumPy."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ce_jax
+from ce_jax import distillation
+from ce_jax._platform import block_sizes
 from tests import reference, reference_distillation
 from tests.comparison import close, compare, together
 from tests.helpers import GARBAGE, WRONG_NAME
@@ -40,7 +43,21 @@ CASES = [
 @pytest.mark.sweep
 @together(CASES)
 def test_dense(case):
-    dtype = case.pop("dtype")
+    compare_dense(**case)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_many_logits_in_blocks(monkeypatch):
+    """Of three classes, and of the one that is left, where memory is short."""
+    monkeypatch.setattr(distillation, "_AT_ONCE", 0)
+    monkeypatch.setattr(block_sizes, "default_budget", lambda _: 5 * 3 * 4 * 8)
+    blocks = mock.Mock(wraps=block_sizes.blocks)
+    monkeypatch.setattr(block_sizes, "blocks", blocks)
+    compare_dense(**CASES[0])
+    assert blocks(*blocks.call_args.args, **blocks.call_args.kwargs).classes == 3
+
+
+def compare_dense(dtype, **case):
     arguments = dense_arguments(**case)
     if not case.get("first"):
         arguments = banning(arguments)
@@ -212,6 +229,17 @@ def test_the_limits_are_both_divergences(small, reverse):
     np.testing.assert_allclose(value / share, limit, rtol=100 * small)
     for found, slope in zip(slopes, pull(jnp.ones_like(limit)), strict=False):
         close(found / share, slope, 1000 * small)
+
+
+@pytest.mark.usefixtures("usual_programs", "one_device")
+@pytest.mark.cpu
+def test_of_many_logits_nothing_of_their_size_is_stored():
+    """The four arrays that are kept of fewer logits would take 537 MB."""
+    logits = jax.ShapeDtypeStruct((512, 65536), jnp.float32)
+    assert 4 * 4 * logits.size > distillation._AT_ONCE
+    loss = functools.partial(ce_jax.jensen_shannon_loss, reduction="mean")
+    program = jax.jit(jax.value_and_grad(loss)).lower(logits, logits).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 18 * 10**6
 
 
 @pytest.mark.usefixtures("usual_programs")

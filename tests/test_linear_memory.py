@@ -1,5 +1,7 @@
 """What the compiled linear form allocates beside arguments and results. Compiled, never run."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -49,6 +51,20 @@ def test_it_does_not_grow_with_the_classes(shape):
 def test_a_ragged_block_is_not_held_beside_the_others():
     """50257 classes in blocks of 3968 and a rest, which behind their loop would take 17 MB."""
     assert used(1024, 256, 50257) <= 13 * 10**6
+
+
+def test_no_block_rewrites_a_narrow_gradient():
+    """XLA for a CPU would convert all of it each time, so that the time grew with V squared."""
+
+    def loss(hidden, kernel, labels):
+        return jnp.sum(ce_jax.linear_softmax_cross_entropy(hidden, kernel, labels))
+
+    arrays = (((1024, 64), "bfloat16"), ((64, 32768), "bfloat16"), ((1024,), "int32"))
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile().as_text()
+    carried = re.findall(r"= (\(.*?\)) while\(", text)
+    assert len(carried) == 2
+    assert not any("bf16[64,32768]" in x for x in carried)
 
 
 @every_shape

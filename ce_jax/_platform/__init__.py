@@ -48,8 +48,7 @@ def read(
     plain, own = (functools.partial(f, **options) for f in (tile.read, cpu.read))
     if not sharded.is_own(z) or not (options.get("argmax") or cpu.shares(z, target)):
         return plain(z, target, normaliser)
-    part: tile.Partial = jax.lax.platform_dependent(z, target, normaliser, cpu=own, default=plain)
-    return part
+    return jax.lax.platform_dependent(z, target, normaliser, cpu=own, default=plain)
 
 
 def elementwise(function: Callable[..., Any], z: Array, *others: Array | None) -> Any:
@@ -62,7 +61,6 @@ def elementwise(function: Callable[..., Any], z: Array, *others: Array | None) -
 
 def reread(z: Array, part: tile.Partial) -> tuple[Array, tile.Partial]:
     """The same tile and statistics, for the gradient, in the way of the platform."""
-    both = z, part
-    if sharded.is_own(z) and cpu.stores_wide(z):
-        both = jax.lax.platform_dependent(*both, cpu=cpu.reread, default=lambda *same: same)
-    return both
+    if not sharded.is_own(z) or not cpu.stores_wide(z):
+        return z, part
+    return jax.lax.platform_dependent(z, part, cpu=cpu.reread, default=lambda *same: same)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from .._platform import block_sizes
 from . import sharded
 from .dtypes import wide
 from .head import over_blocks, put, read_by_all, take
@@ -139,7 +140,8 @@ def pulled_back(form: Form, residuals: Any, g: Any) -> Any:
 
     def zeros(x: Array, part: Part) -> Array:
         """To add up in the wide dtype what every block or tile adds to."""
-        return jnp.zeros(x.shape, wide(x.dtype) if part.axis is None else x.dtype)
+        in_wide = part.axis is None or block_sizes.gathers_wide()
+        return jnp.zeros(x.shape, wide(x.dtype) if in_wide else x.dtype)
 
     def step(carry: Any, first: First, size: int) -> Any:
         of_tile = of_block(first, size)
