@@ -107,8 +107,11 @@ def _nll_loss(
     weight = targets.class_weight(weight, classes, dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, label.ids.shape, dtype)
 
-    log_p = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
-    cross = -jnp.take_along_axis(log_p, label.ids[..., None], axis=-1)[..., 0]
+    log_p = targets.without_excluded(rows.values, label.counts, sample_weight)
+    if label_smoothing is not None:  # so that the slopes of both parts add up in it
+        log_p = log_p.astype(dtype)
+    found = jnp.take_along_axis(log_p, label.ids[..., None], axis=-1)[..., 0]
+    cross = -found.astype(dtype)
     statistics = RowStatistics(lse=jnp.zeros_like(cross), cross=cross)
     if label_smoothing is not None:
         allowed = log_p > -jnp.inf

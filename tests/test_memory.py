@@ -70,6 +70,18 @@ def test_the_gradient_takes_no_more_than_optax(name, dtype):
     assert used <= limit
 
 
+def test_nll_loss_has_no_gradient_in_float32():
+    """Before it is compiled: XLA for a CPU makes one."""
+
+    def loss(log_probs, labels):
+        return ce_jax.nll_loss(log_probs, labels, reduction="mean")
+
+    log_probs = jax.ShapeDtypeStruct((ROWS, CLASSES), jnp.bfloat16)
+    program = jax.jit(jax.value_and_grad(loss)).lower(log_probs, jax.ShapeDtypeStruct(*IDS))
+    assert f"<{ROWS}x{CLASSES}xbf16>" in program.as_text()
+    assert f"<{ROWS}x{CLASSES}xf32>" not in program.as_text()
+
+
 def test_poly_loss_builds_one_array_of_the_logits_size():
     """The exponentials that the gradient is made of; with fewer classes not even these."""
     logits = ((ROWS, CLASSES), jnp.float32)
