@@ -105,8 +105,8 @@ def distillation_loss(
     )
 
 
-# The mixture of two softmaxes and its logarithms take so many arrays of the size of the logits. If
-# they take more bytes, they are computed in blocks of classes: again for the gradient, not stored.
+# The mixture of two softmaxes and its logarithms are so many arrays of the size of the logits. If
+# they have more bytes, they are not stored, but computed in blocks, and for the gradient again.
 _ARRAYS, _AT_ONCE = 4, 256 * 10**6
 
 

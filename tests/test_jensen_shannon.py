@@ -274,15 +274,19 @@ def test_no_logits_are_held(given):
 
 @pytest.mark.cpu
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("form", ["dense", "two layers"])
-def test_sharded_classes(form):
+@pytest.mark.parametrize("form", ["dense", "dense in blocks", "two layers"])
+def test_sharded_classes(form, monkeypatch):
     """Over four devices, the last of which hold padding: value and all gradients are whole."""
+    if form == "dense in blocks":  # of one class
+        monkeypatch.setattr(distillation, "_AT_ONCE", 0)
+        monkeypatch.setattr(block_sizes, "default_budget", lambda _: 6 * 4 * 8)
+        jax.clear_caches()
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
     specs = {"hidden": P(), "kernel": P(None, "model"), "temperature": P(), "beta": P()}
     specs |= {"teacher_hidden": P(), "teacher_kernel": P("model")}
     static = {"axis_name": "model"}
     temperature = np.linspace(0.5, 2.0, 6).reshape(2, 3)
-    if form == "dense":
+    if form != "two layers":
         logits = 2 * np.random.default_rng(0).normal(size=(2, 3, 8))
         arguments = {"logits": logits, "teacher_logits": -logits[::-1]}
         specs |= {k: P(None, None, "model") for k in arguments}
@@ -293,8 +297,8 @@ def test_sharded_classes(form):
         arguments["teacher_kernel"] = np.pad(arguments["teacher_kernel"], ((0, 1), (0, 0)))
         arguments["num_classes"] = CLASSES
     arguments |= {"temperature": temperature, "beta": 0.3}
-    truth = getattr(reference_distillation, DENSE if form == "dense" else LINEAR)
-    ours = getattr(ce_jax, DENSE if form == "dense" else LINEAR)
+    name = LINEAR if form == "two layers" else DENSE
+    truth, ours = getattr(reference_distillation, name), getattr(ce_jax, name)
     smooth = {k: jnp.asarray(v, float) for k, v in arguments.items() if k in specs}
     specs = {k: specs[k] for k in smooth}
 
@@ -302,6 +306,7 @@ def test_sharded_classes(form):
         return ours(**smooth, **static)
 
     sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P()))
+    assert ("scan" in str(jax.make_jaxpr(sharded)(smooth))) == (form != "dense")
     value, pull = jax.vjp(sharded, smooth)
     close(value, truth(**arguments), 1e-12)
     cotangent = np.random.default_rng(3).normal(size=(2, 3))

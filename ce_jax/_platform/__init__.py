@@ -9,7 +9,7 @@
     CPU, fewer than 64 columns                   the sigmoid loss          cpu.in_one_row
 
 Each platform's file says what its ways gain. No way changes more than the last digits of a result,
-and the time of none depends on the numbers. `block_sizes` chooses the blocks of the linear form.
+and the time of none depends on the numbers. `block_sizes` is for all that goes in blocks.
 """
 
 from __future__ import annotations
