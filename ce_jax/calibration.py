@@ -17,8 +17,8 @@ from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows import sharded
 from ._rows.bins import bin_counts, bin_of_rank, bin_sums, share_of_equals
+from ._rows.brier import squared_distance
 from ._rows.dtypes import wide
-from ._rows.numerics import log_softmax
 
 
 class ReliabilityBins(NamedTuple):
@@ -289,7 +289,7 @@ def _brier_score(
     dtype = wide(rows.values.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
-    p = jnp.exp(log_softmax(options.tempered_logits(z, temperature, label.counts)))
-    score = jnp.sum(jnp.square(p - jax.nn.one_hot(label.ids, shape[-1], dtype=dtype)), -1)
+    z = options.tempered_logits(z, temperature, label.counts)
+    score = squared_distance(z, label.ids)
     score = targets.nan_if(label.unknown, score, sample_weight)
     return reductions.reduce(score, label.counts, sample_weight, reduction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -217,7 +218,7 @@ def _binary_cross_entropy(
 
 
 def _clamped_log(p: Float[Array, "..."]) -> Float[Array, "..."]:
-    held = (p >= 0) & (jnp.log(p) < -100)
+    held = (p >= 0) & (p <= math.exp(-100))  # 0 in a dtype that has no such number
     return jnp.where(held, -100, jnp.log(jnp.where(held, 1, p)))
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ._arguments import checks, options, reductions, targets
-from ._arguments.compiled import compiled
+from ._arguments.compiled import compiled, recomputed
 from ._arguments.options import option, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
@@ -91,6 +91,7 @@ def sigmoid_focal_loss(
 
 
 @compiled
+@recomputed
 def _sigmoid_focal_loss(
     logits: Array,
     labels: Array,
@@ -102,24 +103,6 @@ def _sigmoid_focal_loss(
     *,
     reduction: Reducer,
 ) -> Loss:
-    loss, counts, sample_weight = _focal_losses(
-        logits, labels, alpha, gamma, sample_weight, where, temperature
-    )
-    return reductions.reduce(loss, counts, sample_weight, reduction)
-
-
-# For the gradient all is computed again, instead of storing a dozen arrays of the logits' size.
-@jax.checkpoint
-def _focal_losses(
-    logits: Array,
-    labels: Array,
-    alpha: Array | None,
-    gamma: Array,
-    sample_weight: Array | None,
-    where: Array | None,
-    temperature: Array | None,
-) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"] | None, Float[Array, "*shape"] | None]:
-    """The losses, which of them count, and their weights."""
     z, y, counts = targets.elements("logits", logits, labels, where, None, sample_weight)
     z = options.tempered_elements(z.astype(y.dtype), temperature, counts)
     sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
@@ -141,7 +124,7 @@ def _focal_losses(
     share = reductions.element_weights("alpha", alpha, y.shape, y.dtype)
     if share is not None:
         loss = weighted(share * y + (1 - share) * (1 - y), silenced(sample_weight, loss))
-    return loss, counts, sample_weight
+    return reductions.reduce(loss, counts, sample_weight, reduction)
 
 
 def _log_miss_and_cross(
@@ -258,18 +241,32 @@ def _poly_loss_cross_entropy(
     rows = targets.rows_of("logits", logits, axis, where)
     dtype, shape = wide(rows.values.dtype), rows.values.shape[:-1]
     sample_weight = reductions.weights("sample_weight", sample_weight, shape, dtype)
-
-    # For the gradient all is computed again: to store arrays of the logits' size takes longer.
-    @jax.checkpoint
-    def losses(values: Array, labels: Array, epsilon: Array, temperature: Array | None) -> Array:
-        z = targets.without_excluded(values, rows.counts, sample_weight).astype(dtype)
-        probs = targets.distributions(labels, logits.shape, axis, dtype)
-        probs = targets.without_excluded(probs, rows.counts, sample_weight)
-        # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
-        z = options.tempered_logits(relative(z), temperature, rows.counts)
-        statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
-        missed = one_minus_exp(z - statistics.lse[..., None])
-        return statistics.cross + epsilon.astype(dtype) * jnp.sum(probs * missed, -1)
-
-    loss = losses(rows.values, labels, epsilon, temperature)
+    z = targets.without_excluded(rows.values, rows.counts, sample_weight).astype(dtype)
+    probs = targets.distributions(labels, logits.shape, axis, dtype)
+    probs = targets.without_excluded(probs, rows.counts, sample_weight)
+    # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
+    z = options.tempered_logits(relative(z), temperature, rows.counts)
+    statistics = row_statistics(Options(), z, Target(probs=probs), forward_mode=forward_mode)
+    loss = statistics.cross + epsilon.astype(dtype) * _missed(z, probs, statistics.lse)
     return reductions.reduce(loss, rows.counts, sample_weight, reduction)
+
+
+@jax.custom_jvp
+def _missed(
+    z: Float[Array, "*rows classes"],
+    probs: Float[Array, "*rows classes"],
+    lse: Float[Array, "*rows"],
+) -> Float[Array, "*rows"]:
+    """`sum_c q_c (1 - p_c)`."""
+    return jnp.sum(probs * one_minus_exp(z - lse[..., None]), -1)
+
+
+@_missed.defjvp
+def _missed_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    """By the logits `-q_c p_c`, of which the sum for `lse` needs no further reading."""
+    (z, probs, lse), (d_z, d_probs, d_lse) = primals, tangents
+    missed, log_p = _missed(z, probs, lse), z - lse[..., None]
+    by_class = d_probs * one_minus_exp(log_p) - probs * jnp.exp(log_p) * d_z
+    return missed, jnp.sum(by_class, -1) + (jnp.sum(probs, -1) - missed) * d_lse

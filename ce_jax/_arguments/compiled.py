@@ -68,3 +68,19 @@ def compiled(function: Callable[..., _Result]) -> Callable[..., _Result]:
             return run(*map(array, names, arrays), **options)
 
     return call
+
+
+def recomputed(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """`function`, of which the gradient computes all again, to be `compiled`.
+
+    For a loss of elements with more steps than XLA for a GPU would do twice by itself: it stores
+    an array of the logits' size for each. The reduction belongs to it, or else its cotangent, which
+    is one number, would be such an array, too.
+    """
+
+    @functools.wraps(function)
+    def call(*arrays: Any, **options: Any) -> _Result:
+        result: _Result = jax.checkpoint(functools.partial(function, **options))(*arrays)
+        return result
+
+    return call

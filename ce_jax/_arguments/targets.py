@@ -31,18 +31,28 @@ class Rows(NamedTuple):
 
 
 class ClassIds(NamedTuple):
-    """Integer labels that are safe to index with.
+    """Integer labels, checked. All but `counts` are absent where there are no labels.
 
     Attributes:
-      ids: class ids in range; 0 where the label is out of range or the row does not count. Absent,
-        like `unknown`, where there are no labels.
+      ids: class ids that are safe to index with; 0 where the label is out of range or the row does
+        not count.
+      given: the labels as they came, for a target that compares them with its classes.
       counts: which rows count; None if nothing excludes any.
       unknown: rows that count and have a label that is not a class.
     """
 
     ids: Integer[Array, "*rows"]
+    given: Integer[Array, "*rows"]
     counts: Bool[Array, "*rows"] | None
     unknown: Bool[Array, "*rows"]
+
+    def compared(self, *, statistics: bool) -> Integer[Array, "*rows"]:
+        """The labels of a target.
+
+        As they came they save a kernel. But of one that no class is equal to, the derivative of
+        `label_logit` reaches no class, where it should be NaN.
+        """
+        return self.ids if statistics else self.given
 
 
 def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
@@ -192,7 +202,8 @@ def class_ids(
     valid = (labels >= 0) & (labels < classes)
     unknown = ~valid if counts is None else ~valid & counts
     usable = valid if counts is None else valid & counts
-    return ClassIds(jnp.where(usable, labels, 0).astype(jnp.int32), counts, unknown)
+    ids, given = (x.astype(jnp.int32) for x in (jnp.where(usable, labels, 0), labels))
+    return ClassIds(ids, given, counts, unknown)
 
 
 def maybe_class_ids(
@@ -207,7 +218,7 @@ def maybe_class_ids(
         return class_ids(labels, rows, classes, counts, ignore_index)
     if ignore_index is not None:
         raise ValueError("ignore_index needs labels, but there are none; write where=")
-    return ClassIds(ABSENT, counts, ABSENT)
+    return ClassIds(ABSENT, ABSENT, counts, ABSENT)
 
 
 def nan_if(

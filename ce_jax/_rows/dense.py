@@ -43,7 +43,7 @@ def row_statistics(
     Args:
       options: what is wanted, and where the classes are.
       logits: the class axis is the last one.
-      target: what the rows are compared with; class ids must lie in the row.
+      target: what the rows are compared with; a class id that is none is equal to no class.
       counts: whether the row counts. Others may hold anything: their statistics are 0, and no
         derivative reaches them or comes from them.
       temperature: divides the logits, in the accumulation dtype.

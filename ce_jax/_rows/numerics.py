@@ -90,7 +90,7 @@ def not_negative(x: Float[Array, "..."]) -> Float[Array, "..."]:
     what follows in one place only: the largest logit is then above the maximum by its last digit.
     (`temperature` scales in one place.)
     """
-    return jnp.abs(x)
+    return jnp.absolute(x)
 
 
 @not_negative.defjvp

@@ -311,7 +311,10 @@ def pullback(
         return pull_picked(shifted, share, target.picked, g.picked, first_class), Target()
     shifted = shift(z, part.base)
     exp = jnp.exp(shifted)
-    surprise = _log(part.sum_exp)[..., None] - shifted
+
+    def surprise() -> Float[Array, "*rows classes"]:
+        return _log(part.sum_exp)[..., None] - shifted
+
     onto_p = g.lse
     if target.labels is not None:
         onto_p = onto_p + g.cross
@@ -326,19 +329,19 @@ def pullback(
         dz = dz - jnp.where(is_label(target.labels, z, first_class), onto_label[..., None], 0)
     if target.probs is not None:
         dz = dz - g.cross[..., None] * target.probs.astype(dz.dtype)
-        unwanted = (target.probs == 0) & (surprise == jnp.inf)  # nor allowed: 0 times inf is 0
-        d_probs = weighted(g.cross[..., None], jnp.where(unwanted, 0, surprise))
+        unwanted = (target.probs == 0) & (surprise() == jnp.inf)  # nor allowed: 0 times inf is 0
+        d_probs = weighted(g.cross[..., None], jnp.where(unwanted, 0, surprise()))
         d_target = d_target._replace(probs=d_probs.astype(target.probs.dtype))
     if target.classes is not None:
         classes, allowed = _spread(target.classes, z)
         dz = dz - g.uniform[..., None] * classes
-        d_classes = weighted(g.uniform[..., None], jnp.where(allowed, surprise, 0))
+        d_classes = weighted(g.uniform[..., None], jnp.where(allowed, surprise(), 0))
         rows = range(z.ndim - target.classes.ndim)
         d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(rows)))
     if g.entropy is not None:
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
         entropy = (part.entropy / part.sum_exp)[..., None]
-        dz = dz + exp * onto_log_p * (_finite_exponent(surprise) - entropy)
+        dz = dz + exp * onto_log_p * (_finite_exponent(surprise()) - entropy)
     return dz, d_target
 
 

@@ -1,0 +1,62 @@
+"""The squared distance between a softmax and its one-hot label.
+
+With `p = softmax(z)`, the label's class `y`, `m = sum_{c != y} p_c`, which is `1 - p_y`, and
+`s = sum_{c != y} p_c^2`, the distance and its derivative are
+
+    s + m^2        2 p_c (d_c - (s - p_y m)),    d_c = p_c, and -m for the label
+
+Sums over the other classes keep their digits where the label has nearly all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from .picked import is_label, label_logit
+from .tile import row_maxima, shift
+
+
+class _Row(NamedTuple):
+    """The largest logit, the sum of exponentials relative to it, and p_y, m and s."""
+
+    row_max: Float[Array, "*rows"]
+    sum_exp: Float[Array, "*rows"]
+    of_label: Float[Array, "*rows"]
+    missed: Float[Array, "*rows"]
+    squares: Float[Array, "*rows"]
+
+
+@jax.custom_jvp
+def squared_distance(
+    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]
+) -> Float[Array, "*rows"]:
+    """The distance of each row, in [0, 2]; labels must be classes."""
+    row = _read(z, labels)
+    return row.squares + jnp.square(row.missed)
+
+
+@squared_distance.defjvp
+def _squared_distance_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (z, labels), (d_z, _) = primals, tangents
+    row = _read(z, labels)
+    p = jnp.exp(shift(z, row.row_max)) * (1 / row.sum_exp)[..., None]
+    distance = jnp.where(is_label(labels, z), -row.missed[..., None], p)
+    mean = row.squares - row.of_label * row.missed
+    slope = 2 * p * (distance - mean[..., None])
+    return squared_distance(z, labels), jnp.sum(slope * d_z.astype(p.dtype), -1)
+
+
+def _read(z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]) -> _Row:
+    row_max = row_maxima(z)
+    others = jnp.where(is_label(labels, z), 0, jnp.exp(shift(z, row_max)))
+    of_others = jnp.sum(others, -1)
+    of_label = jnp.exp(label_logit(z, labels, 0) - row_max)
+    total = of_others + of_label
+    squares = jnp.sum(jnp.square(others), -1) / jnp.square(total)
+    return _Row(row_max, total, of_label / total, of_others / total, squares)
