@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._arguments import checks, options, reductions, targets
-from ._arguments.compiled import compiled
+from ._arguments.compiled import compiled, recomputed
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import sharded
@@ -193,6 +192,7 @@ def binary_cross_entropy(
 
 
 @compiled
+@recomputed
 def _binary_cross_entropy(
     probs: Array,
     labels: Array,
@@ -218,7 +218,7 @@ def _binary_cross_entropy(
 
 
 def _clamped_log(p: Float[Array, "..."]) -> Float[Array, "..."]:
-    held = (p >= 0) & (p <= math.exp(-100))  # 0 in a dtype that has no such number
+    held = (p >= 0) & (jnp.log(p) < -100)
     return jnp.where(held, -100, jnp.log(jnp.where(held, 1, p)))
 
 

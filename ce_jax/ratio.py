@@ -67,6 +67,4 @@ class Ratio:
         """
         if isinstance(self.denominator, np.ndarray) and self.denominator.all():  # known not to be 0
             return jnp.divide(self.total, self.denominator)
-        empty = (self.denominator == 0) & ~jnp.isnan(self.total)
-        quotient = self.total / jnp.where(self.denominator == 0, 1, self.denominator)
-        return jnp.where(empty, 0, quotient)
+        return self.total / jnp.where(self.denominator == 0, jnp.inf, self.denominator)

@@ -21,17 +21,33 @@ from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
+import optax.losses
 import typer
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+import ce_jax
 from experiments.benchmarking import jax_peers
 from experiments.benchmarking.problems import ARGUMENTS, Problem
 from experiments.output.errors import ExperimentError
 
 ROWS, FEATURES, CLASSES = 8192, 2304, 256000
 DENSE = ("integer", "ignored", "smoothed", "weighted", "one-hot", "sigmoid", "statistics")
+# Losses that the benchmark does not time, by the arrays of which they are functions.
+OTHERS = {
+    "poly_loss_cross_entropy": ("logits", "probs"),
+    "sigmoid_focal_loss": ("logits", "targets"),
+    "distillation_loss": ("logits", "targets"),
+    "jensen_shannon_loss": ("logits", "targets"),
+    "top_k_distillation_loss": ("logits", "kept_ids", "kept_log_probs"),
+    "brier_score": ("logits", "labels"),
+    "nll_loss": ("logits", "labels"),
+    "binary_cross_entropy": ("probs", "targets"),
+}
+# Classes per row that are kept of a teacher.
+_KEPT = 64
 # Bytes of a block of logits, where little memory is to be taken.
 _SMALL = 256 * 10**6
 
@@ -160,7 +176,7 @@ def programs(rows: int, features: int, classes: int) -> list[Program]:
     def dense(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
         return losses["ce_jax"]["integer"](h @ k.astype(h.dtype), y)
 
-    def optax(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
+    def of_optax(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
         return losses["optax"]["linear"](h, k.astype(h.dtype), y)
 
     found = [
@@ -169,30 +185,46 @@ def programs(rows: int, features: int, classes: int) -> list[Program]:
         for name, loss in (
             *map(ours, (_SMALL, None, tokens)),
             ("ce_jax, dense", dense),
-            ("optax", optax),
+            ("optax", of_optax),
         )
     ]
     for operation in DENSE:
         problem = Problem(operation, rows, classes, "bfloat16")
         found += [Program(problem, name, losses[name][operation]) for name in ("ce_jax", "optax")]
-    return found
+    return found + [
+        Program(Problem(name, rows, classes, "bfloat16"), library.__name__.split(".")[0], mean)
+        for name in OTHERS
+        for library, mean in (
+            (ce_jax, partial(getattr(ce_jax, name), reduction="mean")),
+            (optax.losses, _mean_of(getattr(optax.losses, name, None))),
+        )
+        if mean is not None
+    ]
+
+
+def _mean_of(loss: Callable[..., jax.Array] | None) -> Callable[..., jax.Array] | None:
+    return None if loss is None else lambda *arrays: jnp.mean(loss(*arrays))
 
 
 def compiled(program: Program, sharding: NamedSharding) -> str:
     """Compiles value and gradient of a loss and returns the cells of the table."""
     problem = program.problem
-    names, differentiated = ARGUMENTS[problem.operation]
+    others = {name: (arrays, 1) for name, arrays in OTHERS.items()}
+    names, differentiated = (ARGUMENTS | others)[problem.operation]
     n, d, v = problem.rows, problem.features, problem.classes
     shapes = {
         "logits": (n, v),
         "probs": (n, v),
         "targets": (n, v),
         "labels": (n,),
+        "kept_ids": (n, _KEPT),
+        "kept_log_probs": (n, _KEPT),
         "weight": (v,),
         "hidden": (n, d),
         "kernel": (d, v),
     }
     dtypes = {"labels": "int32", "weight": "float32", "kernel": program.kernel_dtype}
+    dtypes |= {"kept_ids": "int32", "kept_log_probs": "float32"}
     struct = partial(jax.ShapeDtypeStruct, sharding=sharding)
     args = [struct(shapes[name], dtypes.get(name, "bfloat16")) for name in names]
     has_aux = problem.operation == "statistics"

@@ -9,7 +9,7 @@ import pytest
 
 import ce_jax
 from ce_jax._rows.bins import bin_sums
-from tests import reference_beyond
+from tests import reference, reference_beyond
 
 pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
@@ -202,6 +202,32 @@ def test_a_temperature_of_nothing():
         logits = RIGHT.at[1, 0].set(spoiled)
         assert jnp.isnan(fit(logits, jnp.array([0, 1])))
         np.testing.assert_allclose(fit(logits, jnp.array([1, -1]), ignore_index=-1), 100)
+
+
+@pytest.mark.parametrize("margin", [-40.0, -2.0, 9.0, 30.0])
+def test_brier_score_keeps_its_digits(margin):
+    """Score, slopes and Hessian where the label has nearly all, or nearly nothing."""
+    z = np.array([[margin, 0.0, -0.5, -3.0]])
+    label = np.zeros(1, int)
+
+    def score(z):
+        return ce_jax.brier_score(z, label)[0]
+
+    def truth(z):  # of sums that do not cancel
+        shares = np.exp(z[0] - z[0].real.max())
+        others = shares[1:] / shares.sum()
+        return np.array([np.sum(others) ** 2 + np.sum(others**2)])
+
+    given, one = {"z": z}, np.ones(1)
+    x = jnp.asarray(z, jnp.float32)
+    value, slope = jax.value_and_grad(score)(x)
+    np.testing.assert_allclose(value, truth(z)[0], rtol=1e-6)
+    np.testing.assert_allclose(slope, reference.vjp(truth, given, "z", one), rtol=1e-5)
+    pushed = jax.jvp(score, (x,), (jnp.ones_like(x).at[0, 0].set(2),))[1]
+    np.testing.assert_allclose(pushed, 2 * slope[0, 0] + jnp.sum(slope[0, 1:]), rtol=1e-5)
+    hessian = reference.hessian(truth, given, "z", one).reshape(4, 4)
+    found = jax.hessian(score)(x).reshape(4, 4)
+    np.testing.assert_allclose(found, hessian, rtol=1e-4, atol=1e-6 * np.abs(hessian).max())
 
 
 def narrow_problem(dtype):

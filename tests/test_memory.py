@@ -82,11 +82,17 @@ def test_nll_loss_has_no_gradient_in_float32():
     assert f"<{ROWS}x{CLASSES}xf32>" not in program.as_text()
 
 
-def test_poly_loss_builds_one_array_of_the_logits_size():
-    """The exponentials that the gradient is made of; with fewer classes not even these."""
+def brier(z, y):
+    return ce_jax.brier_score(z, y, reduction="mean")
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels"), [(LOSSES["poly"][0], None), (brier, IDS)], ids=["poly", "brier"]
+)
+def test_one_array_of_the_logits_size(loss, labels):
+    """The exponentials that the gradient is made of."""
     logits = ((ROWS, CLASSES), jnp.float32)
-    loss, _, _ = LOSSES["poly"]
-    assert temporaries(jax.value_and_grad(loss), logits, logits) < 1.1 * ALL
+    assert temporaries(jax.value_and_grad(loss), logits, labels or logits) < 1.1 * ALL
 
 
 @pytest.mark.parametrize(

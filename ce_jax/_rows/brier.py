@@ -1,9 +1,9 @@
 """The squared distance between a softmax and its one-hot label.
 
 With `p = softmax(z)`, the label's class `y`, `m = sum_{c != y} p_c`, which is `1 - p_y`, and
-`s = sum_{c != y} p_c^2`, the distance and its derivative are
+`s = sum_{c != y} p_c^2`, the distance `d` and its derivatives are
 
-    s + m^2        2 p_c (d_c - (s - p_y m)),    d_c = p_c, and -m for the label
+    d = s + m^2        dd / dz_c = 2 p_c (p_c + p_y m - s)        dd / dz_y = -2 p_y d
 
 Sums over the other classes keep their digits where the label has nearly all.
 """
@@ -45,10 +45,10 @@ def _squared_distance_jvp(
 ) -> tuple[Array, Array]:
     (z, labels), (d_z, _) = primals, tangents
     row = _read(z, labels)
+    distance = row.squares + jnp.square(row.missed)
     p = jnp.exp(shift(z, row.row_max)) * (1 / row.sum_exp)[..., None]
-    distance = jnp.where(is_label(labels, z), -row.missed[..., None], p)
-    mean = row.squares - row.of_label * row.missed
-    slope = 2 * p * (distance - mean[..., None])
+    of_others = p + (row.of_label * row.missed - row.squares)[..., None]
+    slope = 2 * p * jnp.where(is_label(labels, z), -distance[..., None], of_others)
     return squared_distance(z, labels), jnp.sum(slope * d_z.astype(p.dtype), -1)
 
 

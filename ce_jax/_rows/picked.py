@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .dtypes import wide
@@ -61,6 +62,7 @@ def pull_picked(
     ids: Integer[Array, "*rows k"],
     g: Float[Array, "*rows k"],
     first_class: First,
+    dtype: DTypeLike,
 ) -> Float[Array, "*rows classes"]:
     """Cotangents of a tile: `g` of the classes of these ids, and of others a part of `share`.
 
@@ -69,7 +71,7 @@ def pull_picked(
     """
     exp = jnp.exp(jnp.where(shifted > 1, 0, shifted))
     at, _ = _columns(shifted, ids, first_class)
-    return _with_columns(exp * share[..., None], at, g)
+    return _with_columns((exp * share[..., None]).astype(dtype), at, g.astype(dtype))
 
 
 def _columns(

@@ -308,7 +308,8 @@ def pullback(
     """
     if target.picked is not None:
         shifted, share = shift(z, part.base), g.lse / _nonzero(part.sum_exp)
-        return pull_picked(shifted, share, target.picked, g.picked, first_class), Target()
+        dz = pull_picked(shifted, share, target.picked, g.picked, first_class, z.dtype)
+        return dz, Target()
     shifted = shift(z, part.base)
     exp = jnp.exp(shifted)
 

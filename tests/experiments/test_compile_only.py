@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from experiments import compile_only
 
+MORE = compile_only.OTHERS
 HLO = """HloModule jit_f, is_scheduled=true
 
 %fused (p: f32[4,8]) -> f32[4,8] {
@@ -46,6 +47,20 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it(monkeypatch):
     assert "v6e: no plugin libtpu" in result.stderr
     assert "pip install jax[tpu]" in result.stderr
     assert "--no-deps jax-cuda13-plugin jax-cuda13-pjrt" in result.stderr
+
+
+def test_losses_that_the_benchmark_does_not_time():
+    """Each is compiled for the machine that is there, with optax's where it has one."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("all",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    programs = [x for x in compile_only.programs(4, 2, 128) if x.problem.operation in MORE]
+    assert [x.name for x in programs if x.peer == "ce_jax"] == list(MORE)
+    assert {x.name for x in programs if x.peer == "optax"} == {
+        "poly_loss_cross_entropy",
+        "sigmoid_focal_loss",
+    }
+    for program in programs:
+        assert "MB |" in compile_only.compiled(program, sharding)
 
 
 @pytest.mark.parametrize("module", ["jax_cuda13_plugin", "libtpu"])
