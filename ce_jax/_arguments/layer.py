@@ -98,7 +98,7 @@ def layer(
     if of_row is not None:
         tokens = tokens._replace(temperature=of_row)
     tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), tokens)
-    label = jax.tree.map(jnp.ravel, label)
+    label = jax.tree.map(lambda x: x.reshape(-1), label)
     count = tokens.hidden.shape[0]
     tile = block_sizes.rows(count)
     local_rows = all(map(sharded.is_local, jax.tree.leaves((tokens, label))))
