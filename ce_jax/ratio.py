@@ -67,4 +67,5 @@ class Ratio:
         """
         if isinstance(self.denominator, np.ndarray) and self.denominator.all():  # known not to be 0
             return jnp.divide(self.total, self.denominator)
+        # Over infinity a number is 0, and so is its derivative, for which no total is needed.
         return self.total / jnp.where(self.denominator == 0, jnp.inf, self.denominator)

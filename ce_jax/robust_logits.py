@@ -257,7 +257,7 @@ def _missed(
     probs: Float[Array, "*rows classes"],
     lse: Float[Array, "*rows"],
 ) -> Float[Array, "*rows"]:
-    """`sum_c q_c (1 - p_c)`."""
+    """`sum_c q_c (1 - p_c)`, of logits relative to the largest of their row."""
     return jnp.sum(probs * one_minus_exp(z - lse[..., None]), -1)
 
 
@@ -267,6 +267,6 @@ def _missed_jvp(
 ) -> tuple[Array, Array]:
     """By the logits `-q_c p_c`, of which the sum for `lse` needs no further reading."""
     (z, probs, lse), (d_z, d_probs, d_lse) = primals, tangents
-    missed, log_p = _missed(z, probs, lse), z - lse[..., None]
-    by_class = d_probs * one_minus_exp(log_p) - probs * jnp.exp(log_p) * d_z
+    missed, p = _missed(z, probs, lse), jnp.exp(z) * jnp.exp(-lse)[..., None]
+    by_class = d_probs * one_minus_exp(z - lse[..., None]) - probs * p * d_z
     return missed, jnp.sum(by_class, -1) + (jnp.sum(probs, -1) - missed) * d_lse
