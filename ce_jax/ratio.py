@@ -63,7 +63,8 @@ class Ratio:
     def mean(self) -> Float[Array, "..."]:
         """The total divided by the denominator; 0 with gradient 0 where the denominator is 0.
 
-        A total of NaN, which shows a label that is not a class, stays NaN.
+        A total of NaN, which shows a label that is not a class, stays NaN. An infinite total over a
+        denominator of 0 is NaN.
         """
         if isinstance(self.denominator, np.ndarray) and self.denominator.all():  # known not to be 0
             return jnp.divide(self.total, self.denominator)
