@@ -61,12 +61,12 @@ class Ratio:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def mean(self) -> Float[Array, "..."]:
-        """The total divided by the denominator; 0 with gradient 0 where the denominator is 0.
+        """The total divided by the denominator.
 
-        A total of NaN, which shows a label that is not a class, stays NaN. An infinite total over a
-        denominator of 0 is NaN.
+        Where the denominator is 0, a finite total gives 0 with gradient 0. One that is infinite, or
+        NaN, which shows a label that is not a class, gives NaN.
         """
         if isinstance(self.denominator, np.ndarray) and self.denominator.all():  # known not to be 0
             return jnp.divide(self.total, self.denominator)
-        # Over infinity a number is 0, and so is its derivative, for which no total is needed.
+        # A number over infinity is 0, and so is its slope: no gradient has to keep the total.
         return self.total / jnp.where(self.denominator == 0, jnp.inf, self.denominator)

@@ -179,3 +179,17 @@ def test_accuracy_costs_one_reading_and_no_array():
     # To find the class, and to see that it exists.
     reads = [passes(x.as_text(), rows, classes)[0] for x in (before, after)]
     assert reads[1] <= reads[0] + 2
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_the_slope_of_the_logit_of_an_unknown_label_is_nan(forward_mode):
+    """Beside a loss, too, whose own labels need not be safe to index with."""
+
+    def total(logits):
+        _, found = ce_jax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.array([0, -1, 9]), return_statistics=True, forward_mode=forward_mode
+        )
+        return jnp.sum(found.label_logit)
+
+    slopes = jax.grad(total)(jnp.arange(12.0).reshape(3, 4))
+    np.testing.assert_array_equal(jnp.any(jnp.isnan(slopes), -1), [False, True, True])
