@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+
+from ._rows.numerics import linear
 
 if TYPE_CHECKING:
     _Leaf: TypeAlias = Float[Array, "..."]
@@ -61,12 +65,26 @@ class Ratio:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def mean(self) -> Float[Array, "..."]:
-        """The total divided by the denominator.
+        """The total divided by the denominator; 0 with gradient 0 where the denominator is 0.
 
-        Where the denominator is 0, a finite total gives 0 with gradient 0. One that is infinite, or
-        NaN, which shows a label that is not a class, gives NaN.
+        A total of NaN, which shows a label that is not a class, stays NaN.
         """
         if isinstance(self.denominator, np.ndarray) and self.denominator.all():  # known not to be 0
             return jnp.divide(self.total, self.denominator)
-        # A number over infinity is 0, and so is its slope: no gradient has to keep the total.
-        return self.total / jnp.where(self.denominator == 0, jnp.inf, self.denominator)
+        return _quotient(self.total, self.denominator)
+
+
+@jax.custom_jvp
+def _quotient(total: ArrayLike, denominator: ArrayLike) -> Float[Array, "..."]:
+    none = jnp.equal(denominator, 0)
+    quotient = jnp.divide(total, jnp.where(none, 1, denominator))
+    return jnp.where(none & ~jnp.isnan(total), 0, quotient)
+
+
+@functools.partial(_quotient.defjvp, symbolic_zeros=True)
+def _quotient_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    """By the total without the total: a loss that is computed again would be summed again, too."""
+    mean, denominator = _quotient(*primals), primals[1]
+    none = jnp.equal(denominator, 0)
+    slope = jnp.where(none, 0, 1 / jnp.where(none, 1, denominator).astype(mean.dtype))
+    return mean, linear((slope, -mean * slope), tangents)

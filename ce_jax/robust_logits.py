@@ -265,7 +265,10 @@ def _missed(
 def _missed_jvp(
     primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array]:
-    """By the logits `-q_c p_c`, of which the sum for `lse` needs no further reading."""
+    """By the logits `-q_c p_c`. The sum of these, for `lse`, is found from the loss.
+
+    `p` is not `exp(z - lse)`, or that difference would be stored for both.
+    """
     (z, probs, lse), (d_z, d_probs, d_lse) = primals, tangents
     missed, p = _missed(z, probs, lse), jnp.exp(z) * jnp.exp(-lse)[..., None]
     by_class = d_probs * one_minus_exp(z - lse[..., None]) - probs * p * d_z

@@ -176,7 +176,7 @@ def programs(rows: int, features: int, classes: int) -> list[Program]:
     def dense(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
         return losses["ce_jax"]["integer"](h @ k.astype(h.dtype), y)
 
-    def of_optax(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
+    def optax_dense(h: jax.Array, k: jax.Array, y: jax.Array) -> jax.Array:
         return losses["optax"]["linear"](h, k.astype(h.dtype), y)
 
     found = [
@@ -185,32 +185,29 @@ def programs(rows: int, features: int, classes: int) -> list[Program]:
         for name, loss in (
             *map(ours, (_SMALL, None, tokens)),
             ("ce_jax, dense", dense),
-            ("optax", of_optax),
+            ("optax", optax_dense),
         )
     ]
     for operation in DENSE:
         problem = Problem(operation, rows, classes, "bfloat16")
         found += [Program(problem, name, losses[name][operation]) for name in ("ce_jax", "optax")]
-    return found + [
-        Program(Problem(name, rows, classes, "bfloat16"), library.__name__.split(".")[0], mean)
-        for name in OTHERS
-        for library, mean in (
-            (ce_jax, partial(getattr(ce_jax, name), reduction="mean")),
-            (optax.losses, _mean_of(getattr(optax.losses, name, None))),
-        )
-        if mean is not None
-    ]
+    for name in OTHERS:
+        problem = Problem(name, rows, classes, "bfloat16")
+        found.append(Program(problem, "ce_jax", partial(getattr(ce_jax, name), reduction="mean")))
+        if hasattr(optax.losses, name):
+            found.append(Program(problem, "optax", _mean_of(getattr(optax.losses, name))))
+    return found
 
 
-def _mean_of(loss: Callable[..., jax.Array] | None) -> Callable[..., jax.Array] | None:
-    return None if loss is None else lambda *arrays: jnp.mean(loss(*arrays))
+def _mean_of(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda *arrays: jnp.mean(loss(*arrays))
 
 
 def compiled(program: Program, sharding: NamedSharding) -> str:
     """Compiles value and gradient of a loss and returns the cells of the table."""
     problem = program.problem
-    others = {name: (arrays, 1) for name, arrays in OTHERS.items()}
-    names, differentiated = (ARGUMENTS | others)[problem.operation]
+    others = OTHERS.get(problem.operation)
+    names, differentiated = (others, 1) if others else ARGUMENTS[problem.operation]
     n, d, v = problem.rows, problem.features, problem.classes
     shapes = {
         "logits": (n, v),

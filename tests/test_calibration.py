@@ -206,7 +206,7 @@ def test_a_temperature_of_nothing():
 
 @pytest.mark.parametrize("margin", [-40.0, -2.0, 9.0, 30.0])
 def test_brier_score_keeps_its_digits(margin):
-    """Score, slopes and Hessian where the label has nearly all, or nearly nothing."""
+    """Score, slopes and Hessian where the label has nearly all, or no class has."""
     z = np.array([[margin, 0.0, -0.5, -3.0]])
     label = np.zeros(1, int)
 

@@ -70,6 +70,18 @@ def test_the_gradient_takes_no_more_than_optax(name, dtype):
     assert used <= limit
 
 
+@pytest.mark.parametrize(
+    "loss", [ce_jax.sigmoid_focal_loss, ce_jax.binary_cross_entropy], ids=lambda f: f.__name__
+)
+def test_the_gradient_keeps_only_what_the_loss_is_given(loss):
+    """Outside of `jit`, where no compiler chooses; with a mask, which the mean depends on too."""
+    given = jnp.full((4, 8), 0.5)
+    where = jnp.ones((4, 8), bool)
+    _, pull = jax.vjp(lambda x: loss(x, given, where=where, reduction="mean"), given)
+    kept = [x for x in jax.tree.leaves(pull) if x.size == given.size]
+    assert len(kept) <= 3
+
+
 def test_nll_loss_has_no_gradient_in_float32():
     """Before it is compiled: XLA for a CPU makes one."""
 

@@ -234,3 +234,55 @@ def test_nothing_counts(name):
     assert value == 0
     for key, slope in slopes.items():
         np.testing.assert_array_equal(slope, np.zeros_like(slope), err_msg=key)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_over_nothing(jit):
+    """An infinite total over 0 is 0 with derivatives of 0, of all orders; NaN, an error, stays."""
+
+    def mean(total, denominator):
+        return ce_jax.Ratio(total, denominator).mean()
+
+    def wrap(function):
+        return jax.jit(function) if jit else function
+
+    for total in (3.0, np.inf, -np.inf):
+        numbers = jnp.float32(total), jnp.float32(0)
+        assert wrap(mean)(*numbers) == 0
+        assert [*wrap(jax.grad(mean, (0, 1)))(*numbers)] == [0, 0]
+        np.testing.assert_array_equal(wrap(jax.hessian(mean, (0, 1)))(*numbers), np.zeros((2, 2)))
+    assert np.isnan(wrap(mean)(jnp.float32(np.nan), jnp.float32(0)))
+
+
+def test_derivatives_of_a_mean():
+    """Of a total and a denominator that depend on one number; one may be constant, or no array."""
+
+    def mean(x, total=None, denominator=None):
+        total = x**3 if total is None else total
+        denominator = 1 + x * x if denominator is None else denominator
+        return ce_jax.Ratio(total, denominator).mean()
+
+    def derivatives(function):
+        orders = function, jax.grad(function), jax.grad(jax.grad(function))
+        return [order(jnp.float32(2)) for order in orders]
+
+    # x - x / (1 + x^2), and so on, at 2.
+    close(derivatives(mean), [8 / 5, 28 / 25, -4 / 125], 1e-5)
+    close(derivatives(lambda x: mean(x, denominator=4)), [2, 3, 3], 1e-5)
+    close(derivatives(lambda x: mean(x, total=3)), [3 / 5, -12 / 25, 66 / 125], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["weights that cancel", "an overflow that weighs nothing"])
+def test_an_infinite_loss_over_nothing(name):
+    """The mean is 0 where its denominator is."""
+    if name == "weights that cancel":
+        logits = jnp.array([[0.0, -jnp.inf], [0.0, 0.0]])
+        options = {"sample_weight": jnp.array([1.0, -1.0])}
+    else:  # the square of the normaliser, which class weights do not weigh
+        logits = jnp.array([[0.0, 3e20], [0.0, 3e20]])
+        options = {"weight": jnp.array([1.0, 0.0]), "z_loss": 1.0}
+    labels = jnp.array([1, 1])
+    assert not np.isfinite(INTEGER(logits, labels, **options, reduction="sum"))
+    value, slope = jax.value_and_grad(INTEGER)(logits, labels, **options, reduction="mean")
+    assert value == 0
+    np.testing.assert_array_equal(slope, 0)

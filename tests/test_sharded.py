@@ -304,3 +304,26 @@ def test_second_derivative_of_the_entropy_beside_other_devices(mesh):
     z, v = (x - np.sum(p * x, -1, keepdims=True) for x in (z, v))
     truth = -np.sum(p * v * v, -1) - np.sum(p * z * v * v, -1)
     close(found, truth, 1e-5)
+
+
+@pytest.mark.parametrize("option", ["sample_weight", "where"])
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_what_counts_differs_between_devices_that_hold_the_same_logits(option, forward_mode):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    draw = np.random.default_rng(5)
+    z = jnp.asarray(draw.normal(size=(3, 7)), jnp.float32)
+    share = draw.uniform(0.5, 2.0, (4, 3)) * (draw.random((4, 3)) < 0.6)
+    labels = jnp.array([6, 0, 2])
+
+    def local(z, share):
+        loss = ce_jax.softmax_cross_entropy_with_integer_labels(
+            z, labels, reduction="sum", forward_mode=forward_mode, **{option: share[0]}
+        )
+        return jax.lax.psum(loss, "data")
+
+    total = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    given = share != 0 if option == "where" else share.astype(np.float32)
+    found = jax.jit(jax.grad(total))(z, given)
+    p = np.exp(np.asarray(z, float))
+    p /= p.sum(-1, keepdims=True)
+    close(found, np.sum(given, 0)[:, None] * (p - np.eye(7)[labels]), 1e-6)

@@ -71,11 +71,11 @@ def compiled(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
 
 def recomputed(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """`function`, of which the gradient computes all again, to be `compiled`.
+    """`function`, whose gradient computes everything again. It is to be `compiled`.
 
-    For a loss of elements with more steps than XLA for a GPU would do twice by itself: it stores
-    an array of the logits' size for each. The reduction belongs to it, or else its cotangent, which
-    is one number, would be such an array, too.
+    For losses of elements with many steps: for a GPU, XLA would store an array of the logits' size
+    for each step. The function has to contain the reduction. Else the cotangent of a sum, which is
+    one number, would be stored in such an array, too.
     """
 
     @functools.wraps(function)

@@ -31,12 +31,12 @@ class Rows(NamedTuple):
 
 
 class ClassIds(NamedTuple):
-    """Integer labels, checked. All but `counts` are absent where there are no labels.
+    """Integer labels, checked. Without labels, only `counts` is there.
 
     Attributes:
       ids: class ids that are safe to index with; 0 where the label is out of range or the row does
         not count.
-      given: the labels as they came, for a target that compares them with its classes.
+      given: the labels, in 32 bits, for a target that compares them with its classes.
       counts: which rows count; None if nothing excludes any.
       unknown: rows that count and have a label that is not a class.
     """
@@ -49,8 +49,8 @@ class ClassIds(NamedTuple):
     def compared(self, *, statistics: bool) -> Integer[Array, "*rows"]:
         """The labels of a target.
 
-        As they came they save a kernel. But of one that no class is equal to, the derivative of
-        `label_logit` reaches no class, where it should be NaN.
+        To make them safe takes a kernel, which only statistics need: if a label is no class,
+        `label_logit` should have the derivative NaN, and `given` labels would give it none.
         """
         return self.ids if statistics else self.given
 

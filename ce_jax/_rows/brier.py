@@ -29,14 +29,18 @@ class _Row(NamedTuple):
     missed: Float[Array, "*rows"]
     squares: Float[Array, "*rows"]
 
+    @property
+    def distance(self) -> Float[Array, "*rows"]:
+        """`s + m^2`."""
+        return self.squares + jnp.square(self.missed)
+
 
 @jax.custom_jvp
 def squared_distance(
     z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]
 ) -> Float[Array, "*rows"]:
-    """The distance of each row, in [0, 2]; labels must be classes."""
-    row = _read(z, labels)
-    return row.squares + jnp.square(row.missed)
+    """The distance of each row, in [0, 2]; each label must be in [0, C)."""
+    return _read(z, labels).distance
 
 
 @squared_distance.defjvp
@@ -45,10 +49,9 @@ def _squared_distance_jvp(
 ) -> tuple[Array, Array]:
     (z, labels), (d_z, _) = primals, tangents
     row = _read(z, labels)
-    distance = row.squares + jnp.square(row.missed)
     p = jnp.exp(shift(z, row.row_max)) * (1 / row.sum_exp)[..., None]
     of_others = p + (row.of_label * row.missed - row.squares)[..., None]
-    slope = 2 * p * jnp.where(is_label(labels, z), -distance[..., None], of_others)
+    slope = 2 * p * jnp.where(is_label(labels, z), -row.distance[..., None], of_others)
     return squared_distance(z, labels), jnp.sum(slope * d_z.astype(p.dtype), -1)
 
 

@@ -75,7 +75,8 @@ def _of_counting(
     counts: Bool[Array, "*rows"] | None,
     forward_mode: bool,
 ) -> RowStatistics:
-    # Not `counts`: statistics depend on it, and are alike on all devices of `axis_name`.
+    # Not `counts` itself: statistics depend on it, and are alike on all devices of `axis_name`.
+    logits = logits if counts is None else sharded.like(logits, counts)
     logits, target = sharded.align((logits, target))
     if counts is not None:
         silence = _silenced if forward_mode else _constant_unless
