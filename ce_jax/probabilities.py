@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled, recomputed
@@ -15,6 +17,7 @@ from ._rows import sharded
 from ._rows.dtypes import wide
 from ._rows.loss import smoothing_coefficients, softmax_loss
 from ._rows.numerics import log_complement, silenced, weighted
+from ._rows.picked import is_label, label_logit
 from ._rows.tile import RowStatistics
 
 
@@ -110,8 +113,7 @@ def _nll_loss(
     log_p = targets.without_excluded(rows.values, label.counts, sample_weight)
     if label_smoothing is not None:  # so that the slopes of both parts add up in it
         log_p = log_p.astype(dtype)
-    found = jnp.take_along_axis(log_p, label.ids[..., None], axis=-1)[..., 0]
-    cross = -found.astype(dtype)
+    cross = -_of_label(log_p, label.ids)
     statistics = RowStatistics(lse=jnp.zeros_like(cross), cross=cross)
     if label_smoothing is not None:
         allowed = log_p > -jnp.inf
@@ -125,6 +127,23 @@ def _nll_loss(
     loss = softmax_loss(statistics, label_weight, label_smoothing, classes=classes)
     loss = targets.nan_if(label.unknown, loss, sample_weight)
     return reductions.reduce(loss, label.counts, sample_weight, reduction, label_weight)
+
+
+@jax.custom_jvp
+def _of_label(
+    log_p: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]
+) -> Float[Array, "*rows"]:
+    """The label's entry, whose gradient is no scatter: that would need an array in `dtype`."""
+    return label_logit(log_p, labels, 0)
+
+
+@_of_label.defjvp
+def _of_label_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    (log_p, labels), (d_log_p, _) = primals, tangents
+    alone = jnp.where(is_label(labels, log_p), d_log_p, 0)
+    # In its own dtype, where `jnp.sum` would add up in another.
+    of_label = jax.lax.reduce_sum(alone, (alone.ndim - 1,))
+    return _of_label(log_p, labels), of_label.astype(wide(log_p.dtype))
 
 
 @reducible

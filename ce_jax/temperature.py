@@ -14,6 +14,7 @@ from ._arguments.options import scalar
 from ._arguments.types import ArrayLike, Axes, Scalar
 from ._rows.dtypes import wide
 from ._rows.numerics import relative
+from ._rows.picked import label_logit
 
 _MOST_STEPS = 100
 # Bracket of the inverse temperature, the inverse temperature, its last change, steps taken.
@@ -106,14 +107,14 @@ def _fit_temperature(
     weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = relative(targets.without_excluded(rows.values, label.counts, weight).astype(dtype))
     allowed = z > -jnp.inf
-    at_label = jnp.take_along_axis(z, label.ids[..., None], -1)
-    usable = at_label[..., 0] > -jnp.inf
+    at_label = label_logit(z, label.ids, 0)
+    usable = at_label > -jnp.inf
     if label.counts is not None:
         usable &= label.counts
     unknown = label.unknown if weight is None else label.unknown & (weight != 0)
     weight = jnp.where(usable, jnp.ones(shape[:-1], dtype) if weight is None else weight, 0)
     # Relative to the label's logit, which the formulas then do not need; 0 if it is masked.
-    z = jnp.where(allowed, z - jnp.where(usable[..., None], at_label, 0), 0)
+    z = jnp.where(allowed, z - jnp.where(usable, at_label, 0)[..., None], 0)
     informative = jnp.any((weight != 0)[..., None] & (z != 0))
 
     def slope_and_curvature(inverse: Array) -> tuple[Array, Array]:

@@ -94,6 +94,18 @@ def test_nll_loss_has_no_gradient_in_float32():
     assert f"<{ROWS}x{CLASSES}xf32>" not in program.as_text()
 
 
+def test_the_gradient_of_a_smoothed_nll_loss_is_no_scatter():
+    """A GPU would do that in an array of its own, in float32."""
+
+    def loss(log_probs, labels):
+        return ce_jax.nll_loss(log_probs, labels, label_smoothing=0.1, reduction="mean")
+
+    log_probs = jax.ShapeDtypeStruct((ROWS, CLASSES), jnp.bfloat16)
+    program = jax.jit(jax.value_and_grad(loss)).lower(log_probs, jax.ShapeDtypeStruct(*IDS))
+    assert "gather" in program.as_text()
+    assert "scatter" not in program.as_text()
+
+
 def brier(z, y):
     return ce_jax.brier_score(z, y, reduction="mean")
 

@@ -202,3 +202,41 @@ def test_other_arrays_may_be_on_every_device(problem, name):
         found = both(*placed(mesh, arguments, dict.fromkeys(arguments, P("data"))).values())
     for ours, alone in zip(found, both(*map(jnp.asarray, arguments.values())), strict=True):
         np.testing.assert_allclose(ours, alone, rtol=1e-12, atol=1e-14)
+
+
+OF_CLASSES = {
+    "nll_loss": lambda z, y: ce_jax.nll_loss(z, y),
+    "nll_loss, smoothed": lambda z, y: ce_jax.nll_loss(z, y, label_smoothing=0.1),
+    "fit_temperature": lambda z, y: ce_jax.fit_temperature(z, y),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", OF_CLASSES)
+@pytest.mark.parametrize("of_logits", [P("data", None), P("data", "model")])
+def test_spread_classes(problem, name, of_logits):
+    def both(z, y):
+        value, pull = jax.vjp(lambda z: OF_CLASSES[name](z, y), z)
+        return value, *(pull(jnp.cos(value)) if name != "fit_temperature" else ())
+
+    arguments = {key: problem[key].copy() for key in ("logits", "labels")}
+    arguments["labels"][2:] = np.argmax(arguments["logits"][2:], -1)  # or no temperature is best
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        specs = {"logits": of_logits, "labels": P("data")}
+        found = jax.jit(both)(*placed(mesh, arguments, specs).values())
+    for ours, alone in zip(found, both(*map(jnp.asarray, arguments.values())), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_read_in_blocks_says_how_to_spread_it():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("data")))
+        kernel, labels = jnp.ones((8, 4)), jnp.zeros(8, int)
+        with pytest.raises(ValueError, match=r"hidden .* use ce_jax.on_mesh"):
+            ce_jax.linear_softmax_cross_entropy(rows, kernel, labels)
+        with pytest.raises(ValueError, match=r"kernel .* use ce_jax.on_mesh"):
+            ce_jax.linear_softmax_cross_entropy(jnp.ones((2, 8)), rows, labels[:2])
+        with pytest.raises(ValueError, match=r"texts .* jax.shard_map, with axis_name="):
+            ce_jax.clip_loss(jnp.ones((8, 8)), rows)

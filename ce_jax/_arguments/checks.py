@@ -101,6 +101,16 @@ def of_rows(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
     return jnp.broadcast_to(x, shape)
 
 
+def not_spread(name: str, x: Array, cure: str) -> None:
+    """Raises where an array is sharded over explicit mesh axes: it is to be read in blocks."""
+    spec = jax.typeof(x).sharding.spec
+    if any(entry is not None for entry in spec):
+        raise ValueError(
+            f"{name} must not be sharded over explicit mesh axes, as it is read in blocks; got "
+            f"{spec}: {cure}"
+        )
+
+
 def mask(where: ArrayLike | None, shape: Sequence[int], meaning: str) -> Array | None:
     """A bool `where`, broadcast as by `of_rows`; None if there is none."""
     if where is None:

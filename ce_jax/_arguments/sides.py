@@ -68,6 +68,7 @@ def embeddings(name: str, x: ArrayLike) -> Float[Array, "n width"]:
     x = checks.floating(name, x)
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape [N, D], got {x.shape}")
+    checks.not_spread(name, x, "call the function inside jax.shard_map, with axis_name=")
     return x
 
 
