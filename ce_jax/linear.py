@@ -100,10 +100,10 @@ def linear_softmax_cross_entropy(
       label_smoothing: share of the target that is spread evenly over the allowed classes, in
         [0, 1]. May be traced.
       z_loss: coefficient of the squared log-normaliser, at least 0. May be traced.
-      log_prob_loss: replaces the negative log-probability: a function of one log-probability, a
-        scalar, such as `ce_jax.focal_loss`. Class weights and smoothing
-        apply to it as to the plain loss. Outside `jit`, each new function object is compiled again:
-        define it at module level.
+      log_prob_loss: replaces the negative log-probability of the label: a function of one
+        log-probability, a scalar, such as `ce_jax.focal_loss`. Class weights and 1 - eps of the
+        smoothing multiply it; the part of all classes, eps / K, stays that of the plain loss.
+        Outside `jit`, each new function object is compiled again: define it at module level.
       axis_name: mapped mesh axis (inside `jax.shard_map`) over which `kernel`, `bias` and `weight`
         are sharded by classes. Labels are ids among all classes. `hidden` and the loss are the same
         on all devices of that axis.

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from ._arguments.compiled import numeric
 from ._rows.numerics import linear
 
 if TYPE_CHECKING:
@@ -69,9 +70,10 @@ class Ratio:
 
         A total of NaN, which shows a label that is not a class, stays NaN.
         """
-        if isinstance(self.denominator, np.ndarray) and self.denominator.all():  # known not to be 0
-            return jnp.divide(self.total, self.denominator)
-        return _quotient(self.total, self.denominator)
+        total, denominator = numeric("total", self.total), numeric("denominator", self.denominator)
+        if isinstance(denominator, np.ndarray) and denominator.all():  # known not to be 0
+            return jnp.divide(total, denominator)
+        return _quotient(total, denominator)
 
 
 @jax.custom_jvp

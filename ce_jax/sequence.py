@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks
-from ._arguments.compiled import array, compiled
+from ._arguments.compiled import compiled, numeric
 from ._arguments.options import positive_int
 from ._arguments.types import ArrayLike
 from ._rows.dtypes import wide
@@ -242,7 +242,7 @@ def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:
     References:
       Jelinek et al., `Perplexity: a Measure of the Difficulty of Speech Recognition Tasks`, 1977.
     """
-    return _per_item(total, count, name="count", bits=False)
+    return _per_item(total, numeric("count", count), name="count", bits=False)
 
 
 def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]:
@@ -273,7 +273,7 @@ def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]
     References:
       Gao et al., `The Pile: An 800GB Dataset of Diverse Text for Language Modeling`, 2020.
     """
-    return _per_item(total, array("num_bytes", num_bytes), name="num_bytes", bits=True)
+    return _per_item(total, numeric("num_bytes", num_bytes), name="num_bytes", bits=True)
 
 
 @compiled

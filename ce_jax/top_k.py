@@ -154,18 +154,10 @@ def _top_k(
     student = targets.rows_of("logits", logits, axis, where, axis_name)
     *shape, local = student.values.shape
     rows, classes = tuple(shape), sharded.all_classes(local, axis_name)
-    teacher_log_probs = checks.floating("teacher_log_probs", teacher_log_probs)
-    dtype = wide(student.values.dtype, teacher_log_probs.dtype)
     teacher = entries(
-        teacher_ids,
-        teacher_log_probs,
-        student.values,
-        classes,
-        student.counts,
-        ignore_index,
-        dtype,
+        teacher_ids, teacher_log_probs, student.values, classes, student.counts, ignore_index
     )
-    weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
+    weights = reductions.weights("sample_weight", sample_weight, rows, teacher.log_probs.dtype)
     z = targets.without_excluded(student.values, teacher.counts, weights, axis_name)
     temperature = options.of_rows(temperature, rows, wide(z.dtype), teacher.counts)
     found = dense.row_statistics(
@@ -342,18 +334,9 @@ def _linear_top_k(
     hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
     axis, rows = checks.kernel_axis(hidden, kernel, class_axis), hidden.shape[:-1]
     held = sharded.all_classes(kernel.shape[axis], axis_name)
-    teacher_log_probs = checks.floating("teacher_log_probs", teacher_log_probs)
-    dtype = wide(hidden.dtype, teacher_log_probs.dtype)
     where = checks.mask(where, rows, "the rows of hidden")
-    teacher = entries(
-        teacher_ids,
-        teacher_log_probs,
-        hidden,
-        checks.class_count(num_classes, held),
-        where,
-        ignore_index,
-        dtype,
-    )
+    classes = checks.class_count(num_classes, held)
+    teacher = entries(teacher_ids, teacher_log_probs, hidden, classes, where, ignore_index)
     x = layer(
         hidden,
         kernel,
@@ -371,7 +354,7 @@ def _linear_top_k(
         statistics=False,
         picked=True,
     )
-    weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
+    weights = reductions.weights("sample_weight", sample_weight, rows, teacher.log_probs.dtype)
     by_row = (teacher, weights)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), by_row)
     teacher, of_row = in_order(x.order, flat)

@@ -151,6 +151,10 @@ LINEAR = "linear_softmax_cross_entropy"
 HIDDEN = np.zeros((5, 2), F32)
 LAYER = {"hidden": HIDDEN, "kernel": np.zeros((2, 4), F32), "labels": IDS}
 RIGHT[LINEAR] = LAYER
+TOP_K, LINEAR_TOP_K = "top_k_distillation_loss", "linear_top_k_distillation_loss"
+KNOWN = {"teacher_ids": np.zeros((5, 1), int), "teacher_log_probs": -ones(5, 1)}
+RIGHT[TOP_K] = {"logits": LOGITS, **KNOWN}
+RIGHT[LINEAR_TOP_K] = {"hidden": HIDDEN, "kernel": LAYER["kernel"], **KNOWN}
 SOFT_FORM = "softmax_cross_entropy"
 IDS_FORM = "softmax_cross_entropy_with_integer_labels"
 # (function, the argument changed, its value, what the message says to write).
@@ -161,6 +165,9 @@ CURES = [
     *((name, "labels", IDS[:, None], "labels[:, 0]") for name in (*OF_IDS, LINEAR)),
     *((name, "labels", IDS[None], "labels[0, :]") for name in (*OF_IDS, LINEAR)),
     *((name, "labels", IDS.astype(F32), "labels.astype(int)") for name in (*OF_IDS, LINEAR)),
+    *((name, "labels", np.zeros(4, int), "write axis=0") for name in OF_IDS),
+    (TOP_K, "teacher_ids", ones(5, 2), "before the log-probabilities"),
+    (LINEAR_TOP_K, "teacher_ids", ones(5, 2), "before the log-probabilities"),
     (SOFT, "labels", IDS, IDS_FORM),
     *((name, "where", np.ones(5, int), "where != 0") for name in (INTEGER, NLL, LINEAR)),
     *((name, "where", np.ones(5, F32), "sample_weight") for name in (INTEGER, NLL, LINEAR)),
@@ -205,6 +212,19 @@ def test_the_message_speaks_of_what_was_given():
     with pytest.raises(TypeError) as raised:
         ce_jax.softmax_statistics(LOGITS, IDS, "last")
     assert "reduction" not in str(raised.value)
+
+
+def test_no_advice_that_leads_to_another_error():
+    """Another axis would not make the shapes equal."""
+    rows = ones(2)
+    for function, arguments in (
+        (ce_jax.dpo_loss, (ones(2, 3), ones(2, 3), rows, rows)),
+        (ce_jax.distillation_loss, (ones(2, 3), rows)),
+        (ce_jax.kl_estimate, (ones(2, 3), rows)),
+    ):
+        with pytest.raises(ValueError, match="must have shape") as raised:
+            function(*arguments)
+        assert "write" not in str(raised.value)
 
 
 def test_forward_mode_can_be_found():

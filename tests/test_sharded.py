@@ -131,9 +131,13 @@ def test_distributions(mesh, problem):
 
 @pytest.mark.usefixtures("x64")
 def test_statistics(mesh, problem):
-    """Also the argmax: the first of two equal maxima on different devices."""
+    """Also the argmax: the first of equal maxima on different devices; 0 where one is NaN."""
     logits = problem["logits"].copy()
     logits[0, [4, 5, 19]] = 9.0
+    spoilt = logits.copy()
+    spoilt[:, 7], spoilt[:, 2] = np.nan, 20.0
+    of_spoilt = on_mesh(ce_jax.softmax_statistics, mesh, ("logits", "labels"))
+    np.testing.assert_array_equal(of_spoilt(spoilt, problem["labels"]).argmax, 0)
     arguments = {"logits": logits, "labels": problem["labels"]}
     found = jax.jit(on_mesh(ce_jax.softmax_statistics, mesh, tuple(arguments)))(
         *map(jnp.asarray, arguments.values())

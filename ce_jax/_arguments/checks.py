@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Callable, Sequence
 from typing import get_args
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .compiled import array
+from .compiled import array, numeric
 from .types import ArrayLike, Axes, Reduction, Scalar
 
 REDUCTIONS = get_args(Reduction)
@@ -44,7 +45,7 @@ def integer(name: str, x: ArrayLike, cure: str = "") -> Array:
 
 def real(name: str, x: ArrayLike) -> Array:
     """`x` as an array, if its dtype is floating, integer or bool."""
-    x = _asarray(name, x)
+    x = _asarray(name, numeric(name, x))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must have a real dtype, got {x.dtype}")
     return x
@@ -69,12 +70,12 @@ def _asarray(name: str, x: ArrayLike) -> Array:
     return jnp.asarray(x)
 
 
-def shape_is(name: str, x: Array, shape: Sequence[int], meaning: str) -> None:
+def shape_is(name: str, x: Array, shape: Sequence[int], meaning: str, cure: str = "") -> None:
     """Raises unless `x` has exactly this shape."""
     if x.shape != tuple(shape):
         raise ValueError(
             f"{name} must have shape {tuple(shape)} ({meaning}), got {x.shape}"
-            + indexing(name, x.shape, shape)
+            + (indexing(name, x.shape, shape, exactly=True) or cure)
         )
 
 
@@ -136,8 +137,13 @@ def _fits(shape: Sequence[int], onto: Sequence[int]) -> bool:
     return len(shape) <= len(onto) and all(have in (1, want) for have, want in pairs)
 
 
-def indexing(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
-    """Advice for an array with missing or superfluous axes of size 1; may be empty."""
+def indexing(
+    name: str, shape: Sequence[int], wanted: Sequence[int], *, exactly: bool = False
+) -> str:
+    """Advice for an array with missing or superfluous axes of size 1; may be empty.
+
+    What it leads to fits the wanted shape, or has it `exactly`.
+    """
     shape, wanted = tuple(shape), tuple(wanted)
     more = len(wanted) - len(shape)
     if more == 0 or not shape:
@@ -150,7 +156,8 @@ def indexing(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
         ways = {(*axes, *["0"] * -more): shape[:more]} if shape[more:] == ones else {}
         if shape[:-more] == ones:
             ways[(*["0"] * -more, *axes)] = shape[-more:]
-    found = [f"{name}[{', '.join(way)}]" for way, have in ways.items() if _fits(have, wanted)]
+    fits = operator.eq if exactly else _fits
+    found = [f"{name}[{', '.join(way)}]" for way, have in ways.items() if fits(have, wanted)]
     return "; write " + " or ".join(found) if found else ""
 
 

@@ -20,6 +20,11 @@ def array(name: str, x: Any) -> Any:
     """`x`, if JAX takes it, or else the array it stands for; named tuples field by field."""
     if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "OSUMm":  # V: bfloat16
         raise TypeError(f"{name} must hold numbers, got dtype {x.dtype}")
+    if _wraps(x):
+        raise ValueError(
+            f"{name} must hold integers of 32 bits, as JAX has wider ones only if jax_enable_x64 "
+            f"is set, got {np.min(x)} to {np.max(x)}; what is no id may be a float"
+        )
     if x is None or isinstance(x, _AS_IT_IS):
         return x
     if hasattr(x, "_fields"):
@@ -30,6 +35,22 @@ def array(name: str, x: Any) -> Any:
         raise TypeError(
             f"{name} must be an array or a nested list of numbers, got {reprlib.repr(x)}"
         ) from error
+
+
+def numeric(name: str, x: Any) -> Any:
+    """`array` of counts and the like: too large an integer becomes a float."""
+    return array(name, np.asarray(x, float) if _wraps(x) else x)
+
+
+def _wraps(x: Any) -> bool:
+    """Whether JAX would take other integers for these, as they do not fit into its dtype."""
+    if not isinstance(x, np.ndarray | np.integer | int):
+        return False
+    given = np.asarray(x)
+    if given.dtype.kind not in "iu":
+        return False
+    stored = given.astype(jax.dtypes.canonicalize_dtype(given.dtype))
+    return not np.array_equal(stored, given)
 
 
 def _check_constant(name: str, kind: Any, value: Any) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._rows import sharded
+from .._rows.dtypes import wide
 from . import checks
 from .types import ArrayLike
 
@@ -18,7 +18,7 @@ class Entries(NamedTuple):
 
     Attributes:
       ids: class ids in range; -1 where there is none.
-      log_probs: the teacher's; -inf where there is no class.
+      log_probs: the teacher's, in the loss's dtype; -inf where there is no class.
       counts: which rows count.
       unknown: rows that count and have an id that is not a class, or an id twice.
     """
@@ -36,11 +36,10 @@ def entries(
     classes: int,
     counts: Bool[Array, "*rows"] | None,
     ignore_index: int | None,
-    dtype: DTypeLike,
 ) -> Entries:
     """Checks both arrays, by the rows of the student; rows without any class do not count."""
     rows = student.shape[:-1]
-    ids = checks.integer("teacher_ids", ids)
+    ids = checks.integer("teacher_ids", ids, "; they come before the log-probabilities")
     if ids.ndim != len(rows) + 1 or ids.shape[:-1] != rows or ids.shape[-1] == 0:
         wanted = ", ".join([*map(str, rows), "k"])
         raise ValueError(
@@ -62,6 +61,7 @@ def entries(
     unknown = counts & (jnp.any(~valid & ~absent, -1) | jnp.any(twice, -1))
     there = valid & counts[..., None]
     log_probs = jnp.where(there, log_probs, -jnp.inf)
+    dtype = wide(student.dtype, log_probs.dtype)
     return Entries(jnp.where(there, ids, -1), log_probs.astype(dtype), counts, unknown)
 
 

@@ -188,14 +188,20 @@ def class_ids(
         "; labels that give each class a number, such as one-hot ones, go to softmax_cross_entropy,"
         " or through jnp.argmax"
     )
-    labels = checks.integer("labels", labels, f"; write labels.astype(int){per_class}")
-    too_many = labels.ndim == len(rows) + 1
-    if too_many and not checks.indexing("labels", labels.shape, rows):
+    shape: tuple[int, ...] = getattr(labels, "shape", ())
+    too_many = len(shape) == len(rows) + 1 and not checks.indexing("labels", shape, rows)
+    cure = per_class if too_many else "; write labels.astype(int)"
+    labels = checks.integer("labels", labels, cure)
+    if too_many:
         raise ValueError(
             f"labels must have shape {tuple(rows)} (one class id per row), got {labels.shape}"
             + per_class
         )
-    checks.shape_is("labels", labels, rows, "one class id per row")
+    cure, whole = "", (*rows, classes)
+    for axis in range(len(rows)):
+        if shape == (*whole[:axis], *whole[axis + 1 :]):
+            cure = f"; if axis {axis} of the logits holds the classes, write axis={axis}"
+    checks.shape_is("labels", labels, rows, "one class id per row", cure)
     counts = counting(labels, counts, ignore_index)
     if labels.dtype.itemsize < 4:
         labels = labels.astype(jnp.int32)  # a number of classes may not fit into 8 or 16 bits
