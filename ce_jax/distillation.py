@@ -49,9 +49,9 @@ def distillation_loss(
 
     With `reverse`, p and p' are exchanged. The factor :math:`T^2` keeps the size of the gradients
     the same at any temperature. The loss is right to the rounding of log-probabilities, 5e-7 nats
-    in float32, and the gradient to that of probabilities. That of the student's logits is
-    :math:`T (p - p')`. The teacher's logits get their true gradient: apply `jax.lax.stop_gradient`
-    to the teacher if it must not learn.
+    in float32, and the gradient to that of probabilities. The gradient with respect to the
+    student's logits is :math:`T (p - p')`. The teacher's logits get their true gradient: apply
+    `jax.lax.stop_gradient` to the teacher if it must not learn.
 
     Args:
       logits: the student's logits `[..., C]`, floating; `-inf` marks a class that is not allowed.

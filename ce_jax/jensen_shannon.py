@@ -43,8 +43,8 @@ def jensen_shannon_loss(
     `distillation_loss`; for beta near 1 it is about :math:`1 - \beta` times `distillation_loss`
     with `reverse=True`. Divide by these factors to keep the size of the gradients. Where the
     student is close to the teacher, the loss is of second order in the difference of their logits,
-    and keeps as many digits as that. Both logits, temperature and beta get their true gradient:
-    apply `jax.lax.stop_gradient` to the teacher if it must not learn.
+    and has as many right digits as that difference. Both logits, temperature and beta get their
+    true gradient: apply `jax.lax.stop_gradient` to the teacher if it must not learn.
 
     Args:
       logits: the student's logits `[..., C]`, floating; `-inf` marks a class that is not allowed.

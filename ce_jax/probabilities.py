@@ -106,7 +106,9 @@ def _nll_loss(
 ) -> Loss:
     rows = targets.rows_of("log_probs", log_probs, axis, where)
     classes, dtype = rows.values.shape[-1], wide(rows.values.dtype)
-    label = targets.class_ids(labels, rows.values.shape[:-1], classes, rows.counts, ignore_index)
+    label = targets.class_ids(
+        labels, rows.values.shape[:-1], classes, rows.counts, ignore_index, axis
+    )
     weight = targets.class_weight(weight, classes, dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, label.ids.shape, dtype)
 

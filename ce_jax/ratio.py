@@ -59,7 +59,8 @@ class Ratio:
         """The ratio of both parts together."""
         if not isinstance(other, Ratio):
             return NotImplemented
-        return Ratio(self.total + other.total, self.denominator + other.denominator)
+        (a, by_a), (b, by_b) = self._numbers(), other._numbers()
+        return Ratio(a + b, by_a + by_b)
 
     def __radd__(self, other: int) -> Ratio:
         """With the 0 with which `sum` begins."""
@@ -70,10 +71,13 @@ class Ratio:
 
         A total of NaN, which shows a label that is not a class, stays NaN.
         """
-        total, denominator = numeric("total", self.total), numeric("denominator", self.denominator)
+        total, denominator = self._numbers()
         if isinstance(denominator, np.ndarray) and denominator.all():  # known not to be 0
             return jnp.divide(total, denominator)
         return _quotient(total, denominator)
+
+    def _numbers(self) -> tuple[Any, Any]:
+        return numeric("total", self.total), numeric("denominator", self.denominator)
 
 
 @jax.custom_jvp

@@ -152,7 +152,7 @@ def _integer_loss(
     rows = targets.rows_of("logits", logits, axis, where, axis_name)
     z, dtype = rows.values, wide(rows.values.dtype)
     classes = sharded.all_classes(z.shape[-1], axis_name)
-    label = targets.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
+    label = targets.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index, axis)
     weight = targets.class_weight(weight, z.shape[-1], dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
     temperature = options.of_rows(temperature, z.shape[:-1], dtype)

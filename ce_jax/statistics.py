@@ -118,7 +118,7 @@ def _statistics(
     rows = targets.rows_of("logits", logits, axis, where, axis_name)
     z = rows.values
     classes = sharded.all_classes(z.shape[-1], axis_name)
-    label = targets.maybe_class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index)
+    label = targets.maybe_class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index, axis)
     temperature = options.of_rows(temperature, z.shape[:-1], wide(z.dtype))
     found = row_statistics(
         Options(statistics=True, axis_name=axis_name),

@@ -225,6 +225,15 @@ def test_no_advice_that_leads_to_another_error():
         with pytest.raises(ValueError, match="must have shape") as raised:
             function(*arguments)
         assert "write" not in str(raised.value)
+    by_axes = {"logits": np.zeros((2, 3, 4), F32), "labels": np.zeros((2, 3), int)}
+    for function, arguments in (
+        (LINEAR, LAYER | {"labels": np.zeros(4, int)}),
+        (INTEGER, by_axes | {"axis": 1}),
+        (INTEGER, by_axes | {"labels": np.zeros(12, int), "axis": (1, 2)}),
+    ):
+        with pytest.raises(ValueError, match="labels must have shape") as raised:
+            getattr(ce_jax, function)(**arguments)
+        assert "axis" not in str(raised.value)
 
 
 def test_forward_mode_can_be_found():

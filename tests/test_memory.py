@@ -82,6 +82,17 @@ def test_the_gradient_keeps_only_what_the_loss_is_given(loss):
     assert len(kept) <= 3
 
 
+@pytest.mark.parametrize(
+    "loss", [ce_jax.sigmoid_focal_loss, ce_jax.binary_cross_entropy], ids=lambda f: f.__name__
+)
+def test_the_gradient_of_a_mean_adds_up_no_loss_again(loss):
+    """It is recomputed for the gradient, and only the mask's sum is needed there."""
+    given = jnp.full((4, 8), 0.5)
+    where = jnp.ones((4, 8), bool)
+    gradient = jax.grad(lambda x, where: loss(x, given, where=where, reduction="mean"))
+    assert jax.jit(gradient).lower(given, where).as_text().count("stablehlo.reduce(") == 1
+
+
 def test_nll_loss_has_no_gradient_in_float32():
     """Before it is compiled: XLA for a CPU makes one."""
 

@@ -122,6 +122,17 @@ def test_argmax_is_the_first_of_equals():
         np.testing.assert_array_equal(one.argmax, [largest])
 
 
+@pytest.mark.parametrize("classes", [3, 70])
+def test_argmax_of_infinite_logits(classes):
+    row = np.linspace(0, 1, classes, dtype=np.float32)
+    row[1:] = np.inf
+    found = ce_jax.softmax_statistics(row[None], np.array([0]))
+    layer = jnp.ones((1, 1)), row[None], np.array([0])
+    for budget in (1, None):
+        by_class = ce_jax.linear_softmax_statistics(*layer, memory_budget=budget)
+        assert found.argmax == by_class.argmax == 1
+
+
 def test_argmax_of_not_a_number_is_a_class():
     """Predictions are used as indices."""
     logits = jnp.full((1, 3), jnp.nan)

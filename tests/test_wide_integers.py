@@ -32,6 +32,30 @@ def test_ids(function, name):
             call(**arguments | {name: wrong})
 
 
+class ArrayLike:
+    """What is an array to NumPy, as a column of a table."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.x, dtype)
+
+
+@pytest.mark.parametrize("form", [list, ArrayLike])
+def test_other_forms(form):
+    loss = ce_jax.softmax_cross_entropy_with_integer_labels
+    np.testing.assert_allclose(loss(jnp.zeros((2, 3)), form([0, 1])), np.log(3), rtol=1e-6)
+    with pytest.raises(ValueError, match="labels must hold integers of 32 bits"):
+        loss(jnp.zeros((2, 3)), form([2**32, 1]))
+    with pytest.raises(TypeError, match="labels must hold numbers"):
+        loss(jnp.zeros((2, 3)), form([2**70, 1]))
+    weights = ce_jax.balanced_weights(form([MANY, 5]))
+    np.testing.assert_array_equal(weights, ce_jax.balanced_weights([float(MANY), 5.0]))
+    bits = ce_jax.bits_per_byte([1e10, 2.0], form([MANY, 5]))
+    np.testing.assert_array_equal(bits, ce_jax.bits_per_byte([1e10, 2.0], [float(MANY), 5.0]))
+
+
 def test_ids_in_a_named_tuple():
     arguments = dict(ARGUMENTS["linear_sampled_softmax_cross_entropy"])
     negatives = arguments["negatives"]
@@ -72,6 +96,8 @@ def test_other_numbers():
         mean = ce_jax.Ratio(1.0, number).mean()
         np.testing.assert_array_equal(mean, 1 / np.float32(number))
         np.testing.assert_array_equal(ce_jax.Ratio(number, 2.0).mean(), np.float32(number) / 2)
+        both = ce_jax.Ratio(1.0, number) + ce_jax.Ratio(jnp.float32(1), jnp.float32(2))
+        np.testing.assert_array_equal(both.mean(), 2 / (np.float32(number) + 2))
 
 
 @pytest.mark.usefixtures("x64")

@@ -18,28 +18,37 @@ _AS_IT_IS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 def array(name: str, x: Any) -> Any:
     """`x`, if JAX takes it, or else the array it stands for; named tuples field by field."""
-    if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "OSUMm":  # V: bfloat16
-        raise TypeError(f"{name} must hold numbers, got dtype {x.dtype}")
+    if hasattr(x, "_fields"):
+        return type(x)(*(array(f"{name}.{f}", y) for f, y in zip(x._fields, x, strict=True)))
+    x = _one_array(name, x)
     if _wraps(x):
         raise ValueError(
             f"{name} must hold integers of 32 bits, as JAX has wider ones only if jax_enable_x64 "
-            f"is set, got {np.min(x)} to {np.max(x)}; what is no id may be a float"
+            f"is set, got {np.min(x)} to {np.max(x)}; ids may be numbered, as by "
+            f"np.unique({name}, return_inverse=True)[1], and other numbers be floats"
         )
-    if x is None or isinstance(x, _AS_IT_IS):
-        return x
-    if hasattr(x, "_fields"):
-        return type(x)(*(array(f"{name}.{f}", y) for f, y in zip(x._fields, x, strict=True)))
-    try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} must be an array or a nested list of numbers, got {reprlib.repr(x)}"
-        ) from error
+    return x
 
 
 def numeric(name: str, x: Any) -> Any:
-    """`array` of counts and the like: too large an integer becomes a float."""
-    return array(name, np.asarray(x, float) if _wraps(x) else x)
+    """`array` of numbers that are no ids: too large an integer becomes a float."""
+    x = _one_array(name, x)
+    return np.asarray(x, float) if _wraps(x) else x
+
+
+def _one_array(name: str, x: Any) -> Any:
+    if x is not None and not isinstance(x, _AS_IT_IS):
+        try:
+            x = np.asarray(x) if hasattr(x, "__array__") else jnp.asarray(x)
+        except OverflowError:  # of integers in a list
+            x = np.asarray(x)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must be an array or a nested list of numbers, got {reprlib.repr(x)}"
+            ) from error
+    if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "OSUMm":  # V: bfloat16
+        raise TypeError(f"{name} must hold numbers, got dtype {x.dtype}")
+    return x
 
 
 def _wraps(x: Any) -> bool:
@@ -49,8 +58,8 @@ def _wraps(x: Any) -> bool:
     given = np.asarray(x)
     if given.dtype.kind not in "iu":
         return False
-    stored = given.astype(jax.dtypes.canonicalize_dtype(given.dtype))
-    return not np.array_equal(stored, given)
+    dtype = jax.dtypes.canonicalize_dtype(given.dtype)
+    return dtype != given.dtype and not np.array_equal(given.astype(dtype), given)
 
 
 def _check_constant(name: str, kind: Any, value: Any) -> None:

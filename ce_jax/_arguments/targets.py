@@ -15,7 +15,7 @@ from .._rows import sharded
 from .._rows.dtypes import wide
 from .._rows.tile import ABSENT
 from . import checks, reductions
-from .types import ArrayLike
+from .types import ArrayLike, Axes
 
 
 class Rows(NamedTuple):
@@ -49,8 +49,8 @@ class ClassIds(NamedTuple):
     def compared(self, *, statistics: bool) -> Integer[Array, "*rows"]:
         """The labels of a target.
 
-        To make them safe takes a kernel, which only statistics need: if a label is no class,
-        `label_logit` should have the derivative NaN, and `given` labels would give it none.
+        Safe ids cost a kernel, and only statistics need them: the derivative of `label_logit` is to
+        be NaN if the label is no class, but 0 if the label is equal to none.
         """
         return self.ids if statistics else self.given
 
@@ -182,8 +182,12 @@ def class_ids(
     classes: int,
     counts: Bool[Array, "*rows"] | None,
     ignore_index: int | None,
+    axis: Axes = None,
 ) -> ClassIds:
-    """Checks the labels of rows of the given shape and makes them safe to index with."""
+    """Checks the labels of rows of the given shape and makes them safe to index with.
+
+    `axis` is the argument of this name, if there is one, for advice.
+    """
     per_class = (
         "; labels that give each class a number, such as one-hot ones, go to softmax_cross_entropy,"
         " or through jnp.argmax"
@@ -198,9 +202,9 @@ def class_ids(
             + per_class
         )
     cure, whole = "", (*rows, classes)
-    for axis in range(len(rows)):
-        if shape == (*whole[:axis], *whole[axis + 1 :]):
-            cure = f"; if axis {axis} of the logits holds the classes, write axis={axis}"
+    for other in range(len(rows)) if axis == -1 else ():
+        if shape == (*whole[:other], *whole[other + 1 :]):
+            cure = f"; if the classes are in axis {other}, write axis={other}"
     checks.shape_is("labels", labels, rows, "one class id per row", cure)
     counts = counting(labels, counts, ignore_index)
     if labels.dtype.itemsize < 4:
@@ -218,10 +222,11 @@ def maybe_class_ids(
     classes: int,
     counts: Bool[Array, "*rows"] | None,
     ignore_index: int | None,
+    axis: Axes = None,
 ) -> ClassIds:
     """`class_ids`, or what is known of rows without labels."""
     if labels is not None:
-        return class_ids(labels, rows, classes, counts, ignore_index)
+        return class_ids(labels, rows, classes, counts, ignore_index, axis)
     if ignore_index is not None:
         raise ValueError("ignore_index needs labels, but there are none; write where=")
     return ClassIds(ABSENT, ABSENT, counts, ABSENT)

@@ -264,8 +264,8 @@ def finish(part: Partial) -> RowStatistics:
         uniform=part.uniform,
     )
     if part.argmax is not None:
-        nowhere = (part.argmax == NOWHERE) | jnp.isnan(part.sum_exp)
-        out = out._replace(argmax=jnp.where(nowhere, 0, part.argmax))
+        of_nan = jnp.isnan(part.sum_exp) & (base != jnp.inf)
+        out = out._replace(argmax=jnp.where(of_nan | (part.argmax == NOWHERE), 0, part.argmax))
     if part.label_logit is not None:
         out = out._replace(cross=not_negative(log_sum - (part.label_logit - base)))
     if part.entropy is not None:
