@@ -285,7 +285,7 @@ def _brier_score(
 ) -> Loss:
     rows = targets.rows_of("logits", logits, axis, where)
     shape = rows.values.shape
-    label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index)
+    label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index, axis)
     dtype = wide(rows.values.dtype)
     sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)

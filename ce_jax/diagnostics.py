@@ -181,8 +181,8 @@ def _gradient_view(
     ignore_index: int | None,
 ) -> GradientView:
     rows = targets.rows_of("logits", logits, axis, where)
-    classes = rows.values.shape[-1]
-    label = targets.class_ids(labels, rows.values.shape[:-1], classes, rows.counts, ignore_index)
+    *shape, classes = rows.values.shape
+    label = targets.class_ids(labels, shape, classes, rows.counts, ignore_index, axis)
     p = jnp.exp(log_softmax(targets.without_excluded(rows.values, label.counts)))
     gradient = p - jax.nn.one_hot(label.ids, classes, dtype=p.dtype)
     usable = ~label.unknown

@@ -135,7 +135,7 @@ def _nll_loss(
 def _of_label(
     log_p: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]
 ) -> Float[Array, "*rows"]:
-    """The label's entry, whose gradient is no scatter: that would need an array in `dtype`."""
+    """The label's entry. Its gradient is no scatter, which would be done in the loss's dtype."""
     return label_logit(log_p, labels, 0)
 
 

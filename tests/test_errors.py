@@ -155,6 +155,10 @@ TOP_K, LINEAR_TOP_K = "top_k_distillation_loss", "linear_top_k_distillation_loss
 KNOWN = {"teacher_ids": np.zeros((5, 1), int), "teacher_log_probs": -ones(5, 1)}
 RIGHT[TOP_K] = {"logits": LOGITS, **KNOWN}
 RIGHT[LINEAR_TOP_K] = {"hidden": HIDDEN, "kernel": LAYER["kernel"], **KNOWN}
+MORE_OF_IDS = ("brier_score", "fit_temperature", "gradient_view")
+RIGHT |= dict.fromkeys(MORE_OF_IDS, RIGHT[INTEGER])
+NOISY = ("forward_corrected_cross_entropy", "backward_corrected_cross_entropy")
+RIGHT |= dict.fromkeys(NOISY, RIGHT[INTEGER] | {"transition": np.eye(4, dtype=F32)})
 SOFT_FORM = "softmax_cross_entropy"
 IDS_FORM = "softmax_cross_entropy_with_integer_labels"
 # (function, the argument changed, its value, what the message says to write).
@@ -165,7 +169,10 @@ CURES = [
     *((name, "labels", IDS[:, None], "labels[:, 0]") for name in (*OF_IDS, LINEAR)),
     *((name, "labels", IDS[None], "labels[0, :]") for name in (*OF_IDS, LINEAR)),
     *((name, "labels", IDS.astype(F32), "labels.astype(int)") for name in (*OF_IDS, LINEAR)),
-    *((name, "labels", np.zeros(4, int), "write axis=0") for name in OF_IDS),
+    *(
+        (name, "labels", np.zeros(4, int), "write axis=0")
+        for name in (*OF_IDS, *MORE_OF_IDS, *NOISY)
+    ),
     (TOP_K, "teacher_ids", ones(5, 2), "before the log-probabilities"),
     (LINEAR_TOP_K, "teacher_ids", ones(5, 2), "before the log-probabilities"),
     (SOFT, "labels", IDS, IDS_FORM),

@@ -37,6 +37,7 @@ def numeric(name: str, x: Any) -> Any:
 
 
 def _one_array(name: str, x: Any) -> Any:
+    """`x`, if it is None or JAX takes it, or else the array it stands for, whatever its range."""
     if x is not None and not isinstance(x, _AS_IT_IS):
         try:
             x = np.asarray(x) if hasattr(x, "__array__") else jnp.asarray(x)

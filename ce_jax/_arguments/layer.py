@@ -58,8 +58,8 @@ def head_of(
     hidden = checks.floating(f"{prefix}hidden", hidden)
     kernel = checks.floating(f"{prefix}kernel", kernel)
     class_axis = checks.kernel_axis(hidden, kernel, class_axis, prefix)
+    cure = "use ce_jax.on_mesh, or call the function inside jax.shard_map"
     for name, x in (("hidden", hidden), ("kernel", kernel)):
-        cure = "use ce_jax.on_mesh, or call the function inside jax.shard_map"
         checks.not_spread(f"{prefix}{name}", x, cure)
     head = Head(kernel)
     if bias is not None:
