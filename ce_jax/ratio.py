@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -71,10 +70,7 @@ class Ratio:
 
         A total of NaN, which shows a label that is not a class, stays NaN.
         """
-        total, denominator = self._numbers()
-        if isinstance(denominator, np.ndarray) and denominator.all():  # known not to be 0
-            return jnp.divide(total, denominator)
-        return _quotient(total, denominator)
+        return _quotient(*self._numbers())
 
     def _numbers(self) -> tuple[Any, Any]:
         return numeric("total", self.total), numeric("denominator", self.denominator)

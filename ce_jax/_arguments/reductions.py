@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -128,9 +126,7 @@ def of_total(
 
 def finish(ratio: Ratio, reducer: Reducer) -> Loss:
     """The ratio, or the mean if that is asked for."""
-    if reducer.kind != "ratio":
-        return ratio.mean()
-    return cast(Loss, Ratio(ratio.total, jnp.asarray(ratio.denominator)))
+    return cast(Loss, ratio) if reducer.kind == "ratio" else ratio.mean()
 
 
 def denominator(
@@ -140,16 +136,7 @@ def denominator(
     *weights: Float[Array, "*rows"] | None,
     axes: tuple[int, ...] | None = None,
 ) -> Float[Array, "..."]:
-    """The sum, over the examples that count, of the product of the weights.
-
-    NumPy's array of their number if all count alike and it is known when the program is made.
-    """
-    axes = tuple(range(len(shape))) if axes is None else axes
-    alike = counts is None and all(w is None for w in weights)
-    if alike and all(isinstance(n, int) for n in shape):  # not symbolic
-        kept = [n for a, n in enumerate(shape) if a not in axes]
-        number: Any = np.full(kept, math.prod(shape[a] for a in axes), dtype)
-        return number
+    """The sum, over the examples that count, of the product of the weights."""
     total = jnp.ones(shape, dtype)
     for weight in weights:
         if weight is not None:
