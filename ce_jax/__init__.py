@@ -40,6 +40,7 @@ from .noisy_labels import backward_corrected_cross_entropy as backward_corrected
 from .noisy_labels import forward_corrected_cross_entropy as forward_corrected_cross_entropy
 from .policies import kl_estimate as kl_estimate
 from .policies import ppo_clip_loss as ppo_clip_loss
+from .poly import poly_loss_cross_entropy as poly_loss_cross_entropy
 from .preferences import dpo_loss as dpo_loss
 from .preferences import ipo_loss as ipo_loss
 from .preferences import kto_loss as kto_loss
@@ -47,7 +48,6 @@ from .prior_shift import PriorEstimate as PriorEstimate
 from .prior_shift import estimate_prior as estimate_prior
 from .probabilities import binary_cross_entropy as binary_cross_entropy
 from .probabilities import nll_loss as nll_loss
-from .probabilities import smooth_labels as smooth_labels
 from .ranking import bpr_loss as bpr_loss
 from .ranking import gbce_loss as gbce_loss
 from .ratio import Ratio as Ratio
@@ -59,8 +59,6 @@ from .robust import hard_bootstrapped_cross_entropy as hard_bootstrapped_cross_e
 from .robust import poly_loss as poly_loss
 from .robust import soft_bootstrapped_cross_entropy as soft_bootstrapped_cross_entropy
 from .robust import symmetric_cross_entropy as symmetric_cross_entropy
-from .robust_logits import poly_loss_cross_entropy as poly_loss_cross_entropy
-from .robust_logits import sigmoid_focal_loss as sigmoid_focal_loss
 from .sampling import linear_sampled_softmax_cross_entropy as linear_sampled_softmax_cross_entropy
 from .sampling import sampled_softmax_cross_entropy as sampled_softmax_cross_entropy
 from .sequence import NextTokens as NextTokens
@@ -69,6 +67,8 @@ from .sequence import next_tokens as next_tokens
 from .sequence import perplexity as perplexity
 from .sequence import sequence_log_prob as sequence_log_prob
 from .sigmoid import sigmoid_binary_cross_entropy as sigmoid_binary_cross_entropy
+from .sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
+from .smoothing import smooth_labels as smooth_labels
 from .smoothing import smoothed_label_entropy as smoothed_label_entropy
 from .smoothing import smoothing_over_others as smoothing_over_others
 from .softmax import safe_softmax_cross_entropy as safe_softmax_cross_entropy
@@ -153,7 +153,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-if not TYPE_CHECKING:  # or no name would be unknown to a type checker
+if not TYPE_CHECKING:  # else a type checker would accept any name
 
     def __getattr__(name):
         """Imports optax when one of its losses is asked for, and not before."""

@@ -117,10 +117,7 @@ def _means_of_bins(
     confidence = checks.floating("confidence", confidence)
     correct = checks.boolean("correct", correct)
     checks.shape_is("correct", correct, confidence.shape, "the shape of confidence")
-    counts = jnp.ones(confidence.shape, bool)
-    if where is not None:
-        where = checks.boolean("where", where)
-        counts = checks.of_rows("where", where, counts.shape, "confidence")
+    counts = checks.included(where, confidence.shape, "confidence")
     counts, confidence, correct = map(sharded.whole, (counts, confidence, correct))
     counts, correct = counts.reshape(-1), correct.reshape(-1)
     dtype = wide(confidence.dtype)
@@ -200,7 +197,7 @@ def expected_calibration_error(
     return _expected_calibration_error(confidence, correct, where, bins=bins, adaptive=adaptive)
 
 
-# One program from the predictions on: means of empty bins, which are NaN, would leave it.
+# Not from the result of `reliability_bins`, in which means of empty bins are NaN.
 @compiled
 def _expected_calibration_error(
     confidence: Array, correct: Array, where: Array | None, *, bins: int, adaptive: bool
@@ -287,7 +284,7 @@ def _brier_score(
     shape = rows.values.shape
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index, axis)
     dtype = wide(rows.values.dtype)
-    sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    sample_weight = reductions.weights(sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
     z = options.tempered_logits(z, temperature, label.counts)
     score = squared_distance(z, label.ids)

@@ -23,7 +23,7 @@ from ._arguments import checks, reductions
 from ._arguments.compiled import compiled
 from ._arguments.options import scalar
 from ._arguments.reductions import Reducer
-from ._arguments.sides import reduced, sides, without_silent
+from ._arguments.sides import reduced, sides, without_silent_rows
 from ._arguments.types import ArrayLike, Loss, Reduction, Scalar, reducible, with_statistics
 from ._rows import pairs
 from ._rows.dtypes import wide
@@ -112,7 +112,7 @@ def _info_nce(
     forward_mode: bool,
 ) -> Loss:
     x = sides("queries", queries, "keys", keys, where, logit_scale, axis_name, more=True)
-    x = without_silent(x, sample_weight)
+    x = without_silent_rows(x, sample_weight)
     loss = pairs.one_direction(x, memory_budget=memory_budget, forward_mode=forward_mode)
     return reduced(loss, x.row_counts, sample_weight, axis_name, reduction)
 
@@ -338,7 +338,7 @@ def _siglip(
     forward_mode: bool,
 ) -> Loss:
     x = sides("images", images, "texts", texts, where, logit_scale, axis_name)
-    x = without_silent(x, sample_weight)
+    x = without_silent_rows(x, sample_weight)
     bias = logit_bias.astype(wide(x.rows.dtype))
     loss = pairs.decisions(x, bias, memory_budget=memory_budget, forward_mode=forward_mode)
     return reduced(loss, x.row_counts, sample_weight, axis_name, reduction)

@@ -83,7 +83,7 @@ def _mean_denominator(
     given = (x for x in (labels, weight, sample_weight) if x is not None)
     dtype = wide(*(jnp.asarray(x).dtype for x in given))
 
-    sample_weight = reductions.weights("sample_weight", sample_weight, labels.shape, dtype)
+    sample_weight = reductions.weights(sample_weight, labels.shape, dtype)
     label_weight = None
     if weight is not None:
         weight = checks.real("weight", weight).astype(dtype)
@@ -95,5 +95,5 @@ def _mean_denominator(
         label_weight = targets.nan_if(ids.unknown, label_weight, sample_weight)
         counts = ids.counts
     elif ignore_index is not None:
-        counts = targets.counting(labels, counts, ignore_index)
+        counts = targets.without_ignored(labels, counts, ignore_index)
     return reductions.denominator(labels.shape, dtype, counts, sample_weight, label_weight)

@@ -2,20 +2,17 @@ r"""Distillation: the divergence between the softmax of a teacher and that of a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._arguments import checks, options, reductions, targets
-from ._arguments.compiled import array, compiled
+from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
-from ._arguments.two_heads import Layer, two_heads
+from ._arguments.two_heads import GivenLayer, block_of_logits, given_layers, two_heads
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
-from ._platform import block_sizes
 from ._rows import class_blocks, sharded
 from ._rows.divergence import Inputs, Options, Side, Used, divergence
 from ._rows.dtypes import wide
@@ -105,11 +102,6 @@ def distillation_loss(
     )
 
 
-# The mixture of two softmaxes and its logarithms are so many arrays of the size of the logits. If
-# they have more bytes, they are not stored, but computed in blocks, and for the gradient again.
-_ARRAYS, _AT_ONCE = 4, 256 * 10**6
-
-
 @compiled
 def of_logits(
     logits: Array,
@@ -119,7 +111,7 @@ def of_logits(
     beta: Array | None,
     sample_weight: Array | None,
     *,
-    axis: int | tuple[int, ...] | None,
+    axis: Axes,
     reverse: bool,
     axis_name: str | None,
     reduction: Reducer,
@@ -132,25 +124,32 @@ def of_logits(
     teacher = targets.rows_of("teacher_logits", teacher_logits, axis, where, axis_name)
     *rows, local = student.values.shape
     dtype = wide(student.values.dtype, teacher.values.dtype)
-    weights = reductions.weights("sample_weight", sample_weight, tuple(rows), dtype)
+    weights = reductions.weights(sample_weight, tuple(rows), dtype)
     for name, x in (("logits", student), ("teacher_logits", teacher)):
         sharded.check_sharded(name, x.values, axis_name)
     of_student, of_teacher = (
         Side(logits=targets.without_excluded(x.values, x.counts, weights, axis_name))
         for x in (student, teacher)
     )
-    classes = sharded.all_classes(local, axis_name)
-    block, logit_bytes = local, _ARRAYS * dtype.itemsize
-    own = all(sharded.is_own(x.values) for x in (student, teacher))
-    if beta is not None and own and student.values.size * logit_bytes > _AT_ONCE:
-        count, budget = math.prod(rows), block_sizes.default_budget(0)
-        block = block_sizes.blocks(count, local, logit_bytes, budget, summed=False).classes
-    side = class_blocks.Options(block, -1, classes, local, axis_name)
-    both = Options(side, side)
-    by_row = options.of_rows(temperature, tuple(rows), dtype, student.counts)
-    beta = None if beta is None else beta.astype(dtype)
+    at_once = local
+    if beta is not None:
+        at_once, beta = block_of_logits(student.values, teacher.values), beta.astype(dtype)
+    side = class_blocks.Options(
+        block=at_once,
+        class_axis=-1,
+        classes=sharded.all_classes(local, axis_name),
+        local=local,
+        axis_name=axis_name,
+    )
     loss = _loss(
-        both, of_student, of_teacher, by_row, beta, None, None, weights, reverse, forward_mode
+        Options(side, side),
+        of_student,
+        of_teacher,
+        temperature=options.row_temperature(temperature, tuple(rows), dtype, student.counts),
+        beta=beta,
+        sample_weight=weights,
+        reverse=reverse,
+        forward_mode=forward_mode,
     )
     return reductions.reduce(loss, student.counts, weights, reduction)
 
@@ -159,13 +158,14 @@ def _loss(
     both: Options,
     student: Side,
     teacher: Side,
+    *,
     temperature: Float[Array, "*rows"] | None,
     beta: Array | None,
-    used: Used,
-    counting: Counting,
     sample_weight: Float[Array, "*rows"] | None,
     reverse: bool,
     forward_mode: bool,
+    used: Used = None,
+    counting: Counting = None,
 ) -> Float[Array, "*rows"]:
     """The options in `both` are those of the teacher and of the student."""
     if reverse:
@@ -178,7 +178,7 @@ def _loss(
         loss = jensen_shannon(both, inputs, used, counting, forward_mode=forward_mode)
     if temperature is None:
         return loss
-    return silenced(sample_weight, loss) * jnp.square(temperature.astype(loss.dtype))
+    return silenced(sample_weight, loss) * jnp.square(temperature)
 
 
 @reducible
@@ -269,7 +269,7 @@ def linear_distillation_loss(
     References:
       See `distillation_loss`.
     """
-    student, teacher = layers(
+    student, teacher = given_layers(
         (hidden, kernel, bias, logit_soft_cap),
         (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap),
         teacher_logits,
@@ -293,33 +293,10 @@ def linear_distillation_loss(
     )
 
 
-def layers(
-    student: tuple[Any, Any, Any, Any], teacher: tuple[Any, Any, Any, Any], logits: Any
-) -> tuple[Layer, Layer | None]:
-    """Both layers, given hidden states, kernel, bias and soft cap; None for a teacher's logits."""
-
-    def layer(prefix: str, hidden: Any, kernel: Any, bias: Any, soft_cap: Any) -> Layer:
-        cap = checks.soft_cap(f"{prefix}logit_soft_cap", soft_cap)
-        return Layer(
-            array(f"{prefix}hidden", hidden),
-            array(f"{prefix}kernel", kernel),
-            array(f"{prefix}bias", bias),
-            cap,
-        )
-
-    has_layer = teacher[0] is not None and teacher[1] is not None
-    if has_layer == (logits is not None) or (not has_layer and any(x is not None for x in teacher)):
-        raise ValueError(
-            "the teacher must be given either by teacher_logits alone, or by teacher_hidden and "
-            "teacher_kernel, with or without teacher_bias and teacher_logit_soft_cap"
-        )
-    return layer("", *student), layer("teacher_", *teacher) if has_layer else None
-
-
 @compiled
 def of_layers(
-    student: Layer,
-    teacher: Layer | None,
+    student: GivenLayer,
+    teacher: GivenLayer | None,
     teacher_logits: Array | None,
     temperature: Array | None,
     beta: Array | None,
@@ -348,7 +325,7 @@ def of_layers(
         axis_name=axis_name,
         memory_budget=memory_budget,
     )
-    temperature = options.of_rows(temperature, x.rows, x.dtype, x.counts)
+    temperature = options.row_temperature(temperature, x.rows, x.dtype, x.counts)
     temperature, weights = jax.tree.map(jnp.ravel, (temperature, x.weights))
     temperature = in_order(x.order, temperature, fill=1)
     weights = in_order(x.order, weights)
@@ -356,13 +333,13 @@ def of_layers(
         x.options,
         x.student,
         x.teacher,
-        temperature,
-        None if beta is None else beta.astype(x.dtype),
-        x.used,
-        None if x.order is None else x.order.counting,
-        weights,
-        reverse,
-        forward_mode,
+        temperature=temperature,
+        beta=None if beta is None else beta.astype(x.dtype),
+        sample_weight=weights,
+        reverse=reverse,
+        forward_mode=forward_mode,
+        used=x.used,
+        counting=x.counting,
     )
     loss = as_given(x.order, loss)
     return reductions.reduce(loss.reshape(x.rows), x.counts, x.weights, reduction)

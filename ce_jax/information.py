@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from ._arguments import checks
 from ._arguments.types import ArrayLike, Scalar
 from ._rows.dtypes import wide
-from ._rows.numerics import linear, log_complement
+from ._rows.numerics import directional, log_complement, polynomial
 
 # 1/17, ..., 1/5, 1/3: the series of `_kl_terms`. With |s| <= 1/8 the first term left out is below
 # float64's rounding.
@@ -293,7 +293,7 @@ def _cross_entropy_terms(p: Array, q: Array) -> Array:
 @functools.partial(_cross_entropy_terms.defjvp, symbolic_zeros=True)
 def _cross_entropy_terms_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     p, q = map(_visible, primals)
-    tangent = linear((-jnp.log(q), -_ratio(p, q)), tangents)
+    tangent = directional((-jnp.log(q), -_ratio(p, q)), tangents)
     return _cross_entropy_terms(p, q), tangent
 
 
@@ -310,7 +310,7 @@ def _kl_sum_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Arr
     # Where both are 0 the one-sided limit is +inf, not log 0 - log 0.
     far = _log_ratio(jnp.where((p == 0) & (q == 0), 1.0, p), q)
     log_ratio = jnp.where(near, jnp.log1p(d / jnp.where(near, q, 1.0)), far)
-    tangent = linear((log_ratio + 1, -_ratio(p, q)), tangents)
+    tangent = directional((log_ratio + 1, -_ratio(p, q)), tangents)
     return _kl_sum(p, q, axes), jnp.sum(tangent, axis=axes)
 
 
@@ -325,7 +325,7 @@ def _kl_terms(p: Array, q: Array) -> tuple[Array, Array]:
     near, d = _nearness(p, q)
     s = d / jnp.where(near, p + q, 1.0)
     s2 = s * s
-    t = s2 * functools.reduce(lambda t, c: t * s2 + c, _SERIES, jnp.zeros_like(s))
+    t = s2 * polynomial(_SERIES, s2)
     impossible = (p == 0) & (q >= 0)
     safe_p, safe_q = (jnp.where(impossible, 1.0, x) for x in (p, q))
     far = jnp.where(impossible, 0.0, p * _log_ratio(safe_p, safe_q))

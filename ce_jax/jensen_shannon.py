@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import jax
 from jaxtyping import Array
 
-from ._arguments import checks, reductions
-from ._arguments.options import scalar
-from ._arguments.options import temperature as of_temperature
+from ._arguments import checks, options, reductions
+from ._arguments.two_heads import given_layers
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
-from .distillation import layers, of_layers, of_logits
+from .distillation import of_layers, of_logits
 
 
 @reducible
@@ -87,7 +86,7 @@ def jensen_shannon_loss(
         logits,
         teacher_logits,
         where,
-        of_temperature(temperature),
+        options.temperature(temperature),
         beta_option(beta),
         sample_weight,
         axis=checks.static_axis(axis),
@@ -100,7 +99,7 @@ def jensen_shannon_loss(
 
 def beta_option(value: Scalar) -> Array:
     """The teacher's share of the mixture, checked if it is known."""
-    share = scalar("beta", value, 0.0, 1.0)
+    share = options.scalar("beta", value, 0.0, 1.0)
     if not isinstance(share, jax.core.Tracer) and float(share) in (0.0, 1.0):
         raise ValueError(
             f"beta must be above 0 and below 1, got {value}; the loss is 0 at 0 and at 1: write "
@@ -198,7 +197,7 @@ def linear_jensen_shannon_loss(
     References:
       See `jensen_shannon_loss`.
     """
-    student, teacher = layers(
+    student, teacher = given_layers(
         (hidden, kernel, bias, logit_soft_cap),
         (teacher_hidden, teacher_kernel, teacher_bias, teacher_logit_soft_cap),
         teacher_logits,
@@ -207,7 +206,7 @@ def linear_jensen_shannon_loss(
         student,
         teacher,
         teacher_logits,
-        of_temperature(temperature),
+        options.temperature(temperature),
         beta_option(beta),
         sample_weight,
         where,

@@ -199,7 +199,7 @@ def _linear_loss(
     constants: Sequence[Any] = ()
     if log_prob_loss is not None:
         one = jnp.zeros((), wide(jnp.asarray(hidden).dtype))
-        checks.element_function("log_prob_loss", log_prob_loss, one)
+        checks.log_prob_loss(log_prob_loss, one)
         converted, constants = jax.closure_convert(log_prob_loss, one)
         if constants and sharded.inside_shard_map():
             # The converted function is typed as the same on all devices; rows are not.
@@ -224,11 +224,11 @@ def _linear_loss(
     )
     local, dtype = x.head.kernel.shape[x.options.class_axis], wide(x.tokens.hidden.dtype)
     weight = targets.class_weight(weight, local, dtype)
-    sample_weight = reductions.weights("sample_weight", sample_weight, x.rows, dtype)
+    sample_weight = reductions.weights(sample_weight, x.rows, dtype)
     label_weight = None
     if weight is not None:
         label_weight = sharded.take_class(weight, x.label.ids, axis_name)
-    target = Target(labels=x.label.compared(statistics=return_statistics))
+    target = Target(labels=x.label.target_ids(statistics=return_statistics))
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, x.options.classes, dtype)
         target = target._replace(classes=spread)

@@ -47,13 +47,13 @@ _OF_LAYER: tuple[Callable[..., Any], ...] = (
     jensen_shannon.linear_jensen_shannon_loss,
     top_k.linear_top_k_distillation_loss,
 )
-_ARRAYS = (
+_TRACED = (
     *("logits", "hidden", "kernel", "labels", "bias"),
     *("weight", "sample_weight", "where", "temperature"),
     *("teacher_logits", "teacher_hidden", "teacher_kernel", "teacher_bias"),
     *("teacher_ids", "teacher_log_probs"),
+    *("label_smoothing", "z_loss", "logit_soft_cap", "teacher_logit_soft_cap", "beta"),
 )
-_SCALARS = ("label_smoothing", "z_loss", "logit_soft_cap", "teacher_logit_soft_cap", "beta")
 # What the functions check of a value they know, before it is traced.
 _CHECKS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("axis", "reduction_axis"), checks.static_axis),
@@ -160,16 +160,12 @@ def on_mesh(
             for name, value in bound.arguments.items()
             if name != "axis_name"
         }
-        arrays = {
-            name: array(name, options.pop(name))
-            for name in _ARRAYS + _SCALARS
-            if options.get(name) is not None
-        }
+        arrays = {k: array(k, x) for k, x in options.items() if k in _TRACED and x is not None}
+        static = tuple((k, x) for k, x in options.items() if k not in _TRACED)
         plan = fixed
         if plan is None:
             plan = placement.plan(jax.sharding.get_abstract_mesh(), rows, classes, width)
-        static = ((k, v) for k, v in options.items() if k not in _ARRAYS + _SCALARS)
-        return _run(_Task(function, plan, tuple(static)), arrays)
+        return _run(_Task(function, plan, static), arrays)
 
     return cast(_Function, sharded)
 

@@ -15,7 +15,6 @@ from ._arguments.compiled import compiled
 from ._arguments.options import positive_int
 from ._arguments.types import ArrayLike
 from ._rows.dtypes import wide
-from ._rows.picked import First
 
 
 class Negatives(NamedTuple):
@@ -116,7 +115,7 @@ def log_uniform_negatives(
 def _log_uniform_negatives(
     key: PRNGKeyArray, samples: int, items: int, shape: tuple[int, ...]
 ) -> Negatives:
-    def halve(step: First, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(step: int | Array, interval: tuple[Array, Array]) -> tuple[Array, Array]:
         low, size = interval  # of k + 1, which lies in [low, low + size)
         half = (size + 1) // 2
         at = low.astype(jnp.float32)
@@ -218,9 +217,7 @@ def _in_batch_negatives(labels: Array, log_prob: Array, where: Array | None) -> 
         raise ValueError(f"labels must have shape [N], got {labels.shape}")
     checks.shape_is("log_prob", log_prob, labels.shape, "one per label")
     log_prob = log_prob.astype(wide(log_prob.dtype))
-    exists = jnp.ones(labels.shape, bool)
-    if where is not None:
-        exists = checks.of_rows("where", checks.boolean("where", where), labels.shape, "labels")
+    exists = checks.included(where, labels.shape, "labels")
     others = jnp.maximum(jnp.sum(exists) - 1, 1).astype(log_prob.dtype)
     log_count = jnp.where(exists, log_prob + jnp.log(others), jnp.inf)
     return Negatives(jnp.where(exists, labels, 0), log_count)

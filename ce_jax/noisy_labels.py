@@ -109,7 +109,7 @@ def _forward(
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     matrix = _transition(transition, shape[-1], dtype)
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index, axis)
-    sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    sample_weight = reductions.weights(sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight).astype(dtype)
     z = options.tempered_logits(z, temperature, label.counts)
     into_label = sharded.take_rows(matrix.T, label.ids)
@@ -230,9 +230,9 @@ def _backward(
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     matrix = _transition(transition, shape[-1], dtype)
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index, axis)
-    sample_weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    sample_weight = reductions.weights(sample_weight, shape[:-1], dtype)
     z = targets.without_excluded(rows.values, label.counts, sample_weight)
-    temperature = options.of_rows(temperature, shape[:-1], dtype, label.counts)
+    temperature = options.row_temperature(temperature, shape[:-1], dtype, label.counts)
     corrected = sharded.take_rows(jnp.linalg.inv(matrix), label.ids)
     loss = softmax_cross_entropy(
         z,

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._arguments import reductions
+from ._arguments import checks, reductions
 from ._arguments.compiled import compiled
-from ._arguments.log_probs import reduced, rows_of
+from ._arguments.log_probs import examples_of, reduced
 from ._arguments.options import scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
@@ -108,7 +108,7 @@ def _ppo_clip(
     reduction: Reducer,
 ) -> Loss:
     arrays = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantage": advantage}
-    rows = rows_of(arrays, where, sample_weight, broadcast=("advantage",))
+    rows = examples_of(arrays, where, sample_weight, broadcast=("advantage",))
 
     def loss(ours: Array, old: Array, advantage: Array) -> Array:
         gains, log_ratio = advantage >= 0, ours - old
@@ -179,8 +179,7 @@ def kl_estimate(
       Schulman, `Approximating KL Divergence`, 2020; in a loss: Shao et al., `DeepSeekMath: Pushing
       the Limits of Mathematical Reasoning in Open Language Models`, 2024.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")
+    checks.one_of("kind", kind, get_args(Kind))
     return _kl_estimate(
         log_prob,
         reference_log_prob,
@@ -207,4 +206,4 @@ def _kl_estimate(
         "k2": lambda ours, reference: jnp.square(reference - ours) / 2,
         "k3": lambda ours, reference: expm1_less_x(reference - ours),
     }
-    return reduced(estimates[kind], rows_of(arrays, where, sample_weight), reduction)
+    return reduced(estimates[kind], examples_of(arrays, where, sample_weight), reduction)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions
 from ._arguments.compiled import compiled
-from ._arguments.log_probs import reduced, rows_of
+from ._arguments.log_probs import examples_of, reduced
 from ._arguments.options import scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
@@ -109,7 +109,7 @@ def _dpo(
     reduction: Reducer,
 ) -> Loss:
     four = _four(chosen, rejected, reference_chosen, reference_rejected)
-    rows = rows_of(four, where, sample_weight)
+    rows = examples_of(four, where, sample_weight)
 
     def loss(*values: Array) -> Array:
         margin = _margin(*values)
@@ -199,7 +199,7 @@ def _ipo(
     reduction: Reducer,
 ) -> Loss:
     four = _four(chosen, rejected, reference_chosen, reference_rejected)
-    rows = rows_of(four, where, sample_weight)
+    rows = examples_of(four, where, sample_weight)
 
     def loss(*values: Array) -> Array:
         margin = _margin(*values)
@@ -298,7 +298,7 @@ def _kto(
     reduction: Reducer,
 ) -> Loss:
     arrays = {"log_prob": log_prob, "reference_log_prob": reference_log_prob, "kl": kl}
-    rows = rows_of(arrays, where, sample_weight, broadcast=("kl",))
+    rows = examples_of(arrays, where, sample_weight, broadcast=("kl",))
     shape, dtype = rows.values[0].shape, rows.values[0].dtype
     desirable = checks.boolean("desirable", desirable)
     checks.shape_is("desirable", desirable, shape, "the shape of log_prob")

@@ -102,7 +102,7 @@ def _estimate_prior(
     checks.shape_is("train_prior", train_prior, z.shape[1:], "one share per class")
     train = train_prior.astype(dtype)
     train = train / jnp.where(jnp.sum(train) == 0, 1, jnp.sum(train))
-    weights = reductions.weights("sample_weight", sample_weight, z.shape[:1], dtype)
+    weights = reductions.weights(sample_weight, z.shape[:1], dtype)
     if weights is None:
         weights = jnp.ones(z.shape[:1], dtype)
     present = train > 0

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._arguments import checks, options, reductions, targets
+from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled, recomputed
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
@@ -100,7 +100,7 @@ def _nll_loss(
     sample_weight: Array | None,
     label_smoothing: Array | None,
     *,
-    axis: int | tuple[int, ...] | None,
+    axis: Axes,
     ignore_index: int | None,
     reduction: Reducer,
 ) -> Loss:
@@ -110,7 +110,7 @@ def _nll_loss(
         labels, rows.values.shape[:-1], classes, rows.counts, ignore_index, axis
     )
     weight = targets.class_weight(weight, classes, dtype)
-    sample_weight = reductions.weights("sample_weight", sample_weight, label.ids.shape, dtype)
+    sample_weight = reductions.weights(sample_weight, label.ids.shape, dtype)
 
     log_p = targets.without_excluded(rows.values, label.counts, sample_weight)
     if label_smoothing is not None:  # so that the slopes of both parts add up in it
@@ -136,7 +136,7 @@ def _of_label(
     log_p: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]
 ) -> Float[Array, "*rows"]:
     """The label's entry. Its gradient is no scatter, which would be done in the loss's dtype."""
-    return label_logit(log_p, labels, 0)
+    return label_logit(log_p, labels)
 
 
 @_of_label.defjvp
@@ -224,9 +224,10 @@ def _binary_cross_entropy(
     *,
     reduction: Reducer,
 ) -> Loss:
-    p, y, counts = targets.elements("probs", probs, labels, where, label_smoothing, sample_weight)
+    p, y, counts, sample_weight = targets.elements(
+        "probs", probs, labels, where, label_smoothing, sample_weight
+    )
     p = p.astype(y.dtype)
-    sample_weight = reductions.weights("sample_weight", sample_weight, p.shape, y.dtype)
     if sample_weight is not None:  # 0 times the NaN of what is no probability would be NaN
         p = jnp.where((sample_weight == 0) & ~((p >= 0) & (p <= 1)), 0.5, p)
     certain = p == 1
@@ -241,63 +242,3 @@ def _binary_cross_entropy(
 def _clamped_log(p: Float[Array, "..."]) -> Float[Array, "..."]:
     held = (p >= 0) & (jnp.log(p) < -100)
     return jnp.where(held, -100, jnp.log(jnp.where(held, 1, p)))
-
-
-def smooth_labels(
-    labels: ArrayLike,
-    alpha: Scalar,
-    *,
-    axis: int | Sequence[int] | None = -1,
-    where: ArrayLike | None = None,
-) -> Float[Array, "..."]:
-    r"""Mixes target distributions with the uniform one.
-
-    .. math:: y_c = (1 - \alpha)\, q_c + \frac{\alpha}{K}
-
-    Args:
-      labels: target distributions `[..., C]`, floating.
-      alpha: share of the uniform distribution, in [0, 1]. May be traced.
-      axis: the class axis, a tuple of class axes, or None for all axes.
-      where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): the `K`
-        classes of each row that take a share of `alpha`. Excluded classes get no share (optax gives
-        them `alpha / K` as well).
-
-    Returns:
-      The smoothed labels, of the shape and dtype of `labels`.
-
-    Raises:
-      TypeError: for labels of a dtype that is not floating.
-      ValueError: for a shape, an axis or an `alpha` that does not fit.
-
-    Example:
-      >>> import jax.numpy as jnp, ce_jax
-      >>> print(ce_jax.smooth_labels(jnp.array([0.0, 1.0, 0.0, 0.0]), 0.2))
-      [0.05 0.85 0.05 0.05]
-
-    References:
-      Szegedy et al., `Rethinking the Inception Architecture for Computer Vision`, 2016;
-      Mueller et al., `When Does Label Smoothing Help?`, 2019.
-    """
-    alpha = options.scalar("alpha", alpha, 0.0, 1.0)
-    return _smooth_labels(labels, alpha, where, axis=checks.static_axis(axis))
-
-
-@compiled
-def _smooth_labels(
-    labels: Array,
-    alpha: Array,
-    where: Array | None,
-    *,
-    axis: int | tuple[int, ...] | None,
-) -> Array:
-    labels = checks.floating("labels", labels)
-    axes = checks.axes(axis, labels.ndim)
-    included = jnp.ones(labels.shape, bool)
-    if where is not None:
-        where = checks.boolean("where", where)
-        included = checks.of_rows("where", where, labels.shape, "labels")
-    alpha = jnp.asarray(alpha, wide(labels.dtype))
-    count = jnp.sum(included, axes, keepdims=True, dtype=alpha.dtype)
-    share = alpha / jnp.maximum(count, 1)
-    smoothed = (1 - alpha) * labels.astype(alpha.dtype) + jnp.where(included, share, 0)
-    return smoothed.astype(labels.dtype)

@@ -86,7 +86,7 @@ def _bpr(
 ) -> Loss:
     x = compared(label_logits, negative_logits, where, sample_weight)
     ahead = x.label[..., None] - x.negatives  # of quotients it would lose digits
-    of_row = options.of_rows(temperature, x.label.shape, ahead.dtype, x.counts)
+    of_row = options.row_temperature(temperature, x.label.shape, ahead.dtype, x.counts)
     ahead = ahead if of_row is None else tempered(ahead, of_row)
     included = jnp.ones(ahead.shape, bool) if x.included is None else x.included
     losses = sigmoid_binary_cross_entropy(

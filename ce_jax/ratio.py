@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ._arguments.compiled import numeric
-from ._rows.numerics import linear
+from ._rows.numerics import directional
 
 if TYPE_CHECKING:
     _Leaf: TypeAlias = Float[Array, "..."]
@@ -85,8 +85,8 @@ def _quotient(total: ArrayLike, denominator: ArrayLike) -> Float[Array, "..."]:
 
 @functools.partial(_quotient.defjvp, symbolic_zeros=True)
 def _quotient_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    """By the total without the total: a loss that is computed again would be summed again, too."""
+    """The slope is written without the total: else a recomputed loss would be summed again, too."""
     mean, denominator = _quotient(*primals), primals[1]
     none = jnp.equal(denominator, 0)
     slope = jnp.where(none, 0, 1 / jnp.where(none, 1, denominator).astype(mean.dtype))
-    return mean, linear((slope, -mean * slope), tangents)
+    return mean, directional((slope, -mean * slope), tangents)

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from ._arguments import reductions
 from ._arguments.compiled import compiled
-from ._arguments.log_probs import reduced, rows_of
+from ._arguments.log_probs import examples_of, reduced
 from ._arguments.options import log_probability, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
@@ -91,7 +91,7 @@ def _simpo(
     *,
     reduction: Reducer,
 ) -> Loss:
-    rows = rows_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
+    rows = examples_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
 
     def loss(better: Array, worse: Array) -> Array:
         x = beta.astype(better.dtype) * (better - worse) - gamma.astype(better.dtype)
@@ -169,7 +169,7 @@ def _orpo(
     *,
     reduction: Reducer,
 ) -> Loss:
-    rows = rows_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
+    rows = examples_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
 
     def loss(*values: Array) -> Array:
         return _log1p_odds_ratio(*map(log_probability, ("chosen", "rejected"), values))

@@ -241,7 +241,7 @@ def _linear_sampled_softmax(
     counts = checks.mask(where, rows, "the rows of hidden")
     label = targets.class_ids(labels, rows, classes, counts, ignore_index)
     drawn = _drawn(negatives, rows, classes, dtype)
-    weights = reductions.weights("sample_weight", sample_weight, rows, dtype)
+    weights = reductions.weights(sample_weight, rows, dtype)
     hidden = targets.without_excluded(hidden, label.counts)
     hidden = targets.without_silent(hidden, weights)
 

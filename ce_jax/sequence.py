@@ -127,19 +127,18 @@ def _next_tokens(
         )
     labels = _ahead(tokens, shift)
     counts = _ahead(jnp.ones_like(tokens, bool), shift)
-    if pad_id is not None:
-        limits = jnp.iinfo(tokens.dtype)
-        if limits.min <= pad_id <= limits.max:  # otherwise no token of this dtype is equal to it
-            counts &= labels != pad_id
+    padding = checks.equal(labels, pad_id)
+    if padding is not None:
+        counts &= ~padding
     if segment_ids is not None:
         segment_ids = checks.integer("segment_ids", segment_ids)
         checks.shape_is("segment_ids", segment_ids, tokens.shape, "the shape of tokens")
         counts &= segment_ids != 0
         for steps in range(1, shift + 1):  # documents further apart may have equal ids
             counts &= _ahead(segment_ids, steps) == segment_ids
-    if where is not None:
-        where = checks.boolean("where", where)
-        counts &= _ahead(checks.of_rows("where", where, tokens.shape, "tokens"), shift)
+    included = checks.mask(where, tokens.shape, "tokens")
+    if included is not None:
+        counts &= _ahead(included, shift)
     found = NextTokens(tokens, labels, counts)
     return found if keep_length else NextTokens(*(x[..., : length - shift] for x in found))
 

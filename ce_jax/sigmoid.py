@@ -1,13 +1,14 @@
-"""Sigmoid (binary) cross-entropy of logits, with the fused derivative."""
+"""Sigmoid (binary) cross-entropy and focal loss of logits."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ._arguments import checks, options, reductions, targets
-from ._arguments.compiled import compiled
+from ._arguments.compiled import compiled, recomputed
+from ._arguments.options import option
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import logistic, sharded
@@ -107,13 +108,14 @@ def _loss(
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
-    z, y, counts = targets.elements("logits", logits, labels, where, label_smoothing, sample_weight)
+    z, y, counts, sample_weight = targets.elements(
+        "logits", logits, labels, where, label_smoothing, sample_weight
+    )
     if temperature is not None:  # without one, narrow logits are not cast
         z = options.tempered_elements(z.astype(y.dtype), temperature, counts)
     pos_weight = reductions.element_weights("pos_weight", pos_weight, y.shape, y.dtype)
     if pos_weight is not None:
         pos_weight = sharded.with_sharding_of(pos_weight, y)
-    sample_weight = reductions.weights("sample_weight", sample_weight, y.shape, y.dtype)
     if sample_weight is not None:  # an infinite derivative times a weight of 0 would be NaN
         mute = (sample_weight == 0) & jnp.isinf(z)
         y, pos_weight = jax.tree.map(
@@ -124,3 +126,134 @@ def _loss(
     if weight is not None:
         loss = weighted(weight, silenced(sample_weight, loss))
     return reductions.reduce(loss, counts, sample_weight, reduction)
+
+
+@reducible
+def sigmoid_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    *,
+    temperature: ArrayLike = 1.0,
+    sample_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "none",
+    reduction_axis: Axes = None,
+) -> Loss:
+    r"""Binary cross-entropy that counts less for elements which the model already predicts well.
+
+    For logits :math:`z`, labels :math:`y`, :math:`p = \sigma(z)`, and the probability of the label
+    :math:`p_t = y p + (1 - y) (1 - p)`:
+
+    .. math::
+      \ell = \left( \alpha y + (1 - \alpha) (1 - y) \right) (1 - p_t)^\gamma
+        \left( -y \log p - (1 - y) \log(1 - p) \right)
+
+    Value and derivatives are right at any logit, also at infinite ones. JAX differentiates the loss
+    by its own rules, in any mode and order, so there is no `forward_mode`.
+
+    Args:
+      logits: log-odds of the positive class, floating, of any shape.
+      labels: numbers in [0, 1], of any real dtype; broadcastable to `logits`.
+      alpha: weight of the positive class, in [0, 1]; the negative class has the weight `1 - alpha`.
+        Broadcastable to the loss (`[C]`: one for each class). None: both weights are 1. May be
+        traced.
+      gamma: exponent, at least 0, broadcastable to the loss. May be traced.
+      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
+        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      sample_weight: weight of each element, a scalar or an array with the axes of the loss (size 1
+        broadcasts). With weight 0 the loss is 0, even if it would be inf or NaN.
+      where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): elements to
+        include. Loss and gradient of the others are 0.
+      reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
+        `sum(sample_weight)` of the elements that count (0 if that is 0).
+      reduction_axis: the axis or axes of the loss to reduce; all by default.
+
+    Returns:
+      The loss, of the shape of `logits` or `[]`, in float32 (float64 for float64 logits).
+
+    Raises:
+      TypeError: for a dtype or type that does not fit.
+      ValueError: for a shape or a value that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> logits, labels = jnp.array([0.0, 2.0, -jnp.inf]), jnp.array([1, 0, 0])
+      >>> print(ce_jax.sigmoid_focal_loss(logits, labels, alpha=0.25).round(4))
+      [0.0433 1.2376 0.    ]
+
+    References:
+      Lin et al., `Focal Loss for Dense Object Detection`, 2017.
+    """
+    return _sigmoid_focal_loss(
+        logits,
+        labels,
+        None if alpha is None else option("alpha", alpha, 0.0, 1.0),
+        option("gamma", gamma, low=0.0),
+        sample_weight,
+        where,
+        options.temperature(temperature),
+        reduction=reductions.reducer(reduction, reduction_axis),
+    )
+
+
+@compiled
+@recomputed
+def _sigmoid_focal_loss(
+    logits: Array,
+    labels: Array,
+    alpha: Array | None,
+    gamma: Array,
+    sample_weight: Array | None,
+    where: Array | None,
+    temperature: Array | None,
+    *,
+    reduction: Reducer,
+) -> Loss:
+    z, y, counts, sample_weight = targets.elements(
+        "logits", logits, labels, where, None, sample_weight
+    )
+    z = options.tempered_elements(z.astype(y.dtype), temperature, counts)
+    gamma = checks.broadcast("gamma", gamma.astype(y.dtype), y.shape, "the shape of the loss")
+    gamma = sharded.with_sharding_of(gamma, y)
+
+    infinite = jnp.isinf(z)
+    finite = jnp.where(infinite, 0, z)
+    log_miss, cross = _log_miss_and_cross(finite, y)
+    loss = jnp.exp(gamma * log_miss) * cross
+    # At an infinite logit, the share of the label on the wrong side has an infinite loss, and the
+    # rest has loss 0.
+    denied = jnp.where(z > 0, 1 - y, y)
+    size = jnp.where(denied == 0, 0, jnp.where(z > 0, z, -z))
+    if sample_weight is not None:  # an infinite derivative times a weight of 0 would be NaN
+        size = jnp.where(infinite & (sample_weight == 0), 0, size)
+    loss = jnp.where(infinite, denied ** (1 + gamma) * size, loss)
+
+    share = reductions.element_weights("alpha", alpha, y.shape, y.dtype)
+    if share is not None:
+        loss = weighted(share * y + (1 - share) * (1 - y), silenced(sample_weight, loss))
+    return reductions.reduce(loss, counts, sample_weight, reduction)
+
+
+def _log_miss_and_cross(
+    z: Float[Array, "*shape"], y: Float[Array, "*shape"]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """`log(y (1 - p) + (1 - y) p)` and the cross-entropy of finite logits, differentiable by both.
+
+    With `u = exp(-|z|)`, and `a` and `b` the shares of the label that the logit denies and favours,
+    the first is `log((a + b u) / (1 + u))` and the second `log(1 + u) + a |z|`. Where `a` is 0, `u`
+    is taken out of the logarithm, as it may underflow.
+    """
+    up = z > 0
+    away = jnp.where(up, -z, z)
+    a, b = jnp.where(up, 1 - y, y), jnp.where(up, y, 1 - y)
+    u = jnp.exp(away)
+    normaliser = jnp.log1p(u)
+    hard = a == 0
+    soft = jnp.log(jnp.where(hard, 1, a) + b * u)
+    # `a` is 0 here, but its derivative is not 0. Beyond 80 the derivative overflows float32; it is
+    # bounded.
+    back = jnp.exp(-jnp.where(hard & (away > -80), away, -80))
+    sure = away + jnp.log(jnp.where(hard, b + a * back, 1))
+    return jnp.where(hard, sure, soft) - normaliser, normaliser - a * away

@@ -1,21 +1,80 @@
-"""Another convention of label smoothing: a share for the other classes, and a minimum of 0.
+"""Label smoothing of target distributions, and another convention of it.
 
 The losses of this package spread `label_smoothing` over all classes. Other code spreads a share
-over all classes except the label, and subtracts the minimum of the loss. These functions convert.
+over all classes except the label, and subtracts the minimum of the loss. Two functions convert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._arguments import checks
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
-from ._arguments.types import Scalar
+from ._arguments.types import ArrayLike, Axes, Scalar
 from ._rows.dtypes import wide
+
+
+def smooth_labels(
+    labels: ArrayLike,
+    alpha: Scalar,
+    *,
+    axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    r"""Mixes target distributions with the uniform one.
+
+    .. math:: y_c = (1 - \alpha)\, q_c + \frac{\alpha}{K}
+
+    Args:
+      labels: target distributions `[..., C]`, floating.
+      alpha: share of the uniform distribution, in [0, 1]. May be traced.
+      axis: the class axis, a tuple of class axes, or None for all axes.
+      where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): the `K`
+        classes of each row that take a share of `alpha`. Excluded classes get no share (optax gives
+        them `alpha / K` as well).
+
+    Returns:
+      The smoothed labels, of the shape and dtype of `labels`.
+
+    Raises:
+      TypeError: for labels of a dtype that is not floating.
+      ValueError: for a shape, an axis or an `alpha` that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, ce_jax
+      >>> print(ce_jax.smooth_labels(jnp.array([0.0, 1.0, 0.0, 0.0]), 0.2))
+      [0.05 0.85 0.05 0.05]
+
+    References:
+      Szegedy et al., `Rethinking the Inception Architecture for Computer Vision`, 2016;
+      Mueller et al., `When Does Label Smoothing Help?`, 2019.
+    """
+    alpha = scalar("alpha", alpha, 0.0, 1.0)
+    return _smooth_labels(labels, alpha, where, axis=checks.static_axis(axis))
+
+
+@compiled
+def _smooth_labels(
+    labels: Array,
+    alpha: Array,
+    where: Array | None,
+    *,
+    axis: Axes,
+) -> Array:
+    labels = checks.floating("labels", labels)
+    axes = checks.axes(axis, labels.ndim)
+    included = checks.included(where, labels.shape, "labels")
+    alpha = jnp.asarray(alpha, wide(labels.dtype))
+    count = jnp.sum(included, axes, keepdims=True, dtype=alpha.dtype)
+    share = alpha / jnp.maximum(count, 1)
+    smoothed = (1 - alpha) * labels.astype(alpha.dtype) + jnp.where(included, share, 0)
+    return smoothed.astype(labels.dtype)
 
 
 def smoothing_over_others(eps: Scalar, num_classes: int) -> Float[Array, ""]:

@@ -17,7 +17,7 @@ from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible, with_statistics
 from ._rows import sharded
-from ._rows.dense import Options, row_statistics
+from ._rows.dense import row_statistics
 from ._rows.dtypes import wide
 from ._rows.loss import smoothing_coefficients, softmax_loss
 from ._rows.numerics import silenced
@@ -154,20 +154,21 @@ def _integer_loss(
     classes = sharded.all_classes(z.shape[-1], axis_name)
     label = targets.class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index, axis)
     weight = targets.class_weight(weight, z.shape[-1], dtype)
-    sample_weight = reductions.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
-    temperature = options.of_rows(temperature, z.shape[:-1], dtype)
+    sample_weight = reductions.weights(sample_weight, z.shape[:-1], dtype)
+    temperature = options.row_temperature(temperature, z.shape[:-1], dtype)
 
     spread = ABSENT
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, classes, dtype)
     counts = targets.effective(z, label.counts, sample_weight, axis_name)
-    target = Target(labels=label.compared(statistics=return_statistics), classes=spread)
+    target = Target(labels=label.target_ids(statistics=return_statistics), classes=spread)
     found = row_statistics(
-        Options(return_statistics, axis_name),
         z,
         target,
         counts,
         temperature,
+        statistics=return_statistics,
+        axis_name=axis_name,
         forward_mode=forward_mode,
     )
 
@@ -296,8 +297,8 @@ def _distribution_loss(
     z, dtype = rows.values, wide(rows.values.dtype)
     classes = sharded.all_classes(z.shape[-1], axis_name)
     weight = targets.class_weight(weight, z.shape[-1], dtype)
-    sample_weight = reductions.weights("sample_weight", sample_weight, z.shape[:-1], dtype)
-    temperature = options.of_rows(temperature, z.shape[:-1], dtype)
+    sample_weight = reductions.weights(sample_weight, z.shape[:-1], dtype)
+    temperature = options.row_temperature(temperature, z.shape[:-1], dtype)
     counts = targets.effective(z, rows.counts, sample_weight, axis_name)
 
     # Narrow labels stay narrow: `tile` widens them as it reads them, without a wide copy. Labels
@@ -315,7 +316,7 @@ def _distribution_loss(
         spread = smoothing_coefficients(weight, classes, dtype)
     target = Target(probs=probs, classes=spread)
     found = row_statistics(
-        Options(axis_name=axis_name), z, target, counts, temperature, forward_mode=forward_mode
+        z, target, counts, temperature, axis_name=axis_name, forward_mode=forward_mode
     )
 
     statistics = silenced(sample_weight, found)

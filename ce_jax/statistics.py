@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, options, targets
 from ._arguments.compiled import compiled
-from ._arguments.types import ArrayLike
+from ._arguments.types import ArrayLike, Axes
 from ._rows import sharded
-from ._rows.dense import Options, row_statistics
+from ._rows.dense import row_statistics
 from ._rows.dtypes import wide
 from ._rows.tile import RowStatistics, Target
 
@@ -110,7 +110,7 @@ def _statistics(
     where: Array | None,
     temperature: Array | None,
     *,
-    axis: int | tuple[int, ...] | None,
+    axis: Axes,
     ignore_index: int | None,
     axis_name: str | None,
     forward_mode: bool,
@@ -119,13 +119,14 @@ def _statistics(
     z = rows.values
     classes = sharded.all_classes(z.shape[-1], axis_name)
     label = targets.maybe_class_ids(labels, z.shape[:-1], classes, rows.counts, ignore_index, axis)
-    temperature = options.of_rows(temperature, z.shape[:-1], wide(z.dtype))
+    temperature = options.row_temperature(temperature, z.shape[:-1], wide(z.dtype))
     found = row_statistics(
-        Options(statistics=True, axis_name=axis_name),
         z,
         Target(labels=label.ids),
         label.counts,
         temperature,
+        statistics=True,
+        axis_name=axis_name,
         forward_mode=forward_mode,
     )
     return by_label(found, label)

@@ -104,10 +104,10 @@ def _fit_temperature(
     rows = targets.rows_of("logits", logits, axis, where)
     shape, dtype = rows.values.shape, wide(rows.values.dtype)
     label = targets.class_ids(labels, shape[:-1], shape[-1], rows.counts, ignore_index, axis)
-    weight = reductions.weights("sample_weight", sample_weight, shape[:-1], dtype)
+    weight = reductions.weights(sample_weight, shape[:-1], dtype)
     z = relative(targets.without_excluded(rows.values, label.counts, weight).astype(dtype))
     allowed = z > -jnp.inf
-    at_label = label_logit(z, label.ids, 0)
+    at_label = label_logit(z, label.ids)
     usable = at_label > -jnp.inf
     if label.counts is not None:
         usable &= label.counts

@@ -113,6 +113,7 @@ def top_k_distillation_loss(
       teachers: Anshumann et al., `Sparse Logit Sampling: Accelerating Knowledge Distillation in
       LLMs`, 2025.
     """
+    checks.one_of("tail", tail, get_args(Tail))
     return _top_k(
         logits,
         teacher_ids,
@@ -121,18 +122,12 @@ def top_k_distillation_loss(
         options.temperature(temperature),
         sample_weight,
         axis=checks.static_axis(axis),
-        tail=_checked(tail),
+        tail=tail,
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,
         reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,
     )
-
-
-def _checked(tail: Tail) -> Tail:
-    if tail not in get_args(Tail):
-        raise ValueError(f"tail must be one of {get_args(Tail)}, got {tail!r}")
-    return tail
 
 
 @compiled
@@ -144,7 +139,7 @@ def _top_k(
     temperature: Array | None,
     sample_weight: Array | None,
     *,
-    axis: int | tuple[int, ...] | None,
+    axis: Axes,
     tail: Tail,
     ignore_index: int | None,
     axis_name: str | None,
@@ -157,14 +152,14 @@ def _top_k(
     teacher = entries(
         teacher_ids, teacher_log_probs, student.values, classes, student.counts, ignore_index
     )
-    weights = reductions.weights("sample_weight", sample_weight, rows, teacher.log_probs.dtype)
+    weights = reductions.weights(sample_weight, rows, teacher.log_probs.dtype)
     z = targets.without_excluded(student.values, teacher.counts, weights, axis_name)
-    temperature = options.of_rows(temperature, rows, wide(z.dtype), teacher.counts)
+    temperature = options.row_temperature(temperature, rows, wide(z.dtype), teacher.counts)
     found = dense.row_statistics(
-        dense.Options(axis_name=axis_name),
         z,
         Target(picked=teacher.ids),
         temperature=temperature,
+        axis_name=axis_name,
         forward_mode=forward_mode,
     )
     loss = _loss(found, teacher, temperature, weights, tail)
@@ -289,6 +284,7 @@ def linear_top_k_distillation_loss(
     References:
       See `top_k_distillation_loss`.
     """
+    checks.one_of("tail", tail, get_args(Tail))
     return _linear_top_k(
         hidden,
         kernel,
@@ -299,7 +295,7 @@ def linear_top_k_distillation_loss(
         options.temperature(temperature),
         sample_weight,
         where,
-        tail=_checked(tail),
+        tail=tail,
         class_axis=checks.integer_option("class_axis", class_axis),
         num_classes=checks.integer_option("num_classes", num_classes),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
@@ -354,7 +350,7 @@ def _linear_top_k(
         statistics=False,
         picked=True,
     )
-    weights = reductions.weights("sample_weight", sample_weight, rows, teacher.log_probs.dtype)
+    weights = reductions.weights(sample_weight, rows, teacher.log_probs.dtype)
     by_row = (teacher, weights)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), by_row)
     teacher, of_row = in_order(x.order, flat)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ce_jax
-from ce_jax import distillation
+from ce_jax._arguments import two_heads
 from ce_jax._platform import block_sizes
 from tests import reference, reference_distillation
 from tests.comparison import close, compare, together
@@ -49,12 +49,12 @@ def test_dense(case):
 @pytest.mark.usefixtures("one_device")
 def test_many_logits_in_blocks(monkeypatch):
     """Of three classes, and of the one that is left, where memory is short."""
-    monkeypatch.setattr(distillation, "_AT_ONCE", 0)
+    monkeypatch.setattr(two_heads, "_AT_ONCE", 0)
     monkeypatch.setattr(block_sizes, "default_budget", lambda _: 5 * 3 * 4 * 8)
-    blocks = mock.Mock(wraps=block_sizes.blocks)
-    monkeypatch.setattr(block_sizes, "blocks", blocks)
+    chosen = mock.Mock(wraps=block_sizes.class_block)
+    monkeypatch.setattr(block_sizes, "class_block", chosen)
     compare_dense(**CASES[0])
-    assert blocks(*blocks.call_args.args, **blocks.call_args.kwargs).classes == 3
+    assert block_sizes.class_block(*chosen.call_args.args) == 3
 
 
 def compare_dense(dtype, **case):
@@ -236,7 +236,7 @@ def test_the_limits_are_both_divergences(small, reverse):
 def test_of_many_logits_nothing_of_their_size_is_stored():
     """The four arrays that are kept of fewer logits would take 537 MB."""
     logits = jax.ShapeDtypeStruct((512, 65536), jnp.float32)
-    assert 4 * 4 * logits.size > distillation._AT_ONCE
+    assert 4 * 4 * logits.size > two_heads._AT_ONCE
     loss = functools.partial(ce_jax.jensen_shannon_loss, reduction="mean")
     program = jax.jit(jax.value_and_grad(loss)).lower(logits, logits).compile()
     assert program.memory_analysis().temp_size_in_bytes < 18 * 10**6
@@ -278,7 +278,7 @@ def test_no_logits_are_held(given):
 def test_sharded_classes(form, monkeypatch):
     """Over four devices, the last of which hold padding: value and all gradients are whole."""
     if form == "dense in blocks":  # of one class
-        monkeypatch.setattr(distillation, "_AT_ONCE", 0)
+        monkeypatch.setattr(two_heads, "_AT_ONCE", 0)
         monkeypatch.setattr(block_sizes, "default_budget", lambda _: 6 * 4 * 8)
         jax.clear_caches()
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))

@@ -58,7 +58,6 @@ def check_case(case):
     arguments = linear.linear_arguments(**case)
     classes = arguments["kernel"].shape[case["class_axis"]]
     rows = arguments["labels"].size
-    summed = case["reduction"] != "none" and not static
     steps = sum(key in case for key in ("bias", "logit_soft_cap", "padding", "temperature"))
     if budget is not None:
         masked = "where" in arguments or "ignore_index" in arguments
@@ -67,17 +66,12 @@ def check_case(case):
             "classes": linear.class_budget(at_once, 2, dtype, steps),
             "tokens": linear.token_budget(classes, linear.FEWEST_TOKENS, dtype, steps),
         }[budget]
-        chosen = block_sizes.blocks(
-            at_once,
-            classes,
-            linear.logit_bytes(dtype, steps),
-            static["memory_budget"],
-            summed=summed,
-        )
+        work = at_once, classes, linear.logit_bytes(dtype, steps), static["memory_budget"]
+        by_token = block_sizes.token_block(*work)
         if budget == "tokens" and rows > 1:
-            assert chosen.tokens == (linear.FEWEST_TOKENS if summed else None)
+            assert by_token == linear.FEWEST_TOKENS
         if budget == "classes" and rows > 1:
-            assert chosen == (2, None)
+            assert (block_sizes.class_block(*work), by_token) == (2, None)
     ours, truth = linear.loss, reference_linear.linear_softmax_cross_entropy
     if statistics:
         ours, truth = linear.loss_and_statistics, linear.true_loss_and_statistics
@@ -182,8 +176,8 @@ BLOCK = 128
 def test_every_fit_of_classes_and_blocks(classes):
     """One class; a block less one, one, one more, one and a half, two, and more."""
     budget = linear.class_budget(3, BLOCK, steps=2)
-    chosen = block_sizes.blocks(3, classes, linear.logit_bytes("float32", 2), budget, summed=False)
-    assert chosen.classes == min(classes, BLOCK)
+    chosen = block_sizes.class_block(3, classes, linear.logit_bytes("float32", 2), budget)
+    assert chosen == min(classes, BLOCK)
     check_many_classes(classes, budget)
 
 
@@ -198,8 +192,8 @@ def test_the_ragged_block_last(monkeypatch):
 def test_every_fit_of_rows_and_blocks(rows):
     """With room for three rows, four are divided evenly."""
     budget = linear.token_budget(11, 3, steps=2)
-    chosen = block_sizes.blocks(rows, 11, linear.logit_bytes("float32", 2), budget, summed=True)
-    assert chosen.tokens == (2 if rows == 4 else min(rows, 3))
+    chosen = block_sizes.token_block(rows, 11, linear.logit_bytes("float32", 2), budget)
+    assert chosen == (2 if rows == 4 else min(rows, 3))
     check_many_classes(11, budget, rows=rows, reduction="sum")
 
 

@@ -134,7 +134,7 @@ def test_kernel_gradient_is_accumulated_in_float32(dtype):
     """1365 blocks of tokens whose gradients all have the same sign."""
     rows = 4095
     budget = linear.token_budget(2, 3, dtype)
-    assert block_sizes.blocks(rows, 2, linear.logit_bytes(dtype), budget, summed=True).tokens == 3
+    assert block_sizes.token_block(rows, 2, linear.logit_bytes(dtype), budget) == 3
     slopes = jax.jit(
         jax.grad(
             lambda w: ce_jax.linear_softmax_cross_entropy(

@@ -50,8 +50,8 @@ def few_tokens():
         patch.setattr(block_sizes, "_FEWEST_TOKENS", 2)
         by_class, by_token = (x["memory_budget"] for x in (BY_CLASS, BY_TOKEN))
         logit = linear.logit_bytes("float64", steps=2)
-        assert block_sizes.blocks(ROWS, CLASSES, logit, by_class, summed=False).classes == 2
-        assert block_sizes.blocks(ROWS, CLASSES, logit, by_token, summed=True).tokens == 2
+        assert block_sizes.class_block(ROWS, CLASSES, logit, by_class) == 2
+        assert block_sizes.token_block(ROWS, CLASSES, logit, by_token) == 2
         yield
 
 

@@ -205,8 +205,7 @@ def test_last_block_is_counted_once():
     """337 classes in one block of 256 and a rest."""
     budget = by_class(2, 256)
     logit = linear.logit_bytes("float32")
-    chosen = block_sizes.blocks(2, 337, logit, budget["memory_budget"], summed=False)
-    assert chosen.classes == 256
+    assert block_sizes.class_block(2, 337, logit, budget["memory_budget"]) == 256
     losses = ce_jax.linear_softmax_cross_entropy(
         jnp.ones((2, 3)), jnp.zeros((3, 337)), jnp.array([0, 336]), **budget
     )

@@ -108,7 +108,7 @@ def problem(name, way):
             x[..., 0] = -np.inf
         if key == "labels" and axes[key][-1:] == ["c"]:
             x[..., 0] = 0
-        if axes[key][: len(rows)] == rows and x.dtype.kind == "f" and key != "sample_weight":
+        if axes[key][: len(rows)] == rows and x.dtype.kind == "f" and key != way:
             x[~counts] = np.resize(GARBAGE, x[~counts].shape)
     if way == "where":
         arrays["where"] = counts

@@ -119,6 +119,11 @@ def mask(where: ArrayLike | None, shape: Sequence[int], meaning: str) -> Array |
     return of_rows("where", boolean("where", where), shape, meaning)
 
 
+def included(where: ArrayLike | None, shape: Sequence[int], meaning: str) -> Array:
+    """A `mask` that is True everywhere if there is none."""
+    return of_rows("where", boolean("where", True if where is None else where), shape, meaning)
+
+
 def rows_to_include(where: Array, rows: Sequence[int], name: str, shape: Sequence[int]) -> Array:
     """A `where` that does not have the axes of `name`, of this shape, broadcast to the loss."""
     if where.ndim not in (0, len(rows)) or not _fits(where.shape, rows):
@@ -190,10 +195,23 @@ def static_axis(axis: int | Sequence[int] | None) -> int | tuple[int, ...] | Non
     return tuple(axis) if isinstance(axis, Sequence) else axis
 
 
-def reduction(value: Reduction) -> None:
-    """Raises unless `value` is one of `REDUCTIONS`."""
-    if value not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {value!r}")
+def of_32_bits(ids: Array) -> Array:
+    """Ids of at least 32 bits: a number of classes may not fit into 8 or 16."""
+    return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
+
+
+def equal(ids: Array, value: int | None) -> Array | None:
+    """Where ids are equal to a constant; None if there is none, or their dtype cannot hold it."""
+    limits = jnp.iinfo(ids.dtype)
+    if value is None or not limits.min <= value <= limits.max:
+        return None
+    return jnp.equal(ids, value)
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of these."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def integer_option(name: str, value: int | None, wanted: str = "an int or None") -> int | None:
@@ -286,17 +304,17 @@ def memory_budget(value: int | None) -> int | None:
     return value
 
 
-def element_function(name: str, function: Callable[[Array], Array], one: Array) -> None:
+def log_prob_loss(function: Callable[[Array], Array], one: Array) -> None:
     """Raises unless `function` turns one number into one number of the same dtype."""
     if not callable(function):
-        raise TypeError(f"{name} must be a function or None, got {function!r}")
+        raise TypeError(f"log_prob_loss must be a function or None, got {function!r}")
     out = jax.eval_shape(function, one)
     if getattr(out, "shape", None) != ():
         raise ValueError(
-            f"{name} must return one number for one log-probability, got {out}; use sample_weight "
-            "for a factor that differs between rows"
+            f"log_prob_loss must return one number for one log-probability, got {out}; use "
+            "sample_weight for a factor that differs between rows"
         )
     if out.dtype != one.dtype:
         raise TypeError(
-            f"{name} must return the dtype of its argument, {one.dtype}, got {out.dtype}"
+            f"log_prob_loss must return the dtype of its argument, {one.dtype}, got {out.dtype}"
         )

@@ -55,11 +55,11 @@ def compared(
         else:
             shape = negatives.shape
             counts = checks.rows_to_include(where, label.shape, "negative_logits", shape)
-    weights = reductions.weights("sample_weight", sample_weight, label.shape, dtype)
+    weights = reductions.weights(sample_weight, label.shape, dtype)
     kept = counts
     if weights is not None:
-        # A weight of 0 silences a loss of NaN; of any other loss it learns. If label and negative
-        # both have -inf, their difference is NaN.
+        # A row of weight 0 whose loss is NaN is left out. Others stay: the derivative by the weight
+        # is the loss. If label and negative both have -inf, their difference is NaN.
         meets = (label == -jnp.inf) & jnp.any(negatives == -jnp.inf, -1)
         heard = (weights != 0) | (label < jnp.inf) & jnp.all(negatives < jnp.inf, -1) & ~meets
         kept = heard if counts is None else counts & heard

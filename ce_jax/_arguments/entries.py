@@ -49,8 +49,7 @@ def entries(
     log_probs = checks.floating("teacher_log_probs", log_probs)
     checks.shape_is("teacher_log_probs", log_probs, ids.shape, "that of teacher_ids")
     ids, log_probs = (sharded.rows_like(x, student) for x in (ids, log_probs))
-    if ids.dtype.itemsize < 4:
-        ids = ids.astype(jnp.int32)  # a number of classes may not fit into 8 or 16 bits
+    ids = checks.of_32_bits(ids)
     absent = _equal(ids, -1) | _equal(ids, ignore_index)
     valid = ~absent & (ids >= 0) & (ids < classes)
     ids = jnp.where(valid, jnp.where(valid, ids, 0).astype(jnp.int32), -1)
@@ -66,7 +65,5 @@ def entries(
 
 
 def _equal(ids: Integer[Array, "*rows k"], value: int | None) -> Bool[Array, "*rows k"]:
-    limits = jnp.iinfo(ids.dtype)
-    if value is None or not limits.min <= value <= limits.max:
-        return jnp.zeros(ids.shape, bool)  # no id of this dtype can be equal to it
-    return ids == value
+    found = checks.equal(ids, value)
+    return jnp.zeros(ids.shape, bool) if found is None else found

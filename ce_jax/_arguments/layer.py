@@ -97,7 +97,7 @@ def layer(
     counts = checks.mask(where, rows, "the rows of hidden")
     label = targets.maybe_class_ids(labels, rows, classes, counts, ignore_index)
     tokens = Tokens(targets.without_excluded(hidden, label.counts))
-    of_row = options.of_rows(temperature, rows, dtype, label.counts)
+    of_row = options.row_temperature(temperature, rows, dtype, label.counts)
     if of_row is not None:
         tokens = tokens._replace(temperature=of_row)
     tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), tokens)
@@ -121,8 +121,8 @@ def layer(
         )
     # With tiles of rows, less memory is needed per class, so a block may have more classes.
     at_once = count if sorted_by is None else -(-count // 2)
-    blocks = block_sizes.blocks(at_once, visited, logit_bytes, memory_budget, summed=summed)
-    token_block = blocks.tokens
+    work = at_once, visited, logit_bytes, memory_budget
+    token_block = block_sizes.token_block(*work) if summed else None
     if token_block is not None:
         token_block = tile = token_block if sorted_by is None else min(token_block, tile)
 
@@ -132,12 +132,12 @@ def layer(
         tokens = Tokens(in_order(order, tokens.hidden), in_order(order, tokens.temperature, fill=1))
         label = in_order(order, label._replace(counts=None))._replace(counts=order.counts)
     by_class = class_blocks.Options(
-        blocks.classes,
-        class_axis,
-        classes,
-        visited,
-        axis_name,
+        block=block_sizes.class_block(*work),
+        class_axis=class_axis,
+        classes=classes,
+        local=visited,
+        axis_name=axis_name,
         statistics=statistics,
-        rows=tile,
+        tile=tile,
     )
     return Layer(tokens, head, label, order, rows, by_class, token_block)

@@ -17,7 +17,7 @@ from .reductions import Reducer
 from .types import ArrayLike, Loss
 
 
-class Rows(NamedTuple):
+class Examples(NamedTuple):
     """Numbers of each example, of one shape and dtype, 0 where they are to have no effect.
 
     Attributes:
@@ -31,13 +31,13 @@ class Rows(NamedTuple):
     weights: Float[Array, "*rows"] | None
 
 
-def rows_of(
+def examples_of(
     arrays: dict[str, Array],
     where: ArrayLike | None,
     sample_weight: ArrayLike | None,
     *,
     broadcast: tuple[str, ...] = (),
-) -> Rows:
+) -> Examples:
     """Checks arrays by name: they have the shape of the first, but for those that may broadcast.
 
     All arrays get the widest of their dtypes, at least float32, so no array is rounded to the dtype
@@ -54,7 +54,7 @@ def rows_of(
         else:
             checks.shape_is(name, x, shape, f"the shape of {first}")
     values = tuple(found.values())
-    weights = reductions.weights("sample_weight", sample_weight, shape, dtype)
+    weights = reductions.weights(sample_weight, shape, dtype)
     counts = checks.mask(where, shape, "the loss")
     keep = counts
     if weights is not None:  # the derivative of a weight of 0 is the loss, if it is finite
@@ -63,10 +63,10 @@ def rows_of(
         keep = heard if keep is None else keep & heard
     if keep is not None:
         values = tuple(jnp.where(keep, x, 0) for x in values)
-    return Rows(values, counts, weights)
+    return Examples(values, counts, weights)
 
 
-def reduced(loss: Callable[..., Float[Array, "*rows"]], rows: Rows, reducer: Reducer) -> Loss:
+def reduced(loss: Callable[..., Float[Array, "*rows"]], rows: Examples, reducer: Reducer) -> Loss:
     """Masks, weights and reduces the loss of the values.
 
     Where a row of weight 0 has a loss that is not finite, that is of harmless values instead: its

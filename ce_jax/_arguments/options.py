@@ -54,7 +54,7 @@ def temperature(value: ArrayLike) -> Array | None:
     return option("temperature", value, low=_COLDEST)
 
 
-def of_rows(
+def row_temperature(
     temperature: Array | None,
     rows: tuple[int, ...],
     dtype: DTypeLike,
@@ -70,18 +70,18 @@ def of_rows(
 def tempered_logits(
     z: Float[Array, "*rows classes"],
     temperature: Array | None,
-    counts: Bool[Array, "*rows"] | None = None,
+    counts: Bool[Array, "*rows"] | None,
 ) -> Float[Array, "*rows classes"]:
     """Logits in the dtype of the loss, over the temperature of their rows."""
-    given = of_rows(temperature, z.shape[:-1], z.dtype, counts)
+    given = row_temperature(temperature, z.shape[:-1], z.dtype, counts)
     return z if given is None else tempered_rows(z, given)
 
 
 def tempered_elements(
-    z: Float[Array, "..."], temperature: Array | None, counts: Bool[Array, "..."] | None = None
+    z: Float[Array, "..."], temperature: Array | None, counts: Bool[Array, "..."] | None
 ) -> Float[Array, "..."]:
     """The same where each logit is a row of its own."""
-    given = of_rows(temperature, z.shape, z.dtype, counts)
+    given = row_temperature(temperature, z.shape, z.dtype, counts)
     return z if given is None else tempered(z[..., None], given)[..., 0]
 
 

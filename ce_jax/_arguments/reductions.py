@@ -17,12 +17,13 @@ from .types import ArrayLike, Axes, Loss, Reduction
 
 
 def weights(
-    name: str, x: ArrayLike | None, shape: tuple[int, ...], dtype: DTypeLike
+    sample_weight: ArrayLike | None, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Float[Array, "..."] | None:
     """Weights of examples, in the loss's shape and dtype."""
-    if x is None:
+    if sample_weight is None:
         return None
-    return checks.of_rows(name, checks.real(name, x).astype(dtype), shape, "the loss")
+    given = checks.real("sample_weight", sample_weight).astype(dtype)
+    return checks.of_rows("sample_weight", given, shape, "the loss")
 
 
 def element_weights(
@@ -52,7 +53,7 @@ class Reducer(NamedTuple):
 
 def reducer(reduction: Reduction, reduction_axis: Axes = None) -> Reducer:
     """Checks the arguments of these names."""
-    checks.reduction(reduction)
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
     if reduction_axis is None:
         return Reducer(reduction)
     if reduction == "none":

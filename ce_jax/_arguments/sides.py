@@ -72,13 +72,13 @@ def embeddings(name: str, x: ArrayLike) -> Float[Array, "n width"]:
     return x
 
 
-def without_silent(x: Sides, sample_weight: ArrayLike | None) -> Sides:
+def without_silent_rows(x: Sides, sample_weight: ArrayLike | None) -> Sides:
     """The sides, with 0 in rows of weight 0 that hold a NaN or infinity.
 
     For losses in which no row affects the loss of another row.
     """
     n, dtype = x.rows.shape[0], x.scale.dtype
-    weights = reductions.weights("sample_weight", sample_weight, (n,), dtype)
+    weights = reductions.weights(sample_weight, (n,), dtype)
     return x._replace(rows=targets.without_silent(x.rows, weights))
 
 
@@ -95,10 +95,8 @@ def reduced(
     reducer: Reducer,
 ) -> Loss:
     """Masks, weights and reduces this device's losses; all but "none" is over all devices."""
-    weights = reductions.weights("sample_weight", sample_weight, loss.shape, loss.dtype)
-    if counts is not None:  # before the weights, whose derivative is the loss
-        loss = jnp.where(counts, loss, 0)
-    loss = reductions.masked(loss, None, weights)
+    weights = reductions.weights(sample_weight, loss.shape, loss.dtype)
+    loss = reductions.masked(loss, counts, weights)
     if reducer.kind == "none":
         return loss
     total = sharded.sum_over(jnp.sum(loss), axis_name)

@@ -46,13 +46,30 @@ class ClassIds(NamedTuple):
     counts: Bool[Array, "*rows"] | None
     unknown: Bool[Array, "*rows"]
 
-    def compared(self, *, statistics: bool) -> Integer[Array, "*rows"]:
+    def target_ids(self, *, statistics: bool) -> Integer[Array, "*rows"]:
         """The labels of a target.
 
         Safe ids cost a kernel, and only statistics need them: the derivative of `label_logit` is to
         be NaN if the label is no class, but 0 if the label is equal to none.
         """
         return self.ids if statistics else self.given
+
+
+class Elements(NamedTuple):
+    """What an element-wise loss is made of, in the shape of its first input.
+
+    Attributes:
+      values: the input, with a harmless value in elements that do not count, or weigh nothing and
+        hold a NaN or an infinite label.
+      labels: binary labels, smoothed, in the loss's dtype; harmless in the same elements.
+      counts: which elements count; None if nothing excludes any.
+      weights: sample weights; None if there are none.
+    """
+
+    values: Float[Array, "*shape"]
+    labels: Float[Array, "*shape"]
+    counts: Bool[Array, "*shape"] | None
+    weights: Float[Array, "*shape"] | None
 
 
 def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
@@ -120,8 +137,8 @@ def without_silent(
 def effective(
     x: Float[Array, "*rows classes"],
     counts: Bool[Array, "*rows"] | None,
-    sample_weight: Float[Array, "*rows"] | None = None,
-    axis_name: str | None = None,
+    sample_weight: Float[Array, "*rows"] | None,
+    axis_name: str | None,
 ) -> Bool[Array, "*rows"] | None:
     """The rows that may have an effect on any derivative; None if nothing excludes any.
 
@@ -206,9 +223,8 @@ def class_ids(
         if shape == (*whole[:other], *whole[other + 1 :]):
             cure = f"; if the classes are in axis {other}, write axis={other}"
     checks.shape_is("labels", labels, rows, "one class id per row", cure)
-    counts = counting(labels, counts, ignore_index)
-    if labels.dtype.itemsize < 4:
-        labels = labels.astype(jnp.int32)  # a number of classes may not fit into 8 or 16 bits
+    counts = without_ignored(labels, counts, ignore_index)
+    labels = checks.of_32_bits(labels)
     valid = (labels >= 0) & (labels < classes)
     unknown = ~valid if counts is None else ~valid & counts
     usable = valid if counts is None else valid & counts
@@ -241,17 +257,14 @@ def nan_if(
     return loss * jnp.where(unknown, jnp.array(jnp.nan, loss.dtype), 1)
 
 
-def counting(
+def without_ignored(
     labels: Integer[Array, "*rows"], counts: Bool[Array, "*rows"] | None, ignore_index: int | None
 ) -> Bool[Array, "*rows"] | None:
     """`counts` less the rows whose label is `ignore_index`."""
-    if ignore_index is None:
+    ignored = checks.equal(labels, ignore_index)
+    if ignored is None:
         return counts
-    limits = jnp.iinfo(labels.dtype)
-    if not limits.min <= ignore_index <= limits.max:  # then no label of this dtype is equal to it
-        return counts
-    kept = labels != ignore_index
-    return kept if counts is None else kept & counts
+    return ~ignored if counts is None else ~ignored & counts
 
 
 def class_weight(weight: ArrayLike | None, classes: int, dtype: DTypeLike) -> Array | None:
@@ -269,13 +282,9 @@ def elements(
     labels: ArrayLike,
     where: ArrayLike | None,
     label_smoothing: ArrayLike | None,
-    sample_weight: ArrayLike | None = None,
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Bool[Array, "*shape"] | None]:
-    """Inputs of an element-wise loss, its smoothed binary labels, and which elements count.
-
-    All come in the shape of `x`, the labels in the loss's dtype, and with a harmless value in the
-    elements that do not count, or weigh nothing and hold a NaN or an infinite label.
-    """
+    sample_weight: ArrayLike | None,
+) -> Elements:
+    """Checks the arguments of an element-wise loss; an element is a row of its own."""
     x, labels = checks.floating(name, x), checks.real("labels", labels)
     shape = x.shape
     labels = labels.astype(wide(x.dtype))
@@ -285,7 +294,7 @@ def elements(
     if counts is not None:
         counts = sharded.with_sharding_of(counts, x)
         x, labels = jnp.where(counts, x, 0.5), jnp.where(counts, labels, 0)
-    weights = reductions.weights("sample_weight", sample_weight, shape, labels.dtype)
+    weights = reductions.weights(sample_weight, shape, labels.dtype)
     if weights is not None:
         weights = sharded.with_sharding_of(weights, x)
         x = jnp.where((weights == 0) & jnp.isnan(x), 0.5, x)
@@ -293,4 +302,4 @@ def elements(
     if label_smoothing is not None:
         eps = jnp.asarray(label_smoothing, labels.dtype)
         labels = (1 - eps) * labels + eps / 2
-    return x, labels, counts
+    return Elements(x, labels, counts, weights)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -11,13 +12,17 @@ from .._platform import block_sizes
 from .._rows import class_blocks, sharded
 from .._rows.divergence import Options, Side
 from .._rows.dtypes import wide
-from .._rows.order import Order, in_order, in_tiles, order_of
+from .._rows.order import Counting, Order, in_order, in_tiles, order_of
 from . import checks, reductions, targets
+from .compiled import array
 from .layer import head_of
 from .types import ArrayLike
 
+# Bytes of arrays of the logits' size that are not worth a loop over blocks.
+_AT_ONCE = 256 * 10**6
 
-class Layer(NamedTuple):
+
+class GivenLayer(NamedTuple):
     """The arguments of a linear layer, as given."""
 
     hidden: ArrayLike
@@ -53,6 +58,11 @@ class TwoHeads(NamedTuple):
     order: Order | None
     weights: Float[Array, "*rows"] | None
 
+    @property
+    def counting(self) -> Counting:
+        """How many rows count; None for all."""
+        return None if self.order is None else self.order.counting
+
 
 class _Checked(NamedTuple):
     """One side, how many classes it holds locally, on which axis, and bytes it takes for each."""
@@ -65,9 +75,32 @@ class _Checked(NamedTuple):
     kernel_bytes: int
 
 
+def given_layers(
+    student: tuple[Any, Any, Any, Any], teacher: tuple[Any, Any, Any, Any], logits: Any
+) -> tuple[GivenLayer, GivenLayer | None]:
+    """Both layers, given hidden states, kernel, bias and soft cap; None for a teacher's logits."""
+
+    def layer(prefix: str, hidden: Any, kernel: Any, bias: Any, soft_cap: Any) -> GivenLayer:
+        cap = checks.soft_cap(f"{prefix}logit_soft_cap", soft_cap)
+        return GivenLayer(
+            array(f"{prefix}hidden", hidden),
+            array(f"{prefix}kernel", kernel),
+            array(f"{prefix}bias", bias),
+            cap,
+        )
+
+    has_layer = teacher[0] is not None and teacher[1] is not None
+    if has_layer == (logits is not None) or (not has_layer and any(x is not None for x in teacher)):
+        raise ValueError(
+            "the teacher must be given either by teacher_logits alone, or by teacher_hidden and "
+            "teacher_kernel, with or without teacher_bias and teacher_logit_soft_cap"
+        )
+    return layer("", *student), layer("teacher_", *teacher) if has_layer else None
+
+
 def two_heads(
-    student: Layer,
-    teacher: Layer | None,
+    student: GivenLayer,
+    teacher: GivenLayer | None,
     teacher_logits: ArrayLike | None,
     where: ArrayLike | None,
     sample_weight: ArrayLike | None,
@@ -88,7 +121,7 @@ def two_heads(
                 "teacher_class_axis is an axis of teacher_kernel; the classes of teacher_logits "
                 "are in the last axis"
             )
-        name, t = "teacher_logits", _logits("teacher_logits", teacher_logits, axis_name)
+        name, t = "teacher_logits", _teacher_logits(teacher_logits, axis_name)
     if t.rows != s.rows:
         raise ValueError(f"{name} must have the rows of hidden, {s.rows}, got {t.rows}")
     held = [sharded.all_classes(x.local, axis_name) for x in (s, t)]
@@ -102,7 +135,7 @@ def two_heads(
 
     dtype = wide(*(_leaf(x.side).dtype for x in (s, t)))
     counts = checks.mask(where, s.rows, "the rows of hidden")
-    weights = reductions.weights("sample_weight", sample_weight, s.rows, dtype)
+    weights = reductions.weights(sample_weight, s.rows, dtype)
     used = None if counts is None else counts.ravel()
     if weights is not None:  # a row of weight 0 that is not finite has no effect
         finite = [_finite(x.side, classes, axis_name) for x in (s, t)]
@@ -118,9 +151,16 @@ def two_heads(
         order = order_of(used, tile) if all(local_rows) else None
     at_once = tokens if order is None else -(-tokens // 2)
     pair_bytes = s.logit_bytes + t.logit_bytes
-    block = block_sizes.blocks(at_once, local, pair_bytes, memory_budget, summed=False).classes
+    block = block_sizes.class_block(at_once, local, pair_bytes, memory_budget)
     of_teacher, of_student = (
-        class_blocks.Options(block, x.class_axis, classes, local, axis_name, rows=tile)
+        class_blocks.Options(
+            block=block,
+            class_axis=x.class_axis,
+            classes=classes,
+            local=local,
+            axis_name=axis_name,
+            tile=tile,
+        )
         for x in (t, s)
     )
     sides = [_without_unused(x.side, used) for x in (s, t)]
@@ -140,25 +180,40 @@ def two_heads(
     )
 
 
-def _layer(prefix: str, x: Layer, class_axis: int, axis_name: str | None) -> _Checked:
+def _layer(prefix: str, x: GivenLayer, class_axis: int, axis_name: str | None) -> _Checked:
     hidden, head, class_axis = head_of(*x, class_axis, prefix)
     kernel, dtype, rows = head.kernel, wide(hidden.dtype), hidden.shape[:-1]
     sharded.check_sharded(f"{prefix}kernel", kernel, axis_name)
     steps = (x.bias is not None) + (x.soft_cap is not None)
     logit_bytes = dtype.itemsize * (2 + steps) + hidden.dtype.itemsize
     side = Side(hidden=hidden.reshape(-1, hidden.shape[-1]), head=head)
-    kernel_bytes = kernel.size * kernel.dtype.itemsize
+    kernel_bytes = kernel.size * hidden.dtype.itemsize
     return _Checked(side, rows, kernel.shape[class_axis], class_axis, logit_bytes, kernel_bytes)
 
 
-def _logits(name: str, x: ArrayLike | None, axis_name: str | None) -> _Checked:
-    z = checks.floating(name, jnp.asarray(x))
+def _teacher_logits(x: ArrayLike | None, axis_name: str | None) -> _Checked:
+    z = checks.floating("teacher_logits", jnp.asarray(x))
     if z.ndim == 0 or z.shape[-1] == 0:
-        raise ValueError(f"{name} must have shape [..., V] with V > 0, got {z.shape}")
-    sharded.check_sharded(name, z, axis_name)
+        raise ValueError(f"teacher_logits must have shape [..., V] with V > 0, got {z.shape}")
+    sharded.check_sharded("teacher_logits", z, axis_name)
     rows, local = z.shape[:-1], z.shape[-1]
     side = Side(logits=z.reshape(-1, local))
     return _Checked(side, rows, local, 1, 2 * wide(z.dtype).itemsize + z.dtype.itemsize, 0)
+
+
+def block_of_logits(student: Array, teacher: Array) -> int:
+    """Classes per block of Jensen and Shannon's divergence; all of them if they are not many.
+
+    In blocks of classes, XLA holds four arrays of these in the loss's dtype.
+    """
+    *rows, local = student.shape
+    logit_bytes = 4 * wide(student.dtype, teacher.dtype).itemsize
+    if not all(map(sharded.is_own, (student, teacher))):
+        return local
+    if student.size * logit_bytes <= _AT_ONCE:
+        return local
+    budget = block_sizes.default_budget(0)
+    return block_sizes.class_block(math.prod(rows), local, logit_bytes, budget)
 
 
 def _leaf(side: Side) -> Array:
@@ -169,7 +224,8 @@ def _finite(side: Side, classes: int, axis_name: str | None) -> Bool[Array, " to
     """Where there is a softmax; logits may be -inf, and padding may be anything."""
     if side.logits is not None:
         local = side.logits.shape[-1]
-        z = sharded.without_padding(side.logits, classes, local, axis_name)
+        real = sharded.real_classes(local, 0, classes, local, axis_name)
+        z = side.logits if real is None else jnp.where(real, side.logits, -jnp.inf)
         return jnp.isfinite(sharded.max_over(targets.largest(z), axis_name))
     return jnp.all(jnp.isfinite(side.hidden), -1)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
-    Generic,
     Literal,
     ParamSpec,
     Protocol,
@@ -53,7 +52,7 @@ class Reducible(Protocol[_P]):
 
 
 @runtime_checkable
-class WithStatistics(Protocol, Generic[_P, _Statistics]):
+class WithStatistics(Protocol[_P, _Statistics]):
     """A loss, and statistics beside it if they are asked for."""
 
     @overload

@@ -1,4 +1,4 @@
-"""Division of the linear form's work: by tokens or by classes, and the sizes of the blocks.
+"""Sizes of blocks: of tokens or classes in the linear form, of columns in all that has pairs.
 
 A symbolic number of tokens (`jax.export`) has no value when the program is made. Blocks are then
 those for a usual number, and how many there are is left to the program.
@@ -6,17 +6,7 @@ those for a usual number, and how many there are is left to the program.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
-
-
-class Blocks(NamedTuple):
-    """Sizes of the blocks. `tokens` is None where the loss is not to be computed by tokens."""
-
-    classes: int
-    tokens: int | None
-
 
 # In smaller blocks, adding up the kernel's gradient costs more than the matmul that it saves.
 _FEWEST_TOKENS = 1024
@@ -49,16 +39,22 @@ def default_budget(kernel_bytes: int, logits: tuple[int, int] | None = None) -> 
     return min(max(kernel_bytes // 3, 256 * 10**6), 10**9)
 
 
-def blocks(tokens: int, classes: int, logit_bytes: int, budget: int, *, summed: bool) -> Blocks:
-    """The largest blocks that fit the budget with so many bytes for each logit.
+def class_block(tokens: int, classes: int, logit_bytes: int, budget: int) -> int:
+    """The largest block of classes that fits the budget with so many bytes for each logit."""
+    tokens, classes, entries = _known(tokens, classes, budget // logit_bytes)
+    return _block(entries, tokens, classes)
 
-    A sum of losses can be computed by tokens, with a matmul less, if a block holds enough of them.
-    """
+
+def token_block(tokens: int, classes: int, logit_bytes: int, budget: int) -> int | None:
+    """The same of tokens; None where so few fit that it would not pay."""
+    tokens, classes, entries = _known(tokens, classes, budget // logit_bytes)
+    pays = entries // classes >= min(tokens, _FEWEST_TOKENS)
+    return _block(entries, classes, tokens) if pays else None
+
+
+def _known(tokens: int, classes: int, entries: int) -> tuple[int, int, int]:
     tokens, classes = (n if isinstance(n, int) else _IF_UNKNOWN for n in (tokens, classes))
-    entries = min(budget // logit_bytes, _LARGEST_TILE)
-    by_class = _block(entries, max(tokens, 1), classes)
-    by_token = summed and entries // classes >= min(tokens, _FEWEST_TOKENS)
-    return Blocks(by_class, _block(entries, classes, max(tokens, 1)) if by_token else None)
+    return max(tokens, 1), classes, min(entries, _LARGEST_TILE)
 
 
 def rows(tokens: int) -> int:
@@ -101,8 +97,9 @@ def gathers_wide() -> bool:
 
 
 def ragged_first() -> bool:
-    """Whether a ragged block is run before the loop, behind which XLA might compute it and hold it.
+    """Whether a ragged block runs before the loop.
 
-    For a TPU it does not, and would copy what blocks are written to before the loop.
+    After the loop, XLA may compute it early and hold it in memory. For a TPU it does not do so, but
+    a block before the loop would make it copy the array that blocks are written to.
     """
     return jax.default_backend() != "tpu"

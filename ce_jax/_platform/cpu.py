@@ -49,7 +49,7 @@ def stores_wide(z: Float[Array, "*rows classes"]) -> bool:
 
 
 def apart(*arrays: Any) -> Any:
-    """The same arrays, of which nothing that is made shares anything with what was made before."""
+    """The same arrays. What is computed from them shares nothing with what was computed before."""
     return jax.lax.optimization_barrier(arrays)
 
 

@@ -59,7 +59,7 @@ def _read(z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]) -> 
     row_max = row_maxima(z)
     others = jnp.where(is_label(labels, z), 0, jnp.exp(shift(z, row_max)))
     of_others = jnp.sum(others, -1)
-    of_label = jnp.exp(label_logit(z, labels, 0) - row_max)
+    of_label = jnp.exp(label_logit(z, labels) - row_max)
     total = of_others + of_label
     squares = jnp.sum(jnp.square(others), -1) / jnp.square(total)
     return _Row(row_max, total, of_label / total, of_others / total, squares)

@@ -35,7 +35,7 @@ class Options(NamedTuple):
       local: how many classes of this device to visit.
       axis_name: mapped mesh axis over which the classes are sharded.
       statistics: whether entropy and argmax are wanted, too.
-      rows: rows per tile, where not all rows count.
+      tile: rows per tile, where not all rows count.
     """
 
     block: int
@@ -44,7 +44,7 @@ class Options(NamedTuple):
     local: int
     axis_name: str | None = None
     statistics: bool = False
-    rows: int = 0
+    tile: int = 0
 
 
 def row_statistics(
@@ -58,7 +58,7 @@ def row_statistics(
 ) -> tile.RowStatistics:
     """Statistics of each row of the logits, differentiable but for `argmax`.
 
-    Those of rows that do not count are of no class, or of whatever the row holds.
+    Those of rows that do not count have no meaning.
     """
     sharded.check_sharded("kernel", head.kernel, options.axis_name)
     form, inputs, by_row = _form(options, tokens, head, target)
@@ -107,7 +107,7 @@ def _form(
         ),
         columns=options.local,
         block=options.block,
-        tile=options.rows,
+        tile=options.tile,
         cotangents=tile.cotangents,
     )
     return form, _Inputs(tokens, head, classes), target._replace(classes=ABSENT)
@@ -128,22 +128,16 @@ def block_logits(
     The kernel of a class that is padded is taken as 0, as 0 times padding that is not finite would
     be NaN. Its logit is -inf: one of 0 would count in the sum.
     """
-    if not _padded(options):
+    size = head.kernel.shape[options.class_axis]
+    real = sharded.real_classes(size, first, options.classes, options.local, options.axis_name)
+    if real is None:
         return logits(tokens, head, options.class_axis)
-    ids = jnp.arange(head.kernel.shape[options.class_axis], dtype=jnp.int32)
-    real = ids + _first_class(options, first) < options.classes
     head = head._replace(
         kernel=jnp.where(jnp.expand_dims(real, 1 - options.class_axis), head.kernel, 0),
         bias=ABSENT if head.bias is None else jnp.where(real, head.bias, 0),
     )
     z, pull = logits(tokens, head, options.class_axis)
     return jnp.where(real[None], z, -jnp.inf), pull
-
-
-def _padded(options: Options) -> bool:
-    """Whether a block may hold padding. Devices differ in theirs; one device leaves it out."""
-    spread = options.axis_name is not None
-    return spread and options.classes < sharded.all_classes(options.local, options.axis_name)
 
 
 def _first_class(options: Options, first: First) -> First:

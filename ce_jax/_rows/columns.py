@@ -24,7 +24,7 @@ from . import sharded
 from .dtypes import wide
 from .head import over_blocks, put, read_by_all, take
 from .numerics import instantiated
-from .order import Counting, over_rows, rows_of
+from .order import Counting, over_rows
 from .picked import First
 
 
@@ -85,7 +85,7 @@ def over_columns(
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def sums(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
+def sums_of(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
     """The sums over all columns, those of all devices if they are to be joined."""
     of_block = _read_by_blocks(form, inputs)
 
@@ -108,7 +108,7 @@ def sums(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _finished(form: Form, inputs: Any, fixed: Any, counting: Counting) -> tuple[Any, Any]:
     """The result, and the sums it is made of."""
-    found = sums(form, inputs, fixed, counting)
+    found = sums_of(form, inputs, fixed, counting)
     return form.finish(found), found
 
 
@@ -205,7 +205,7 @@ def _rows(counting: Counting, first: First, size: int, tree: Any, parts: Any = N
     if counting is None:
         return tree
     if parts is None:
-        return rows_of(tree, first, size)
+        return jax.tree.map(lambda x: take(x, first, size), tree)
     return jax.tree.map(lambda x, part: take(x, first, size) if part.by_row else x, tree, parts)
 
 

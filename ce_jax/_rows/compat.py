@@ -12,7 +12,8 @@ from jaxtyping import Array
 
 _Tree = TypeVar("_Tree")
 
-reshard = jax.reshard if hasattr(jax, "reshard") else jax.sharding.reshard  # before jax 0.9
+_SINCE_0_9 = hasattr(jax, "reshard")
+reshard = jax.reshard if _SINCE_0_9 else jax.sharding.reshard
 
 
 def varying(x: Array) -> frozenset[Any]:
@@ -26,14 +27,12 @@ def varying(x: Array) -> frozenset[Any]:
 def vary_over(x: Array, axes: tuple[Any, ...]) -> Array:
     """`x`, varying over these axes too; it must not vary over any of them yet."""
     lax: Any = jax.lax  # no version's annotations know both names
-    if hasattr(lax, "pcast"):
-        return lax.pcast(x, axes, to="varying")
-    return lax.pvary(x, axes)  # before jax 0.9
+    return lax.pcast(x, axes, to="varying") if _SINCE_0_9 else lax.pvary(x, axes)
 
 
 def psum(tree: _Tree, axes: str | tuple[str, ...]) -> _Tree:
     """The sums over devices of several arrays, not all of which need have a derivative."""
-    if hasattr(jax.lax, "pcast"):
+    if _SINCE_0_9:
         return jax.lax.psum(tree, axes)
     # Before jax 0.9 the transpose of one sum of several arrays wants the derivative of each.
     return jax.tree.map(lambda x: jax.lax.psum(x, axes), tree)

@@ -17,51 +17,53 @@ from .picked import pick
 from .tile import ABSENT, Partial, RowStatistics, Target
 
 
-class Options(NamedTuple):
+class _Options(NamedTuple):
     """What is fixed when the function is compiled.
 
     Attributes:
-      statistics: whether `entropy` and `argmax` are wanted, too.
+      statistics: whether entropy and argmax are wanted, too.
       axis_name: mapped mesh axis over which the classes are sharded.
     """
 
-    statistics: bool = False
-    axis_name: str | None = None
+    statistics: bool
+    axis_name: str | None
 
 
 def row_statistics(
-    options: Options,
     logits: Float[Array, "*rows classes"],
     target: Target,
     counts: Bool[Array, "*rows"] | None = None,
     temperature: Float[Array, "*rows"] | None = None,
     *,
+    statistics: bool = False,
+    axis_name: str | None = None,
     forward_mode: bool = False,
 ) -> RowStatistics:
     """Statistics of each row of `logits`, differentiable but for `argmax`.
 
     Args:
-      options: what is wanted, and where the classes are.
       logits: the class axis is the last one.
       target: what the rows are compared with; a class id that is none is equal to no class.
       counts: whether the row counts. Others may hold anything: their statistics are 0, and no
         derivative reaches them or comes from them.
       temperature: divides the logits, in the accumulation dtype.
+      statistics: whether entropy and argmax are wanted, too.
+      axis_name: mapped mesh axis over which the classes are sharded.
       forward_mode: leave the derivative to JAX, which then can also push tangents forward.
     """
-    sharded.check_sharded("logits", logits, options.axis_name)
+    options = _Options(statistics, axis_name)
+    sharded.check_sharded("logits", logits, axis_name)
     if temperature is None:
         return _of_counting(options, logits, target, counts, forward_mode)
     if counts is not None:
-        logits, temperature = _silenced(counts, logits), jnp.where(counts, temperature, 1)
+        logits, temperature = _zeroed(counts, logits), jnp.where(counts, temperature, 1)
     # Relative to the maximum before it is divided: so the digits of `lse - z` survive.
-    row_max = sharded.max_over(tile.row_maxima(logits), options.axis_name)
+    row_max = sharded.max_over(tile.row_maxima(logits), axis_name)
     relative = tempered(tile.shift(logits, row_max), temperature)
     found = _of_counting(options, relative, target, counts, forward_mode)
     if found.picked is not None:  # which is relative to the maximum anyhow
         return found
     ahead = row_max / temperature
-    ahead = ahead if counts is None else jnp.where(counts, ahead, 0)
     found = found._replace(lse=found.lse + ahead)
     if found.label_logit is not None:
         found = found._replace(label_logit=found.label_logit + ahead)
@@ -69,7 +71,7 @@ def row_statistics(
 
 
 def _of_counting(
-    options: Options,
+    options: _Options,
     logits: Float[Array, "*rows classes"],
     target: Target,
     counts: Bool[Array, "*rows"] | None,
@@ -79,7 +81,7 @@ def _of_counting(
     logits = logits if counts is None else sharded.like(logits, counts)
     logits, target = sharded.align((logits, target))
     if counts is not None:
-        silence = _silenced if forward_mode else _constant_unless
+        silence = _zeroed if forward_mode else _constant_unless
         logits = silence(counts, logits)
     if forward_mode:
         logits = logits.astype(wide(logits.dtype))  # so that cotangents add up in it
@@ -92,7 +94,7 @@ def _of_counting(
     return silent._replace(uniform_count=found.uniform_count)  # is divided by
 
 
-def _silenced(
+def _zeroed(
     counts: Bool[Array, "*rows"], logits: Float[Array, "*rows classes"]
 ) -> Float[Array, "*rows classes"]:
     return jnp.where(counts[..., None], logits, 0)
@@ -116,13 +118,13 @@ def _constant_unless_jvp(
     primals: tuple[Array, Array], tangents: tuple[Any, Array]
 ) -> tuple[Array, Array]:
     (counts, logits), (_, d_logits) = primals, tangents
-    return _constant_unless(counts, logits), _silenced(counts, d_logits)
+    return _constant_unless(counts, logits), _zeroed(counts, d_logits)
 
 
 # Traced once, for the statistics and for the rule of their derivative.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _whole_rows(
-    options: Options, logits: Array, target: Target, counts: Array | None
+    options: _Options, logits: Array, target: Target, counts: Array | None
 ) -> tuple[RowStatistics, Partial]:
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
     logits, picked = pick(logits, target.picked, first_class)
@@ -148,28 +150,30 @@ def _whole_rows(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(options: Options, logits: Array, target: Target, counts: Array | None) -> RowStatistics:
+def _fused(options: _Options, logits: Array, target: Target, counts: Array | None) -> RowStatistics:
     return _whole_rows(options, logits, target, counts)[0]
 
 
 _Residuals = tuple[Array, Target, Array | None, Partial]
 
 
-def _fused_fwd(options: Options, *primals: Any) -> tuple[RowStatistics, _Residuals]:
+def _fused_fwd(options: _Options, *primals: Any) -> tuple[RowStatistics, _Residuals]:
     given: Any = jax.tree.map(lambda x: x.value, primals)
     found, part = _whole_rows(options, *given)
     return found, (*given, part)
 
 
 def _fused_bwd(
-    options: Options, residuals: _Residuals, g: RowStatistics
+    options: _Options, residuals: _Residuals, g: RowStatistics
 ) -> tuple[Array, Target, None]:
     return *_pulled_back(options, residuals, tile.cotangents(g)), None
 
 
 # As a whole for those who differentiate outside `jit`, where it would be run step by step.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _pulled_back(options: Options, residuals: _Residuals, g: RowStatistics) -> tuple[Array, Target]:
+def _pulled_back(
+    options: _Options, residuals: _Residuals, g: RowStatistics
+) -> tuple[Array, Target]:
     # A scalar may come as a literal.
     logits, target, counts, part = jax.tree.map(jnp.asarray, residuals)
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
@@ -177,7 +181,8 @@ def _pulled_back(options: Options, residuals: _Residuals, g: RowStatistics) -> t
     dz, d_target = tile.pullback(logits, target, part, g, first_class=first_class)
     of_numbers = target._replace(labels=ABSENT, picked=ABSENT)
     d_target = jax.tree.map(sharded.with_sharding_of, d_target, of_numbers)
-    dz = dz if counts is None else _silenced(counts, dz)
+    if counts is not None:  # `_constant_unless` does so too; here `jax_debug_nans` looks
+        dz = _zeroed(counts, dz)
     return dz.astype(logits.dtype), d_target
 
 

@@ -95,7 +95,7 @@ def divergence(
         parts=parts(options, inputs),
         columns=options.p.local,
         block=options.p.block,
-        tile=options.p.rows,
+        tile=options.p.tile,
     )
     found: Array = over_columns(form, inputs, used, counting, forward_mode=forward_mode)
     return found
@@ -149,7 +149,10 @@ def _tile_of(
 
         return z, pull_layer
     z = side.logits.astype(wide(side.logits.dtype))
-    z = sharded.without_padding(z, options.classes, options.local, options.axis_name, first)
+    real = sharded.real_classes(
+        z.shape[-1], first, options.classes, options.local, options.axis_name
+    )
+    z = z if real is None else jnp.where(real, z, -jnp.inf)
     return z, lambda dz: Side(logits=dz)
 
 
@@ -210,9 +213,9 @@ def _rebased(
 
 
 def _across(axis_name: str | None, sums: _Sums) -> _Sums:
-    p, q = (sharded.merge_across(x, axis_name) for x in (sums.p, sums.q))
     if axis_name is None:
         return sums
+    p, q = (sharded.merge_across(x, axis_name) for x in (sums.p, sums.q))
     return _Sums(p, q, sharded.sum_over(_rebased(sums, p.base, q.base), axis_name))
 
 

@@ -142,12 +142,6 @@ def read_by_all(inputs: _Tree, read: _Tree | None = None) -> Callable[[], _Tree]
     return lambda: jax.tree.map(of_block, copies, constants)
 
 
-def head_read_by_all(head: Head, tokens: Tokens) -> Callable[[], Head]:
-    """How blocks of tokens find a head: its kernel cast once, to the dtype of the matmuls."""
-    narrow = head._replace(kernel=head.kernel.astype(tokens.hidden.dtype))
-    return read_by_all(head, narrow)
-
-
 @jax.custom_jvp
 def with_slope_of(copy: Array, x: Array) -> Array:
     """`x`, with the derivatives of `copy`."""

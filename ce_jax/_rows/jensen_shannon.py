@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from .. import _platform
 from . import sharded, tile
-from .columns import Form, over_columns, sums
+from .columns import Form, over_columns, sums_of
 from .divergence import Inputs, Options, Tiles, Used, nothing, parts, tiles
 from .numerics import expm1_less_x, weighted
 from .order import Counting
@@ -63,7 +63,7 @@ def jensen_shannon(
         parts=parts(options, inputs),
         columns=options.p.local,
         block=options.p.block,
-        tile=options.p.rows,
+        tile=options.p.tile,
     )
     form = normalisers._replace(
         start=functools.partial(_start, normalisers),
@@ -92,7 +92,7 @@ def _merged(axis_name: str | None, of: _Normalisers) -> _Normalisers:
 
 
 def _start(normalisers: Form, inputs: Inputs, used: Used, counting: Counting) -> _Sums:
-    of = sums(normalisers, inputs, used, counting)
+    of = sums_of(normalisers, inputs, used, counting)
     zero = jnp.zeros_like(of.p.sum_exp)
     return _Sums(of, zero, zero, zero)
 
@@ -100,8 +100,7 @@ def _start(normalisers: Form, inputs: Inputs, used: Used, counting: Counting) ->
 def _fold(options: Options, inputs: Inputs, used: Used, seen: _Sums, first: First) -> _Sums:
     both, _ = tiles(options, inputs, used, first)
     p, q = (jnp.sum(x.terms, -1) for x in _compared(both, seen.of, inputs.share))
-    share = inputs.share.astype(p.dtype)
-    mixed = share * p + (1 - share) * q
+    mixed = inputs.share * p + (1 - inputs.share) * q
     return seen._replace(p=seen.p + p, q=seen.q + q, both=seen.both + mixed)
 
 
@@ -132,7 +131,6 @@ def _compared(
     log_p, log_q = (
         tile.shift(z, x.base) - jnp.log(x.sum_exp)[..., None] for z, x in zip(both, of, strict=True)
     )
-    share = share.astype(log_p.dtype)
     banned = (log_p == -jnp.inf) & (log_q == -jnp.inf)
     ratio = jnp.where(banned, 0, log_q) - jnp.where(banned, 0, log_p)
     ratio = jnp.clip(ratio, -_FARTHEST, _FARTHEST)
@@ -169,8 +167,7 @@ def _pull(
 ) -> Inputs:
     both, pull = tiles(options, inputs, used, first)
     p, q = _compared(both, seen.of, inputs.share)
-    share = inputs.share.astype(g.dtype)
-    g = g[..., None]
+    share, g = inputs.share, g[..., None]
 
     def onto(x: _Compared, share: Array, divergence: Array) -> Array:
         return weighted(g, share * x.probs * (x.ahead - divergence[..., None]))

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from .. import _platform
-from .numerics import linear, weighted
+from .numerics import directional, weighted
 
 # Logits, labels, and the weight of the positive class.
 _Elements = tuple[ArrayLike, ArrayLike, ArrayLike | None]
@@ -71,7 +71,7 @@ def probabilities(z: Float[Array, "*shape"]) -> tuple[Array, Array]:
 
 # JAX's own derivative of the quotient divides by (1 + e)**2, which overflows long before e does.
 @probabilities.defjvp
-def probabilities_jvp(
+def _probabilities_jvp(
     primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     (z,), (t_z,) = primals, tangents
@@ -91,7 +91,7 @@ def _slopes(z: Array, y: Array, pos_weight: Array | None) -> tuple[Array, ...]:
     dz = (1 - y) * p - positive * q
     if pos_weight is None:
         return dz, -z
-    of_positive, of_negative = (_logistic(x, jnp.zeros_like(x), None) for x in (-z, z))
+    of_positive, of_negative = softplus(-z), softplus(z)
     return dz, weighted(pos_weight, of_positive) - of_negative, weighted(y, of_positive)
 
 
@@ -99,7 +99,7 @@ def _slopes(z: Array, y: Array, pos_weight: Array | None) -> tuple[Array, ...]:
 def _logistic_jvp(elements: _Elements, tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     arrays = jax.tree.map(jnp.asarray, elements)  # scalars come as literals
     slopes = _slopes(*arrays)
-    return _logistic(*arrays), linear(slopes, tangents[: len(slopes)])
+    return _logistic(*arrays), directional(slopes, tangents[: len(slopes)])
 
 
 @jax.custom_vjp

@@ -22,7 +22,7 @@ _FIRST = tuple(1.0 / math.factorial(k + 1) for k in range(14, -1, -1))
 _SECOND = tuple(1.0 / math.factorial(k + 2) for k in range(14, -1, -1))
 
 
-def linear(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
+def directional(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
     """The sum of slope * tangent over the arguments that vary: an infinite slope times 0 is NaN.
 
     For rules of `jax.custom_jvp` with `symbolic_zeros`.
@@ -51,8 +51,8 @@ def weighted(weight: Float[Array, "..."], loss: Float[Array, "..."]) -> Float[Ar
 def silenced(weight: Float[Array, "..."] | None, x: _Tree) -> _Tree:
     """`x`, with 0 for what is not finite and weighs nothing.
 
-    What `x` is multiplied by on its way to the weight has a derivative that is a multiple of `x`,
-    and 0 times infinity is NaN.
+    For what is multiplied by a factor before the weight: the derivative by that factor is a
+    multiple of `x`, and 0 times infinity is NaN.
     """
     if weight is None:
         return x
@@ -84,7 +84,7 @@ def _product_jvp(
 
 @jax.custom_jvp
 def not_negative(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x` of which the truth is not negative: `|x|`, with the derivative of `x`.
+    """`|x|`, with the derivative of `x`, for an `x` that is negative by rounding only.
 
     A compiler may compute logits twice that were scaled by the user, and contract the scaling with
     what follows in one place only: the largest logit is then above the maximum by its last digit.
@@ -147,7 +147,7 @@ def tempered_rows(
     return tempered(z - row_max[..., None], temperature) + (row_max / temperature)[..., None]
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The polynomial with these coefficients, highest power first.
 
     As `jnp.polyval`, which fails where `x` is sharded over explicit mesh axes: it begins with zeros
@@ -159,7 +159,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Floa
 
 def expm1_ratio(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`(e^x - 1) / x` for |x| <= 1/2, by its series: it and its derivatives hold at 0 too."""
-    return _polynomial(_FIRST, x)
+    return polynomial(_FIRST, x)
 
 
 @jax.custom_jvp
@@ -183,7 +183,7 @@ def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`e^x - 1 - x`, without the cancellation near 0."""
     near = jnp.abs(x) <= 0.5
     small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)
-    series = jnp.square(small) * _polynomial(_SECOND, small)
+    series = jnp.square(small) * polynomial(_SECOND, small)
     return jnp.where(near, series, -one_minus_exp(large) - large)
 
 

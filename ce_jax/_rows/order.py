@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer
 
-from .head import over_blocks, take
+from .head import over_blocks
 from .picked import First
 
 _Tree = TypeVar("_Tree")
@@ -90,10 +90,10 @@ def over_rows(
     """Runs `step(carry, first, size)` over all rows at once, or over tiles of which some count."""
     if counting is None:
         return step(carry, 0, total)
-    return over_blocks(while_counting(step, counting), carry, total, tile)
+    return over_blocks(if_counting(step, counting), carry, total, tile)
 
 
-def while_counting(
+def if_counting(
     step: Callable[[_Carry, First, int], _Carry], counting: Counting
 ) -> Callable[[_Carry, First, int], _Carry]:
     """A step over some rows that is left out where none of them counts."""
@@ -104,9 +104,3 @@ def while_counting(
         return jax.lax.cond(first < counting, lambda c: step(c, first, size), lambda c: c, carry)
 
     return if_any
-
-
-def rows_of(tree: _Tree, first: First, size: int) -> _Tree:
-    """Some consecutive rows of all arrays."""
-    part: _Tree = jax.tree.map(lambda x: take(x, first, size), tree)
-    return part

@@ -23,7 +23,7 @@ from .dtypes import wide
 from .head import Head, Tokens, over_blocks, put, take
 from .head import logits as products_of
 from .picked import First, is_label
-from .tile import ABSENT, NOWHERE, Partial, RowStatistics, Target, merge
+from .tile import ABSENT, Partial, RowStatistics, Target, merge
 
 
 class Sides(NamedTuple):
@@ -76,7 +76,7 @@ def _block(x: Sides, memory_budget: int | None, tiles: int) -> int:
     if memory_budget is None:
         memory_budget = block_sizes.default_budget(x.columns.size * x.columns.dtype.itemsize)
     pair_bytes = tiles * wide(x.rows.dtype).itemsize + x.rows.dtype.itemsize
-    return block_sizes.blocks(rows, columns, pair_bytes, memory_budget, summed=False).classes
+    return block_sizes.class_block(rows, columns, pair_bytes, memory_budget)
 
 
 def _inputs(x: Sides) -> _Inputs:
@@ -112,13 +112,8 @@ def _without(
 
 def _nothing(x: Float[Array, "n width"], *, probs: bool = False, argmax: bool = False) -> Partial:
     """The statistics of each row over no columns, of a label or of a target distribution."""
-    nothing = Partial(*tile.no_classes(x.shape[:1], wide(x.dtype)))
-    zero = nothing.sum_exp
-    if argmax:
-        nothing = nothing._replace(argmax=jnp.full(zero.shape, NOWHERE))
-    if probs:
-        return nothing._replace(cross=zero, target_sum=zero)
-    return nothing._replace(label_logit=zero)
+    target = Target(probs=x) if probs else Target(labels=x)
+    return tile.nothing_seen(x.shape[:1], wide(x.dtype), target, entropy=False, argmax=argmax)
 
 
 def _not_empty(part: Partial) -> Partial:

@@ -24,7 +24,7 @@ def is_label(
 
 
 def label_logit(
-    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"], first_class: First
+    z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"], first_class: First = 0
 ) -> Float[Array, "*rows"]:
     """The logit of the label, 0 where the label is not in this tile, in the accumulation dtype."""
     if _classes_spread(z):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from .compat import psum, reshard, vary_over, varying
 from .tile import NOWHERE, Partial, share_of
@@ -153,19 +153,18 @@ def all_classes(local_classes: int, axis_name: str | None) -> int:
     return local_classes if axis_name is None else local_classes * jax.lax.axis_size(axis_name)
 
 
-def without_padding(
-    z: Float[Array, "*rows block"],
+def real_classes(
+    size: int,
+    first: int | Integer[Array, ""],
     classes: int,
     local_classes: int,
     axis_name: str | None,
-    first: int | Integer[Array, ""] = 0,
-) -> Float[Array, "*rows block"]:
-    """Logits of this device's classes from `first` on, with -inf beyond the first `classes`."""
+) -> Bool[Array, " size"] | None:
+    """Which of this device's classes from `first` on are not padding; None if no device has any."""
     if classes >= all_classes(local_classes, axis_name):
-        return z
-    ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
-    ids = ids + first_class(local_classes, axis_name) + first
-    return jnp.where(ids < classes, z, -jnp.inf)
+        return None
+    ids = jnp.arange(size, dtype=jnp.int32) + first_class(local_classes, axis_name) + first
+    return ids < classes
 
 
 def sum_over(x: Float[Array, "*rows"], axis_name: str | None) -> Float[Array, "*rows"]:

@@ -22,9 +22,9 @@ and `g_label_logit` more in the label's column. For a one-hot `t` and the loss `
 `lse - z` is found from logits relative to the row's maximum: the difference of two large numbers
 would lose the digits that `log p` is made of.
 
-Where a target picks classes, `lse` is that of all others, and `picked` holds the logits of the
-picked ones: together the logits of a softmax in which all other classes are one. What those weigh
-is then never a difference, and keeps its digits where the picked classes hold nearly all.
+Where a target has `picked` classes, `lse` is that of all other classes, and `picked` holds the
+logits of the picked ones. So the probability of the others is a sum, not `1 - sum(p)`, and keeps
+its digits where the picked classes have nearly all.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Target(NamedTuple):
       probs: a weight for every class of the tile, instead of `labels`.
       classes: coefficients `a` of the part that is the same for all rows, one per class, or one for
         all classes.
-      picked: ids of classes whose logits are wanted, alone in a target; one below 0 is no class.
+      picked: ids of classes whose logits are wanted, in a target of its own; below 0 is no class.
     """
 
     labels: Integer[Array, "*rows"] = ABSENT
@@ -123,10 +123,12 @@ def nothing_seen(
 ) -> Partial:
     """The statistics over no classes, with the fields that `read` fills for this target."""
     zero = jnp.zeros(rows, dtype)
-    of_classes = ABSENT if target.classes is None else zero
+    of_probs, of_classes = (ABSENT if x is None else zero for x in (target.probs, target.classes))
     return Partial(
         *no_classes(rows, dtype),
         label_logit=ABSENT if target.labels is None else zero,
+        cross=of_probs,
+        target_sum=of_probs,
         uniform=of_classes,
         classes_sum=of_classes,
         classes_count=of_classes,
@@ -221,8 +223,8 @@ def read(
 def share_of(part: Partial, scale: Array, row_max: Array, sum_exp: Array) -> Partial:
     """What a part adds to the statistics of a softmax over more classes, given its normaliser.
 
-    `scale` brings the part's exponentials to `row_max`. With `ahead` the difference of both `lse`,
-    `lse - z` grows by that in each class.
+    `scale` brings the part's exponentials to `row_max`. `ahead` is the difference of the two `lse`:
+    in each class `lse - z` grows by it.
     """
     out = part._replace(base=ABSENT, sum_exp=ABSENT, argmax=ABSENT)
     if part.cross is None and part.uniform is None and part.entropy is None:
@@ -307,16 +309,12 @@ def pullback(
     `part` is that of the whole row. `z - base` and its exponential are written as in `read`, so
     that XLA finds them once where forward and backward are compiled together.
     """
+    shifted = shift(z, part.base)
     if target.picked is not None:
-        shifted, share = shift(z, part.base), g.lse / _nonzero(part.sum_exp)
+        share = g.lse / _nonzero(part.sum_exp)
         dz = pull_picked(shifted, share, target.picked, g.picked, first_class, z.dtype)
         return dz, Target()
-    shifted = shift(z, part.base)
-    exp = jnp.exp(shifted)
-
-    def surprise() -> Float[Array, "*rows classes"]:
-        return _log(part.sum_exp)[..., None] - shifted
-
+    exp, surprise = jnp.exp(shifted), _log(part.sum_exp)[..., None] - shifted
     onto_p = g.lse
     if target.labels is not None:
         onto_p = onto_p + g.cross
@@ -331,19 +329,19 @@ def pullback(
         dz = dz - jnp.where(is_label(target.labels, z, first_class), onto_label[..., None], 0)
     if target.probs is not None:
         dz = dz - g.cross[..., None] * target.probs.astype(dz.dtype)
-        unwanted = (target.probs == 0) & (surprise() == jnp.inf)  # nor allowed: 0 times inf is 0
-        d_probs = weighted(g.cross[..., None], jnp.where(unwanted, 0, surprise()))
+        unwanted = (target.probs == 0) & (surprise == jnp.inf)  # nor allowed: 0 times inf is 0
+        d_probs = weighted(g.cross[..., None], jnp.where(unwanted, 0, surprise))
         d_target = d_target._replace(probs=d_probs.astype(target.probs.dtype))
     if target.classes is not None:
         classes, allowed = _spread(target.classes, z)
         dz = dz - g.uniform[..., None] * classes
-        d_classes = weighted(g.uniform[..., None], jnp.where(allowed, surprise(), 0))
+        d_classes = weighted(g.uniform[..., None], jnp.where(allowed, surprise, 0))
         rows = range(z.ndim - target.classes.ndim)
         d_target = d_target._replace(classes=jnp.sum(d_classes, tuple(rows)))
     if g.entropy is not None:
         onto_log_p = (g.entropy / part.sum_exp)[..., None]
         entropy = (part.entropy / part.sum_exp)[..., None]
-        dz = dz + exp * onto_log_p * (_finite_exponent(surprise()) - entropy)
+        dz = dz + exp * onto_log_p * (_finite_exponent(surprise) - entropy)
     return dz, d_target
 
 
@@ -374,10 +372,10 @@ def _log(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 
 
 def _nonzero(sum_exp: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """The sum, at least 1 or nearly so: it is less of no classes or beside others that are larger.
+    """The sum, but at least 0.7, as derivatives divide by powers of it.
 
-    Derivatives divide by powers of it, which must not be 0. The number may not be 1, which is the
-    sum of one class: where both are equal, half of the derivative would be lost.
+    It is below 1 only without any class, or if `base` is the maximum of other classes. The bound is
+    not 1, the sum of one class: where both are equal, half of the derivative would be lost.
     """
     return jnp.maximum(sum_exp, 0.7)
 

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 from .. import _platform
 from . import class_blocks, sharded, tile
 from .dtypes import wide
-from .head import Head, Tokens, head_read_by_all, logits, over_blocks, put, take, take_classes
+from .head import Head, Tokens, logits, over_blocks, put, read_by_all, take, take_classes
 from .numerics import instantiated
-from .order import Counting, while_counting
+from .order import Counting, if_counting
 from .picked import First
 
 
@@ -51,13 +51,12 @@ class Options(NamedTuple):
     Attributes:
       block: tokens per block.
       row_loss: the loss of each row, weighted and masked.
-      head: what the head is, how it is read where no gradient is wanted, and whether statistics of
-        the rows are.
+      by_class: options of the head in blocks of classes, for the value alone and for statistics.
     """
 
     block: int
     row_loss: RowLoss
-    head: class_blocks.Options
+    by_class: class_blocks.Options
 
 
 # The sum of the losses and, if they are wanted, the rows' statistics.
@@ -74,9 +73,9 @@ def loss_sum(
 ) -> _Result:
     """The sum of `row_loss` over all rows."""
     # Every block reads all classes it is given: 0 times padding that is not finite would be NaN.
-    head = take_classes(head, options.head.classes, options.head.class_axis)
+    head = take_classes(head, options.by_class.classes, options.by_class.class_axis)
     if target.classes is not None and target.classes.ndim:
-        target = target._replace(classes=take(target.classes, 0, options.head.classes))
+        target = target._replace(classes=take(target.classes, 0, options.by_class.classes))
     return _fused(options, *sharded.align((tokens, head, target, rows, counting)))
 
 
@@ -89,9 +88,9 @@ def _fused(
     rows: RowInputs,
     counting: Counting,
 ) -> _Result:
-    found = class_blocks.row_statistics(options.head, tokens, head, target, counting)
+    found = class_blocks.row_statistics(options.by_class, tokens, head, target, counting)
     total = jnp.sum(options.row_loss(found, rows))
-    return total, found if options.head.statistics else None
+    return total, found if options.by_class.statistics else None
 
 
 class _Inputs(NamedTuple):
@@ -117,8 +116,10 @@ class _Residuals(NamedTuple):
 def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
     given: Any = jax.tree.map(lambda x: x.value, primals)
     tokens, head, target, rows, counting = given
-    head_of_block = head_read_by_all(head, tokens)
-    wanted = {"entropy": options.head.statistics, "argmax": options.head.statistics}
+    # The kernel is cast once, to the dtype of the matmuls.
+    narrow = head._replace(kernel=head.kernel.astype(tokens.hidden.dtype))
+    head_of_block = read_by_all(head, narrow)
+    wanted = {"entropy": options.by_class.statistics, "argmax": options.by_class.statistics}
 
     def step(
         carry: tuple[Array, _Inputs, Any], first: First, size: int
@@ -127,7 +128,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         part = functools.partial(take, first=first, size=size)
         of_block = target._replace(labels=part(target.labels))
         block = jax.tree.map(part, rows._replace(shared=()))
-        z, pull = logits(jax.tree.map(part, tokens), head_of_block(), options.head.class_axis)
+        z, pull = logits(jax.tree.map(part, tokens), head_of_block(), options.by_class.class_axis)
         found = _platform.read(z, of_block, _platform.normaliser(z), **wanted)
 
         def block_loss(statistics: tile.RowStatistics, scales: Any, shared: Any) -> Array:
@@ -149,22 +150,22 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
             scales=jax.tree.map(of_rows, grads.scales, d_scales),
             shared=jax.tree.map(lambda d, new: d + new.astype(d.dtype), grads.shared, d_shared),
         )
-        seen = jax.tree.map(of_rows, seen, found) if options.head.statistics else None
+        seen = jax.tree.map(of_rows, seen, found) if options.by_class.statistics else None
         return total + loss, more, seen
 
     inputs = _Inputs(tokens, head, target.classes, rows.scales, rows.shared)
     dtype = wide(tokens.hidden.dtype)
     nothing = None
-    if options.head.statistics:
+    if options.by_class.statistics:
         nothing = tile.nothing_seen(tokens.hidden.shape[:1], dtype, target, **wanted)
     zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype), (0, inputs))
     total, grads, part = over_blocks(
-        while_counting(step, counting),
+        if_counting(step, counting),
         sharded.like((*zeros, nothing), tokens.hidden),
         tokens.hidden.shape[0],
         options.block,
     )
-    found = tile.finish(part) if options.head.statistics else None
+    found = tile.finish(part) if options.by_class.statistics else None
     return (total, found), _Residuals(inputs, grads, target, counting, part)
 
 
@@ -180,7 +181,7 @@ def _fused_bwd(
         # Their derivative computes all logits once more.
         *_, target, counting, part = residuals
         more = class_blocks.pulled_back(
-            options.head,
+            options.by_class,
             (inputs.tokens, inputs.head, target, counting, part),
             tile.cotangents(g_found),
         )

@@ -1,14 +1,15 @@
 """Divergence from a teacher of which a few classes per row are known.
 
-All other classes are one, the rest. With `p` and `q` of teacher and student over the classes that
-are known, and their rests `p_r` and `q_r`,
+All other classes together are one class, the rest. With `p` and `q` of teacher and student over
+the classes that are known, and their rests `p_r` and `q_r`,
 
     bucket       sum_k p_k log(p_k / q_k) + p_r log(p_r / q_r)
     renormalize  the same with p_k / sum(p) for p_k, and without the rest, which is 0
     drop         sum_k p_k log(p_k / q_k)
 
 Each term is found as `p log(p / q) - p + q`, which is never negative and keeps its digits where p
-and q agree. What that adds up to too much is known: `q_r - p_r` without the rest, 0 with it.
+and q agree. The sum of all `-p + q` is known and taken off again: it is `q_r - p_r` without the
+term of the rest, and 0 with it.
 """
 
 from __future__ import annotations
