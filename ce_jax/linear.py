@@ -192,13 +192,14 @@ def _linear_loss(
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Loss | tuple[Loss, SoftmaxStatistics]:
-    if len(reduction.axes(jnp.ndim(hidden) - 1)) == jnp.ndim(hidden) - 1:
+    hidden = checks.floating("hidden", hidden)
+    if len(reduction.axes(hidden.ndim - 1)) == hidden.ndim - 1:
         reduction = reduction._replace(axis=None)
     over_all = reduction.kind != "none" and reduction.axis is None
     summed = over_all and not (axis_name or forward_mode)
     constants: Sequence[Any] = ()
     if log_prob_loss is not None:
-        one = jnp.zeros((), wide(jnp.asarray(hidden).dtype))
+        one = jnp.zeros((), wide(hidden.dtype))
         checks.log_prob_loss(log_prob_loss, one)
         converted, constants = jax.closure_convert(log_prob_loss, one)
         if constants and sharded.inside_shard_map():

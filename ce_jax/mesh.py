@@ -56,7 +56,8 @@ _TRACED = (
 )
 # What the functions check of a value they know, before it is traced.
 _CHECKS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("axis", "reduction_axis"), checks.static_axis),
+    "axis": checks.static_axis,
+    "reduction_axis": functools.partial(checks.static_axis, name="reduction_axis"),
     "label_smoothing": functools.partial(checks.float_option, "label_smoothing", high=1.0),
     "z_loss": functools.partial(checks.float_option, "z_loss"),
     "temperature": temperature,

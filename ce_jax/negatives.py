@@ -49,7 +49,7 @@ def uniform_negatives(
 
     Raises:
       TypeError: for a number that is not an int.
-      ValueError: for a number below 1.
+      ValueError: for a number below 1, or a `num_items` of 2^31 or more.
 
     Example:
       >>> import jax, ce_jax
@@ -95,7 +95,7 @@ def log_uniform_negatives(
 
     Raises:
       TypeError: for a number that is not an int.
-      ValueError: for a number below 1.
+      ValueError: for a number below 1, or a `num_items` of 2^31 or more.
 
     Example:
       >>> import jax, ce_jax
@@ -117,7 +117,7 @@ def _log_uniform_negatives(
 ) -> Negatives:
     def halve(step: int | Array, interval: tuple[Array, Array]) -> tuple[Array, Array]:
         low, size = interval  # of k + 1, which lies in [low, low + size)
-        half = (size + 1) // 2
+        half = size - size // 2  # not (size + 1) // 2, which may overflow
         at = low.astype(jnp.float32)
         left, both = (x.astype(jnp.float32) / at for x in (half, size))
         below = jnp.log1p(left) / jnp.log1p(both)
@@ -146,7 +146,7 @@ def log_uniform_log_prob(ids: ArrayLike, num_items: int) -> Float[Array, "..."]:
 
     Raises:
       TypeError: for ids of another dtype, or a number that is not an int.
-      ValueError: for a number below 1.
+      ValueError: for a number below 1, or a `num_items` of 2^31 or more.
 
     Example:
       >>> import jax.numpy as jnp, ce_jax
@@ -156,7 +156,7 @@ def log_uniform_log_prob(ids: ArrayLike, num_items: int) -> Float[Array, "..."]:
     References:
       Zipf, `Human Behavior and the Principle of Least Effort`, 1949.
     """
-    return _log_uniform_log_prob(ids, items=positive_int("num_items", num_items))
+    return _log_uniform_log_prob(ids, items=_items(num_items))
 
 
 @compiled
@@ -232,4 +232,11 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _sizes(num_samples: int, num_items: int) -> tuple[int, int]:
-    return positive_int("num_samples", num_samples), positive_int("num_items", num_items)
+    return positive_int("num_samples", num_samples), _items(num_items)
+
+
+def _items(num_items: int) -> int:
+    items = positive_int("num_items", num_items)
+    if items >= 2**31:
+        raise ValueError(f"num_items must be below 2^31, as ids have 32 bits, got {num_items}")
+    return items

@@ -96,8 +96,8 @@ def _estimate_prior(
     max_steps: int,
 ) -> PriorEstimate:
     z = checks.floating("logits", logits)
-    if z.ndim != 2:
-        raise ValueError(f"logits must have shape [N, C], got {z.shape}")
+    if z.ndim != 2 or z.shape[1] == 0:
+        raise ValueError(f"logits must have shape [N, C] with C > 0, got {z.shape}")
     dtype = wide(z.dtype)
     checks.shape_is("train_prior", train_prior, z.shape[1:], "one share per class")
     train = train_prior.astype(dtype)

@@ -15,7 +15,7 @@ from ._arguments.compiled import compiled
 from ._arguments.options import option, scalar
 from ._arguments.types import ArrayLike, Scalar
 from ._rows.dtypes import wide
-from ._rows.numerics import one_minus_exp
+from ._rows.numerics import expm1_ratio, one_minus_exp, power
 
 
 def inverse_frequency_weights(counts: ArrayLike) -> Float[Array, "..."]:
@@ -122,14 +122,24 @@ def effective_number_weights(counts: ArrayLike, *, beta: Scalar = 0.999) -> Floa
 
 @compiled
 def _effective_number_weights(counts: Array, rest: Array) -> Array:
-    present = counts > 0
-    log_beta = jnp.log1p(-jnp.asarray(rest).astype(counts.dtype))
-    overlap = log_beta < 0
-    exponent = jnp.where(present, counts, 1) * jnp.where(overlap, log_beta, -1)
-    effective = jnp.where(overlap, one_minus_exp(exponent), counts)
+    present, rest = counts > 0, jnp.asarray(rest).astype(counts.dtype)
+    counts = jnp.where(present, counts, 1)
+    # `1 - beta^n`, as the denominator is the same for all; near beta = 1, where that is 0, over
+    # `-log beta`.
+    near = rest < 0.5
+    log_beta = jnp.log1p(-jnp.where(near, rest, 0))
+    far = 1 - power(jnp.where(near, 0.5, 1 - rest), counts)
+    effective = jnp.where(near, counts * _slope_of_exp(counts * log_beta), far)
     inverse = jnp.where(present, 1 / jnp.where(present, effective, 1), 0)
     mean = jnp.sum(inverse) / jnp.maximum(jnp.sum(present, dtype=counts.dtype), 1)
     return inverse / jnp.where(mean == 0, 1, mean)
+
+
+def _slope_of_exp(x: Float[Array, " classes"]) -> Float[Array, " classes"]:
+    """`(e^x - 1) / x`, which is 1 at 0."""
+    small = jnp.abs(x) <= 0.5
+    large = jnp.where(small, 1, x)
+    return jnp.where(small, expm1_ratio(jnp.where(small, x, 0)), -one_minus_exp(large) / large)
 
 
 def focal_alpha(positives: ArrayLike, total: ArrayLike) -> Float[Array, "..."]:
@@ -162,7 +172,7 @@ def focal_alpha(positives: ArrayLike, total: ArrayLike) -> Float[Array, "..."]:
     everything = checks.of_rows("total", everything, n.shape, "positives")
     if not isinstance(n > everything, jax.core.Tracer) and jnp.any(n > everything):
         raise ValueError(f"positives must be at most total, got {positives} of {total}")
-    return _focal_alpha(n, everything.astype(n.dtype))
+    return _focal_alpha(n, everything)
 
 
 @compiled
@@ -272,7 +282,7 @@ def prior_shift_weights(train_prior: ArrayLike, target_prior: ArrayLike) -> Floa
     """
     train, target = _shares("train_prior", train_prior), _shares("target_prior", target_prior)
     checks.shape_is("target_prior", target, train.shape, "the shape of train_prior")
-    return _prior_shift_weights(train, target.astype(train.dtype))
+    return _prior_shift_weights(train, target)
 
 
 @compiled

@@ -59,6 +59,7 @@ CASES = [
     (OF_IDS, "labels", np.zeros(5, object), TypeError, ["object", "numbers"]),
     ((SOFT,), "labels", np.zeros(5, F32), ValueError, ["class ids", INTEGER]),
     ((INTEGER, SOFT), "logits", np.full((5, 4), "1"), TypeError, ["<U1", "numbers"]),
+    ((INTEGER, SOFT), "logits", np.zeros((5, 4), np.longdouble), TypeError, ["float", "JAX"]),
     ((SOFT, SIGMOID, BINARY), "labels", COMPLEX, TypeError, ["complex64"]),
     (("smooth_labels",), "labels", INTEGERS, TypeError, ["int32", "float"]),
     ((*WITH_OPTIONS, STATISTICS), "where", INTEGERS, TypeError, ["int32", "bool"]),
@@ -88,6 +89,8 @@ CASES = [
     (WITH_AXIS, "axis", (0, 0), ValueError, ["(0, 0)"]),
     ((SOFT, INTEGER), "axis", (-1, 1), ValueError, ["(-1, 1)"]),
     ((SOFT, INTEGER), "axis", 0.5, TypeError, ["0.5"]),
+    ((SOFT, INTEGER), "axis", {}, TypeError, ["{}", "int"]),
+    ((SOFT, INTEGER), "axis", (jnp.array(1),), TypeError, ["Array(1", "int"]),
     # Options.
     (WITH_OPTIONS, "reduction", "average", WRONG_NAME, ["'average'", "none", "sum", "mean"]),
     (WITH_OPTIONS, "label_smoothing", -0.1, ValueError, ["-0.1", "0", "1"]),

@@ -114,7 +114,7 @@ def test_reduction_axis(axis):
     np.testing.assert_allclose(parts.mean(), found, rtol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", ["mean", True, 1.0, (0, 0), ()])
+@pytest.mark.parametrize("wrong", ["mean", True, 1.0, (0, 0), (), np.array([0])])
 def test_wrong_reduction_axes(wrong):
     kind = ValueError if isinstance(wrong, tuple) else TypeError
     with pytest.raises(kind, match="reduction_axis"):

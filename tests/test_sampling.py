@@ -243,7 +243,7 @@ def test_samplers_draw_what_they_say(name, items):
 
 def test_every_id_of_many_has_its_chance():
     """A power of a float32 would round ids beyond 2^24 to even ones, and to multiples of 128."""
-    items = 2**31 - 2
+    items = 2**31 - 1
     ids = np.asarray(ce_jax.log_uniform_negatives(jax.random.key(0), 30_000, items).ids)
     assert ids.min() == 0
     far = ids[ids >= 2**28]
@@ -254,6 +254,14 @@ def test_every_id_of_many_has_its_chance():
     log_prob = ce_jax.log_uniform_log_prob(far[:5], items)
     np.testing.assert_allclose(log_prob, -np.log(far[:5] * np.log(2**31)), rtol=1e-6)
     assert np.isnan(ce_jax.log_uniform_log_prob(np.array([-1, 3]), 3)).all()
+
+
+@pytest.mark.parametrize("name", ["uniform_negatives", "log_uniform_negatives"])
+def test_more_items_than_ids(name):
+    with pytest.raises(ValueError, match=r"num_items must be below 2\^31"):
+        getattr(ce_jax, name)(jax.random.key(0), 3, 2**31)
+    with pytest.raises(ValueError, match=r"num_items must be below 2\^31"):
+        ce_jax.log_uniform_log_prob(np.array([0]), 2**31)
 
 
 def test_only_the_sample_is_read():

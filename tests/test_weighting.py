@@ -55,6 +55,19 @@ def test_effective_number(beta):
         np.testing.assert_allclose(traced, expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1e-3, 0.4, 0.5, 0.6, 0.999, 1 - 1e-6, 1.0])
+def test_effective_number_by_beta(beta):
+    """Also at both ends, where one side of the truth is all there is."""
+    counts, pulled = np.array([3.0, 10.0, 1.0]), np.array([1.0, 2.0, -3.0])
+
+    def truth(beta):
+        return pulled @ reference_beyond.effective_number_weights(counts, beta=beta)
+
+    low, high = max(beta - 1e-5, 0.0), min(beta + 1e-5, 1.0)
+    found = jax.grad(lambda b: ce_jax.effective_number_weights(counts, beta=b) @ pulled)(beta)
+    np.testing.assert_allclose(found, (truth(high) - truth(low)) / (high - low), rtol=5e-5)
+
+
 def test_focal_alpha():
     positives = np.array([10.0, 50.0, 0.0, 100.0])
     found = ce_jax.focal_alpha(positives, 100)

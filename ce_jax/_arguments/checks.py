@@ -11,7 +11,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -168,31 +168,34 @@ def indexing(
 
 def axes(axis: Axes, ndim: int, name: str = "axis", of: str = "the array") -> tuple[int, ...]:
     """An argument as a tuple of distinct non-negative axes; None means all of them."""
-    if axis is None:
+    static = static_axis(axis, name)
+    if static is None:
         return tuple(range(ndim))
-    wanted = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
-    for a in wanted:
-        if isinstance(a, bool) or not hasattr(a, "__index__"):
-            raise TypeError(f"{name} must be an int or a tuple of ints, got {axis!r}")
-        if not -ndim <= a < ndim:
-            raise ValueError(f"{name} must name axes of {of}, which has {ndim} axes, got {axis}")
-    found = tuple(int(a) % ndim for a in wanted)
+    wanted = static if isinstance(static, tuple) else (static,)
+    if not all(-ndim <= a < ndim for a in wanted):
+        raise ValueError(f"{name} must name axes of {of}, which has {ndim} axes, got {axis}")
+    found = tuple(a % ndim for a in wanted)
     if not found or len(set(found)) != len(found):
         raise ValueError(f"{name} must name at least one axis, and no axis twice, got {axis}")
     return found
 
 
-def static_axis(axis: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
-    """`axis` in a hashable form."""
-    if isinstance(axis, str):
-        meant = f"; write reduction={axis!r}" if axis in REDUCTIONS else ""
-        raise TypeError(f"axis must be an int or a tuple of ints, got {axis!r}{meant}")
-    if isinstance(axis, jax.Array | np.ndarray):
-        raise TypeError(
-            f"axis must be an int or a tuple of ints, got an array of shape {axis.shape}; write "
-            "weight= for weights of classes, sample_weight= of examples, where= for a mask"
-        )
-    return tuple(axis) if isinstance(axis, Sequence) else axis
+def static_axis(axis: Axes, name: str = "axis") -> int | tuple[int, ...] | None:
+    """An argument in a hashable form, if it is None, an int or a sequence of ints."""
+    if axis is None:
+        return None
+    several = isinstance(axis, Sequence) and not isinstance(axis, str)
+    given: tuple[Any, ...] = tuple(axis) if several else (axis,)  # type: ignore[arg-type]
+    if not all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in given):
+        got, cure = repr(axis), ""
+        if isinstance(axis, jax.Array | np.ndarray):
+            got = f"an array of shape {axis.shape}"
+            cure = "; write weight= for weights of classes, sample_weight= of examples, where= for "
+            cure += "a mask"
+        elif axis in REDUCTIONS:
+            cure = f"; write reduction={axis!r}"
+        raise TypeError(f"{name} must be an int or a tuple of ints, got {got}{cure}")
+    return tuple(map(int, given)) if several else int(given[0])
 
 
 def of_32_bits(ids: Array) -> Array:
@@ -233,6 +236,8 @@ def float_option(
     """
     if value is None:
         return None
+    if hasattr(value, "__jax_array__"):
+        value = jnp.asarray(value)
     if isinstance(value, jax.core.Tracer):
         if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
             raise TypeError(f"{name} must be a real scalar, got dtype {value.dtype}")

@@ -17,9 +17,7 @@ _AS_IT_IS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
 def array(name: str, x: Any) -> Any:
-    """`x`, if JAX takes it, or else the array it stands for; named tuples field by field."""
-    if hasattr(x, "_fields"):
-        return type(x)(*(array(f"{name}.{f}", y) for f, y in zip(x._fields, x, strict=True)))
+    """`x`, if it is None or JAX takes it, or else the array it stands for."""
     x = _one_array(name, x)
     if _wraps(x):
         raise ValueError(
@@ -37,18 +35,24 @@ def numeric(name: str, x: Any) -> Any:
 
 
 def _one_array(name: str, x: Any) -> Any:
-    """`x`, if it is None or JAX takes it, or else the array it stands for, whatever its range."""
+    """As `array`, whatever the range of integers."""
+    if hasattr(x, "_fields"):  # as an array it would be that of all its fields
+        kind, fields = type(x).__name__, ", ".join(x._fields)
+        raise TypeError(f"{name} must be an array, got {kind}; give one of its fields: {fields}")
     if x is not None and not isinstance(x, _AS_IT_IS):
         try:
-            x = np.asarray(x) if hasattr(x, "__array__") else jnp.asarray(x)
+            of_jax = hasattr(x, "__jax_array__")  # a parameter of Flax, which may be traced
+            x = np.asarray(x) if hasattr(x, "__array__") and not of_jax else jnp.asarray(x)
         except OverflowError:  # of integers in a list
             x = np.asarray(x)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"{name} must be an array or a nested list of numbers, got {reprlib.repr(x)}"
             ) from error
-    if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "OSUMm":  # V: bfloat16
-        raise TypeError(f"{name} must hold numbers, got dtype {x.dtype}")
+    if isinstance(x, np.ndarray | np.generic):
+        long = x.dtype in (np.longdouble, np.clongdouble) and x.dtype != np.float64
+        if x.dtype.kind in "OSUMm" or long:  # V: bfloat16
+            raise TypeError(f"{name} must hold numbers of a dtype of JAX, got {x.dtype}")
     return x
 
 
@@ -61,6 +65,13 @@ def _wraps(x: Any) -> bool:
         return False
     dtype = jax.dtypes.canonicalize_dtype(given.dtype)
     return dtype != given.dtype and not np.array_equal(given.astype(dtype), given)
+
+
+def _arrays(name: str, x: Any) -> Any:
+    """`array`, of a named tuple field by field: a function may take one."""
+    if not hasattr(x, "_fields"):
+        return array(name, x)
+    return type(x)(*(_arrays(f"{name}.{f}", y) for f, y in zip(x._fields, x, strict=True)))
 
 
 def _check_constant(name: str, kind: Any, value: Any) -> None:
@@ -96,7 +107,7 @@ def compiled(function: Callable[..., _Result]) -> Callable[..., _Result]:
         # JAX traces the rule of a derivative with a mesh set, be it an empty one. Where one is set
         # for the function too, what both compute is traced once, in up to a third less time.
         with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
-            return run(*map(array, names, arrays), **options)
+            return run(*map(_arrays, names, arrays), **options)
 
     return call
 

@@ -58,7 +58,7 @@ def head_of(
     hidden = checks.floating(f"{prefix}hidden", hidden)
     kernel = checks.floating(f"{prefix}kernel", kernel)
     class_axis = checks.kernel_axis(hidden, kernel, class_axis, prefix)
-    cure = "use ce_jax.on_mesh, or call the function inside jax.shard_map"
+    cure = "call the function inside jax.shard_map, which ce_jax.on_mesh does for most functions"
     for name, x in (("hidden", hidden), ("kernel", kernel)):
         checks.not_spread(f"{prefix}{name}", x, cure)
     head = Head(kernel)

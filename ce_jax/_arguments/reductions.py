@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -61,12 +59,10 @@ def reducer(reduction: Reduction, reduction_axis: Axes = None) -> Reducer:
             f"reduction_axis={reduction_axis!r} needs a reduction, got 'none'; "
             "write reduction='sum', 'mean' or 'ratio'"
         )
-    axes = reduction_axis if isinstance(reduction_axis, Sequence) else (reduction_axis,)
-    if not axes:
+    axis: Any = checks.static_axis(reduction_axis, "reduction_axis")
+    if axis == ():
         raise ValueError("reduction_axis must name at least one axis; omit it to reduce all axes")
-    if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in axes):
-        raise TypeError(f"reduction_axis must be an int or a tuple of ints, got {reduction_axis!r}")
-    return Reducer(reduction, tuple(map(operator.index, axes)))
+    return Reducer(reduction, axis if isinstance(axis, tuple) else (axis,))
 
 
 def masked(

@@ -191,8 +191,8 @@ def _layer(prefix: str, x: GivenLayer, class_axis: int, axis_name: str | None) -
     return _Checked(side, rows, kernel.shape[class_axis], class_axis, logit_bytes, kernel_bytes)
 
 
-def _teacher_logits(x: ArrayLike | None, axis_name: str | None) -> _Checked:
-    z = checks.floating("teacher_logits", jnp.asarray(x))
+def _teacher_logits(x: Any, axis_name: str | None) -> _Checked:
+    z = checks.floating("teacher_logits", x)
     if z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(f"teacher_logits must have shape [..., V] with V > 0, got {z.shape}")
     sharded.check_sharded("teacher_logits", z, axis_name)

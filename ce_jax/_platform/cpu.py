@@ -82,8 +82,9 @@ def reread(z: Array, part: tile.Partial) -> tuple[Array, tile.Partial]:
 
 def in_one_row(function: Callable[..., Any], z: Array, *others: Array | None) -> Any:
     """A function of each element. Over few columns XLA's loop would leave registers empty."""
-    row = apart(*jax.tree.map(lambda x: x.reshape(-1), (z, *others)))
-    return jax.tree.map(lambda x: x.reshape(z.shape), function(*row))
+    (row,) = apart(z.reshape(-1))  # of others a tangent that is known to be 0 is to remain so
+    rows = jax.tree.map(lambda x: x.reshape(-1), others)
+    return jax.tree.map(lambda x: x.reshape(z.shape), function(row, *rows))
 
 
 def first_of(reached: Bool[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
