@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from experiments.data.download import download
-from experiments.data.idx import IdxFile, find_idx, read_idx_pair
+from experiments.data.idx import IdxFile, find_idx, read_idx
 from experiments.output.errors import DataError
 
 DatasetName = Literal["auto", "mnist", "digits"]
@@ -161,8 +161,7 @@ def read_mnist(folder: Path, files: Sequence[IdxFile] = MNIST_FILES) -> Dataset:
     if missing:
         raise DataError(f"{folder}: lacks {', '.join(missing)} (plain or .gz)")
     found = [path for path in paths if path is not None]
-    train_images, train_labels = read_idx_pair(found[0], found[1], files[0], files[1])
-    test_images, test_labels = read_idx_pair(found[2], found[3], files[2], files[3])
+    train_images, train_labels, test_images, test_labels = map(read_idx, found, files)
     return Dataset(
         name="mnist",
         source=str(folder),

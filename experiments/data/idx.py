@@ -69,24 +69,16 @@ def read_idx(path: Path, expected: IdxFile) -> np.ndarray:
       DataError: it cannot be read or is not what was expected; the message names the file.
     """
     array, digest = _unpack(path, expected)
-    _check_identity(path, array, digest, expected)
-    return array
-
-
-def read_idx_pair(
-    images_path: Path, labels_path: Path, images: IdxFile, labels: IdxFile
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reads images and their labels, as `read_idx` does, and checks that they belong together."""
-    image_array, image_digest = _unpack(images_path, images)
-    label_array, label_digest = _unpack(labels_path, labels)
-    if len(image_array) != len(label_array):
+    if array.shape != expected.shape:
         raise DataError(
-            f"{images_path} holds {len(image_array)} images, "
-            f"but {labels_path} holds {len(label_array)} labels"
+            f"{path}: it holds shape {array.shape}, but {expected.name} has {expected.shape}"
         )
-    _check_identity(images_path, image_array, image_digest, images)
-    _check_identity(labels_path, label_array, label_digest, labels)
-    return image_array, label_array
+    if digest != expected.sha256:
+        raise DataError(
+            f"{path}: wrong checksum, the SHA-256 of its unpacked bytes is {digest}, "
+            f"wanted {expected.sha256}"
+        )
+    return array
 
 
 def _unpack(path: Path, expected: IdxFile) -> tuple[np.ndarray, str]:
@@ -137,15 +129,3 @@ def _parse_header(path: Path, header: bytes, expected: IdxFile) -> tuple[int, ..
             f"it holds {len(header)} of {expected.header_bytes} bytes"
         )
     return struct.unpack(f">{len(expected.shape)}I", header[4:])
-
-
-def _check_identity(path: Path, array: np.ndarray, digest: str, expected: IdxFile) -> None:
-    if array.shape != expected.shape:
-        raise DataError(
-            f"{path}: it holds shape {array.shape}, but {expected.name} has {expected.shape}"
-        )
-    if digest != expected.sha256:
-        raise DataError(
-            f"{path}: wrong checksum, the SHA-256 of its unpacked bytes is {digest}, "
-            f"wanted {expected.sha256}"
-        )
