@@ -61,9 +61,8 @@ class Config:
 class Tally(NamedTuple):
     """Sums over tokens, so that parts of a batch can be added."""
 
-    loss: jax.Array
+    loss: ce_jax.Ratio
     hits: jax.Array
-    tokens: jax.Array
 
 
 def tally(model: LanguageModel, text: jax.Array, mesh: Mesh) -> Tally:
@@ -76,7 +75,7 @@ def tally(model: LanguageModel, text: jax.Array, mesh: Mesh) -> Tally:
     table = jax.lax.with_sharding_constraint(
         model.tokens.embedding[...], NamedSharding(mesh, PartitionSpec())
     )
-    ratio, found = loss(
+    sums, found = loss(
         model(text[:, :-1].clip(0), table),
         head[...],
         labels,
@@ -85,8 +84,7 @@ def tally(model: LanguageModel, text: jax.Array, mesh: Mesh) -> Tally:
         reduction="ratio",
         return_statistics=True,
     )
-    hits = jnp.sum(found.argmax == labels, dtype=jnp.int32)
-    return Tally(ratio.total, hits, ratio.denominator)
+    return Tally(sums, jnp.sum(found.argmax == labels, dtype=jnp.int32))
 
 
 def gradients(model: LanguageModel, text: jax.Array, mesh: Mesh) -> tuple[Tally, Params]:
@@ -104,16 +102,17 @@ def gradients(model: LanguageModel, text: jax.Array, mesh: Mesh) -> tuple[Tally,
 
     def of_part(params: Params, part: jax.Array) -> tuple[jax.Array, Tally]:
         sums = tally(nnx.merge(graph, params), part, mesh)
-        return sums.loss, sums
+        return sums.loss.total, sums
 
     def add(carry: tuple[Tally, Params], part: jax.Array) -> tuple[tuple[Tally, Params], None]:
         slopes, sums = jax.grad(of_part, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, carry, (sums, slopes)), None
 
-    nothing = Tally(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros(()))
+    nothing = Tally(ce_jax.Ratio(jnp.zeros(()), jnp.zeros(())), jnp.zeros((), jnp.int32))
     start = (nothing, jax.tree.map(jnp.zeros_like, params))
     (sums, slopes), _ = jax.lax.scan(add, start, text)
-    return sums, jax.tree.map(lambda slope: slope / jnp.maximum(sums.tokens, 1), slopes)
+    tokens = jnp.maximum(sums.loss.denominator, 1)
+    return sums, jax.tree.map(lambda slope: slope / tokens, slopes)
 
 
 class Trainer:
@@ -332,7 +331,8 @@ def fit(trainer: Trainer, rows: np.ndarray, folder: runs.RunFolder, console: Con
     for step in range(done + 1, steps + 1):
         sums = trainer.step(batch_of(rows, trainer.config, step))
         if step == 1 or step % STRETCH == 0 or step == steps:
-            loss, accuracy = float(sums.loss / sums.tokens), float(sums.hits / sums.tokens)
+            loss = float(sums.loss.mean())
+            accuracy = float(sums.hits / sums.loss.denominator)
             if not math.isfinite(loss):
                 raise RunError(f"the loss is {loss} at step {step}; try a smaller --learning-rate")
             folder.record_epoch({"step": step, "loss": loss, "accuracy": accuracy}, trainer.state)

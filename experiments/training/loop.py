@@ -18,13 +18,14 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ce_jax import Ratio
 from experiments.data.datasets import Dataset
 from experiments.output.errors import RunError
 from experiments.output.report import Evaluation
 from experiments.output.runs import RunFolder
 from experiments.processes.group import described, place, sharing
 from experiments.training.mlp import HIDDEN, MLP
-from experiments.training.objectives import LossSum, Objective
+from experiments.training.objectives import Objective
 
 Params: TypeAlias = nnx.State[Any, Any]
 
@@ -61,7 +62,7 @@ class Examples(NamedTuple):
 class Tally(NamedTuple):
     """Sums over examples, from which the means of an epoch follow."""
 
-    loss: LossSum
+    loss: Ratio
     correct: jax.Array
     examples: jax.Array
 
@@ -186,7 +187,7 @@ class Trainer:
         """Predicts the test set."""
         loss, log_probs = self._run_predictions(state.params, self._test)
         return Evaluation(
-            loss=float(loss.mean),
+            loss=float(loss.mean()),
             log_probs=np.asarray(log_probs),
             labels=self.dataset.test_labels,
             class_names=self.dataset.class_names,
@@ -214,11 +215,11 @@ class Trainer:
             rows, where, number = batch
             images, labels = self._take(examples, rows)
 
-            def mean_loss(params: Params) -> tuple[jax.Array, tuple[LossSum, jax.Array]]:
+            def mean_loss(params: Params) -> tuple[jax.Array, tuple[Ratio, jax.Array]]:
                 model = nnx.merge(self._graph, params)
                 logits = model(images, jax.random.fold_in(dropout_key, number))
                 loss = self._objective.loss(logits, labels, where)
-                return loss.mean, (loss, logits)
+                return loss.mean(), (loss, logits)
 
             grads, (loss, logits) = jax.grad(mean_loss, has_aux=True)(state.params)
             # Optax's Adam raises a Python float to an integer power, which strict promotion of
@@ -232,7 +233,7 @@ class Trainer:
         state, tallies = jax.lax.scan(step, state, (rows, where, jnp.arange(len(rows))))
         return state, jax.tree.map(lambda values: values.sum(axis=0), tallies)
 
-    def _predictions(self, params: Params, examples: Examples) -> tuple[LossSum, jax.Array]:
+    def _predictions(self, params: Params, examples: Examples) -> tuple[Ratio, jax.Array]:
         count = len(examples.labels)
         rows, _ = _batches(jnp.arange(count), self.settings.batch_size)
         model = nnx.merge(self._graph, params)
@@ -273,7 +274,7 @@ def fit(
         state, tally = trainer.run_epoch(state, epoch)
         evaluation = trainer.evaluate(state)
         seconds = time.perf_counter() - start
-        train_loss = float(tally.loss.mean)
+        train_loss = float(tally.loss.mean())
         if not (math.isfinite(train_loss) and math.isfinite(evaluation.loss)):
             raise RunError(
                 f"the loss is {train_loss} in training and {evaluation.loss} on the test set after "

@@ -2,28 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import ce_jax
+from ce_jax import Ratio
 from experiments.data.datasets import Dataset
 
 LossName = Literal["softmax", "one-hot", "one-vs-rest", "even-odd", "weighted"]
-
-
-class LossSum(NamedTuple):
-    """A loss as numerator and denominator, so that sums over batches give exact means."""
-
-    total: jax.Array
-    denominator: jax.Array
-
-    @property
-    def mean(self) -> jax.Array:
-        """The loss itself."""
-        return self.total / self.denominator
 
 
 @dataclass(frozen=True)
@@ -34,13 +23,13 @@ class Objective:
       description: one line for people.
       outputs: how many logits the model has to give per example.
       loss: maps logits `[n, outputs]`, labels `[n]` and a mask `[n]` of the rows that count to the
-        loss over them.
+        loss over them as a `Ratio`, so that sums over batches give exact means.
       log_probs: maps logits to the log-probability of each class, `[n, classes]`.
     """
 
     description: str
     outputs: int
-    loss: Callable[[jax.Array, jax.Array, jax.Array], LossSum]
+    loss: Callable[[jax.Array, jax.Array, jax.Array], Ratio]
     log_probs: Callable[[jax.Array], jax.Array]
 
 
@@ -65,35 +54,33 @@ def make_objective(
         if name == "weighted":
             # Every class counts alike in the sum over the data set, however rare it is.
             counts = np.bincount(dataset.train_labels, minlength=classes)
-            weight = jnp.asarray(counts.sum() / (classes * np.maximum(counts, 1)), jnp.float32)
+            weight = ce_jax.balanced_weights(counts)
             description = "softmax cross-entropy, classes weighted by inverse frequency"
 
-        def integer_loss(logits: jax.Array, labels: jax.Array, where: jax.Array) -> LossSum:
-            total = ce_jax.softmax_cross_entropy_with_integer_labels(
+        def integer_loss(logits: jax.Array, labels: jax.Array, where: jax.Array) -> Ratio:
+            return ce_jax.softmax_cross_entropy_with_integer_labels(
                 logits,
                 labels,
                 where=where,
                 weight=weight,
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
-                reduction="sum",
+                reduction="ratio",
             )
-            return LossSum(total, ce_jax.mean_denominator(labels, weight=weight, where=where))
 
         return Objective(description, classes, integer_loss, jax.nn.log_softmax)
 
     if name == "one-hot":
 
-        def one_hot_loss(logits: jax.Array, labels: jax.Array, where: jax.Array) -> LossSum:
-            total = ce_jax.softmax_cross_entropy(
+        def one_hot_loss(logits: jax.Array, labels: jax.Array, where: jax.Array) -> Ratio:
+            return ce_jax.softmax_cross_entropy(
                 logits,
                 jax.nn.one_hot(labels, classes, dtype=logits.dtype),
                 where=where,
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
-                reduction="sum",
+                reduction="ratio",
             )
-            return LossSum(total, ce_jax.mean_denominator(labels, where=where))
 
         return Objective(
             "softmax cross-entropy, one-hot labels", classes, one_hot_loss, jax.nn.log_softmax
@@ -101,7 +88,7 @@ def make_objective(
 
     if name == "one-vs-rest":
 
-        def one_vs_rest_loss(logits: jax.Array, labels: jax.Array, where: jax.Array) -> LossSum:
+        def one_vs_rest_loss(logits: jax.Array, labels: jax.Array, where: jax.Array) -> Ratio:
             total = ce_jax.sigmoid_binary_cross_entropy(
                 logits,
                 jax.nn.one_hot(labels, classes, dtype=logits.dtype),
@@ -111,7 +98,7 @@ def make_objective(
             )
             # Summed over the classes, averaged over the examples: the cost of all questions asked
             # about an image.
-            return LossSum(total, ce_jax.mean_denominator(labels, where=where))
+            return Ratio(total, ce_jax.mean_denominator(labels, where=where))
 
         return Objective(
             "one sigmoid cross-entropy per class, n-hot labels",
@@ -124,15 +111,14 @@ def make_objective(
         if classes != 2:
             raise ValueError(f"even-odd tells two classes apart, {dataset.name} has {classes}")
 
-        def even_odd_loss(logits: jax.Array, labels: jax.Array, where: jax.Array) -> LossSum:
-            total = ce_jax.sigmoid_binary_cross_entropy(
+        def even_odd_loss(logits: jax.Array, labels: jax.Array, where: jax.Array) -> Ratio:
+            return ce_jax.sigmoid_binary_cross_entropy(
                 logits[:, 0],
                 labels.astype(logits.dtype),
                 where=where,
                 label_smoothing=label_smoothing,
-                reduction="sum",
+                reduction="ratio",
             )
-            return LossSum(total, ce_jax.mean_denominator(labels, where=where))
 
         def even_odd_log_probs(logits: jax.Array) -> jax.Array:
             return jax.nn.log_sigmoid(jnp.concatenate([-logits, logits], axis=-1))

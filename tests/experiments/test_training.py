@@ -119,7 +119,7 @@ def test_eight_devices_give_the_result_of_one(digits, trainer):
     assert (trainer.mesh.size, eight.mesh.size) == (1, 8)
     state_one, tally_one = trainer.run_epoch(trainer.initial_state(), 0)
     state_eight, tally_eight = eight.run_epoch(eight.initial_state(), 0)
-    np.testing.assert_allclose(tally_one.loss.mean, tally_eight.loss.mean, rtol=1e-5)
+    np.testing.assert_allclose(tally_one.loss.mean(), tally_eight.loss.mean(), rtol=1e-5)
     evaluation_one, evaluation_eight = trainer.evaluate(state_one), eight.evaluate(state_eight)
     np.testing.assert_allclose(evaluation_one.loss, evaluation_eight.loss, rtol=1e-4)
     np.testing.assert_allclose(
@@ -235,7 +235,7 @@ def test_log_probs_agree_with_the_loss(digits, loss):
     )
     classes = len(dataset.class_names)
     for label in range(classes):
-        found = objective.loss(logits, jax.numpy.array([label]), jax.numpy.ones(1, bool)).mean
+        found = objective.loss(logits, jax.numpy.array([label]), jax.numpy.ones(1, bool)).mean()
         log_probs = np.asarray(objective.log_probs(logits), np.float64)[0]
         wanted = -log_probs[label]
         if loss == "one-vs-rest":
