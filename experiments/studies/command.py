@@ -21,7 +21,7 @@ from experiments.output import console as show
 from experiments.output.errors import RunError, reported
 from experiments.studies import pictures, report
 from experiments.studies.training import HIDDEN, Loss, Runs, Trained, train
-from experiments.training.loop import Settings
+from experiments.training.loop import Recipe
 
 _QUICK_IMAGES, _QUICK_EPOCHS = 500, 2
 _LEARNING_RATE = 2e-3
@@ -49,14 +49,14 @@ class Study:
     Attributes:
       data: the data set.
       images: the training images it may use.
-      settings: how every run is trained.
+      recipe: how every run is trained.
       seeds: 0 up to the number of seeds.
       console: where progress is shown.
     """
 
     data: datasets.Dataset
     images: int
-    settings: Settings
+    recipe: Recipe
     seeds: range
     console: Console
 
@@ -76,14 +76,14 @@ class Study:
         learnt_rate: float = 0.0,
     ) -> Trained:
         """Trains all runs behind a progress bar; see `training.train`."""
-        steps = runs.rows.shape[1] // self.settings.batch_size
+        steps = runs.rows.shape[1] // self.recipe.batch_size
         if steps == 0:
             raise RunError(
                 f"{runs.rows.shape[1]} training images do not fill a batch of "
-                f"{self.settings.batch_size}"
+                f"{self.recipe.batch_size}"
             )
         self.console.print(
-            f"training {len(runs.seed)} runs of {self.settings.epochs} x {steps} steps in one "
+            f"training {len(runs.seed)} runs of {self.recipe.epochs} x {steps} steps in one "
             "compiled program",
             soft_wrap=True,
         )
@@ -95,10 +95,10 @@ class Study:
             TimeRemainingColumn(),
             console=self.console,
         ) as bar:
-            task = bar.add_task("", total=self.settings.epochs, loss="")
+            task = bar.add_task("", total=self.recipe.epochs, loss="")
             return train(
                 tuple(losses.values()),
-                self.settings,
+                self.recipe,
                 self.data.train_images if images is None else images,
                 runs,
                 judged,
@@ -183,16 +183,14 @@ def make_app(
             found = datasets.load(dataset, data_dir)
             claim(folder)
             budget = budgets[found.name]
-            settings = Settings(
+            recipe = Recipe(
                 epochs=epochs or (_QUICK_EPOCHS if quick else budget.epochs),
                 batch_size=budget.batch_size,
                 learning_rate=_LEARNING_RATE,
                 weight_decay=0.0,
-                dropout=0.0,
-                seed=0,
             )
             images = min(budget.images, _QUICK_IMAGES) if quick else budget.images
-            study = Study(found, images, settings, range(seeds or (1 if quick else 3)), Console())
+            study = Study(found, images, recipe, range(seeds or (1 if quick else 3)), Console())
             _conduct(name, body, study, folder, quick)
 
     return app
@@ -210,7 +208,7 @@ def claim(folder: Path) -> None:
 def _conduct(
     name: str, body: Callable[[Study], report.Outcome], study: Study, folder: Path, quick: bool
 ) -> None:
-    console, found, settings = study.console, study.data, study.settings
+    console, found, recipe = study.console, study.data, study.recipe
     if not console.is_terminal:
         console.width = 130  # what the widest table needs
     notices = [found.notice, "QUICK: too little training for figures that mean anything"]
@@ -218,16 +216,16 @@ def _conduct(
     if notice:
         show.warn(console, notice, found.reason)
     widths = "-".join(map(str, (found.features, *HIDDEN)))
-    recipe = (
-        f"Adam, learning rate {settings.learning_rate:g} at its peak, cosine decay, batches of "
-        f"{settings.batch_size}, {settings.epochs} epochs; no weight decay, no dropout"
+    training = (
+        f"Adam, learning rate {recipe.learning_rate:g} at its peak, cosine decay, batches of "
+        f"{recipe.batch_size}, {recipe.epochs} epochs; no weight decay, no dropout"
     )
     show.setting(
         console,
         {
             "data": found.summary,
             "model": f"MLP {widths} and one layer more, float32",
-            "training": recipe,
+            "training": training,
             "seeds": str(len(study.seeds)),
             "devices": ", ".join(device.device_kind for device in jax.devices()),
             "folder": str(folder.absolute()),
@@ -237,12 +235,12 @@ def _conduct(
     outcome = body(study)
     seconds, work = time.perf_counter() - start, time.process_time() - start_of_work
     plural = "s" if len(study.seeds) > 1 else ""
-    title = f"{name} on {found.name}, {settings.epochs} epochs, {len(study.seeds)} seed{plural}"
+    title = f"{name} on {found.name}, {recipe.epochs} epochs, {len(study.seeds)} seed{plural}"
     about: dict[str, Any] = {
         "experiment": name,
         "notice": notice,
         "data": found.summary,
-        "options": {**asdict(settings), "seeds": len(study.seeds), "images": study.images},
+        "options": {**asdict(recipe), "seeds": len(study.seeds), "images": study.images},
         "hidden": list(HIDDEN),
         "seconds": round(seconds, 1),
         "processor_seconds": round(work, 1),

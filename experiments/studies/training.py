@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from experiments.output.errors import RunError
-from experiments.training.loop import Settings, make_optimizer
+from experiments.training.loop import Recipe, make_optimizer
 from experiments.training.mlp import MLP
 
 HIDDEN = (256,)
@@ -86,7 +86,7 @@ class _Program:
     """All that is compiled in."""
 
     losses: tuple[Loss, ...]
-    settings: Settings
+    recipe: Recipe
     steps: int
     learnt_rate: float
     graph: Any
@@ -94,7 +94,7 @@ class _Program:
     std: float
 
     def optimizer(self) -> optax.GradientTransformation:
-        network = make_optimizer(self.settings, self.steps)
+        network = make_optimizer(self.recipe, self.steps)
         learnt = optax.adam(self.learnt_rate)
         return optax.partition({"network": network, "learnt": learnt}, ("network", "learnt"))
 
@@ -106,7 +106,7 @@ class _Program:
 
 def train(
     losses: tuple[Loss, ...],
-    settings: Settings,
+    recipe: Recipe,
     images: np.ndarray,
     runs: Runs,
     judged: np.ndarray,
@@ -119,7 +119,7 @@ def train(
 
     Args:
       losses: what `runs.loss` selects from.
-      settings: how, the same for every run; `seed` and `dropout` are of no use here.
+      recipe: how, the same for every run.
       images: uint8 `[all, height, width]`, of which `runs.rows` selects.
       runs: what to train.
       judged: uint8 `[m, height, width]`, the images to look at after training.
@@ -137,8 +137,8 @@ def train(
     graph = nnx.split(nnx.eval_shape(functools.partial(_mlp, 0, features, outputs)))[0]
     program = _Program(
         losses,
-        settings,
-        runs.rows.shape[1] // settings.batch_size,
+        recipe,
+        runs.rows.shape[1] // recipe.batch_size,
         learnt_rate,
         graph,
         float(images.mean()),
@@ -149,7 +149,7 @@ def train(
     of_runs = [networks[seed] for seed in runs.seed.tolist()]
     state = _start(program, jax.tree.map(lambda *leaves: np.stack(leaves), *of_runs), runs.learnt)
     values, learnt = [], []
-    for epoch in range(settings.epochs):
+    for epoch in range(recipe.epochs):
         state, (of_epoch, learnt_then) = _epoch(program, state, flat, runs, epoch)
         values.append(np.asarray(of_epoch))
         learnt.append(jax.tree.map(np.asarray, learnt_then))
@@ -182,7 +182,7 @@ def _start(program: _Program, networks: Any, learnt: dict[str, Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
 def _epoch(program: _Program, state: Any, images: jax.Array, runs: Runs, epoch: jax.Array) -> Any:
-    batch_size, optimizer = program.settings.batch_size, program.optimizer()
+    batch_size, optimizer = program.recipe.batch_size, program.optimizer()
 
     def of_run(state: Any, run: Runs) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), run.seed), epoch)

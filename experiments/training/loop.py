@@ -34,13 +34,19 @@ _WARMUP_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Choices that decide the result of a training run."""
+class Recipe:
+    """How the optimizer goes through the examples."""
 
     epochs: int
     batch_size: int
     learning_rate: float
     weight_decay: float
+
+
+@dataclass(frozen=True)
+class Settings(Recipe):
+    """Choices that decide the result of a training run."""
+
     dropout: float
     seed: int
 
@@ -79,18 +85,18 @@ def make_mesh(batch_size: int, devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh((len(used),), (_BATCH_AXIS,), (AxisType.Auto,), devices=used)
 
 
-def make_optimizer(settings: Settings, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
     """AdamW with a linear warm-up and a cosine decay to zero; biases do not decay."""
-    steps = settings.epochs * steps_per_epoch
+    steps = recipe.epochs * steps_per_epoch
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=settings.learning_rate,
+        peak_value=recipe.learning_rate,
         warmup_steps=int(_WARMUP_FRACTION * steps),
         decay_steps=steps,
     )
     return optax.adamw(
         schedule,
-        weight_decay=settings.weight_decay,
+        weight_decay=recipe.weight_decay,
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
     )
 

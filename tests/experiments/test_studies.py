@@ -18,7 +18,7 @@ from experiments.data import datasets
 from experiments.output.errors import RunError
 from experiments.studies import command, report, training
 from experiments.studies.training import side_by_side, single, train
-from experiments.training.loop import Settings
+from experiments.training.loop import Recipe
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
@@ -239,9 +239,9 @@ def small_runs(seeds, wanted=7.0):
     rows = np.arange(60, dtype=np.int32)
     given, learnt = {"constant": np.float32(wanted)}, {"factor": np.float32(2)}
     runs = [single(loss, seed, rows, rows % 4, given, learnt) for loss in (0, 1) for seed in seeds]
-    settings = Settings(20, 20, 0.01, 0.0, 0.0, 0)
+    recipe = Recipe(20, 20, 0.01, 0.0)
     losses = (near_one, constant)
-    return train(losses, settings, images, side_by_side(runs), images, outputs=4, learnt_rate=0.1)
+    return train(losses, recipe, images, side_by_side(runs), images, outputs=4, learnt_rate=0.1)
 
 
 @pytest.mark.slow
@@ -370,12 +370,12 @@ def test_images_that_do_not_fill_a_batch_are_judged_as_they_are(count, monkeypat
     """No image is left out, none is counted twice, whatever number is looked at together."""
     images = np.random.default_rng(0).integers(0, 256, (8, 3, 3)).astype(np.uint8)
     runs = side_by_side([single(0, seed, np.arange(8), np.arange(8) % 4) for seed in (0, 1)])
-    settings = Settings(1, 5, 0.01, 0.0, 0.0, 0)  # of 8 images a batch of 5: 3 wait
+    recipe = Recipe(1, 5, 0.01, 0.0)  # of 8 images a batch of 5: 3 wait
 
     def look(at_once):
         monkeypatch.setattr(training, "_JUDGED_AT_ONCE", at_once)
         jax.clear_caches()
-        return train((wrong_label,), settings, images, runs, images[:count], outputs=4)
+        return train((wrong_label,), recipe, images, runs, images[:count], outputs=4)
 
     found, whole = look(3), look(8)
     assert found.logits.shape == (2, count, 4)
