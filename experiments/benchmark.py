@@ -8,6 +8,7 @@ are called in turns in this one process, after a warm-up, and each call waits fo
 are taken within a turn, so that they stay right where the machine's speed drifts.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -38,8 +39,9 @@ from experiments.benchmarking.measure import OURS, Row, measure
 from experiments.benchmarking.programs import Peer
 from experiments.benchmarking.timing import Effort
 from experiments.output import console as show
-from experiments.output import runs
+from experiments.output import files
 from experiments.output.errors import ExperimentError, reported
+from experiments.output.machine import machine
 
 
 class Operation(StrEnum):
@@ -169,8 +171,10 @@ def run(
         **effort._asdict(),
     }
     contention = Contention()
-    about: dict[str, Any] = {"options": options, **report.machine(), "others": None}
-    runs.create(folder, {"experiment": "benchmark", **about})
+    about: dict[str, Any] = {"options": options, **machine(), "others": None}
+    files.claim(folder)
+    config = {"experiment": "benchmark", **about}
+    files.write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     show.setting(
         console,
         {

@@ -26,10 +26,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import ce_jax
-from experiments.benchmarking.report import machine
 from experiments.output import console as show
+from experiments.output import files
 from experiments.output.errors import reported
-from experiments.studies import command, pictures, report
+from experiments.output.machine import machine
+from experiments.studies import pictures, report
 from experiments.studies.report import Column, Outcome, Record, by_method, values_of
 from experiments.training.transformer import LanguageModel
 
@@ -289,7 +290,7 @@ def main(
     """
     folder = out or Path("runs") / f"distillation-{datetime.now():%Y%m%d-%H%M%S}"
     with reported(folder, "A study writes its results at its end: start it with another --out."):
-        command.claim(folder)
+        files.claim(folder)
         console, budget = Console(), QUICK if quick else FULL
         if not console.is_terminal:
             console.width = 110  # what the table needs

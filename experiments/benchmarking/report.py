@@ -1,21 +1,15 @@
 """Rows of figures as CSV, JSON and Markdown, with all that is needed to understand them."""
 
 import csv
-import importlib.metadata
 import io
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from experiments.benchmarking.measure import BASELINE, LIMIT, MEASURED, OURS, Row
 from experiments.benchmarking.timing import Samples
-from experiments.output.runs import write_whole
+from experiments.output.files import write_whole
 
 CSV_FILE, JSON_FILE = "results.csv", "results.json"
 SUMMARY_FILE, TABLE_FILE = "summary.md", "table.md"
@@ -23,25 +17,6 @@ SUMMARY_FILE, TABLE_FILE = "summary.md", "table.md"
 # What may be before the ratios are doubtful: the load average when a run begins, of which the one
 # thread of this process may be the cause, and the share of the cores that others use during it.
 MOST_LOAD, MOST_OTHERS = 1.0, 0.1
-
-_PACKAGES = (
-    *("ce-jax", "jax", "jaxlib", "optax", "torch", "keras", "tokamax"),
-    *("liger-kernel", "cut-cross-entropy", "numpy"),
-)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, devices, load at the start, versions, date."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        # Windows has none.
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "devices": [device.device_kind for device in jax.devices()],
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-    }
 
 
 def notices(about: Mapping[str, Any]) -> list[str]:
@@ -205,20 +180,3 @@ def _about(about: Mapping[str, Any]) -> str:
         "over that of x, the median of the rounds' ratios; limit: one read and one write of the "
         "logits, or three matmuls, measured in turns with the rest."
     )
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in (path.read_text().splitlines() if path.exists() else ())
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

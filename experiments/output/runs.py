@@ -28,6 +28,7 @@ from typing import Any, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from experiments.output import files
 from experiments.output.errors import RunError
 from experiments.output.events import EventFile
 from experiments.processes import group
@@ -37,7 +38,6 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 EVENTS_FOLDER = "events"
 
-_TEMPORARY_SUFFIX = ".partial"
 _KEPT_CHECKPOINTS = 2
 # What Orbax calls a checkpoint before it is complete, and the bytes it writes beside the arrays.
 _UNFINISHED = "*.orbax-checkpoint-tmp"
@@ -159,7 +159,7 @@ class RunFolder:
 
     def _rewrite_metrics(self) -> None:
         rows = [{"kind": "run", **self._header}, *self.history]
-        write_whole(self.path / METRICS_FILE, "".join(_json_line(row) for row in rows))
+        files.write_whole(self.path / METRICS_FILE, "".join(_json_line(row) for row in rows))
 
     def _append(self, row: Mapping[str, Any]) -> None:
         if not group.is_first():
@@ -205,15 +205,7 @@ def _uninterrupted() -> Iterator[None]:
 
 def require_fresh(path: Path) -> None:
     """Raises RunError unless a new run could begin in this folder: it is missing or empty."""
-    try:
-        if path.exists() and not path.is_dir():
-            raise RunError(f"{path}: not a folder")
-        if path.exists() and not _is_fresh(path):
-            resumable = (path / CONFIG_FILE).exists()
-            more = ", or continue the run in it with --resume" if resumable else ""
-            raise RunError(f"{path}: not empty; name another --out{more}")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
+    files.require_fresh(path, resumable=CONFIG_FILE)
 
 
 def create(path: Path, config: Mapping[str, Any]) -> None:
@@ -225,7 +217,7 @@ def create(path: Path, config: Mapping[str, Any]) -> None:
     require_fresh(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        files.write_whole(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
 
@@ -246,7 +238,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if not path.is_dir():
             raise RunError(f"{path}: not a folder")
         if not file.exists():
-            cure = "; leave --resume out to start one there" if _is_fresh(path) else ""
+            cure = "; leave --resume out to start one there" if files.is_fresh(path) else ""
             raise RunError(f"{path}: holds no run to resume (no {CONFIG_FILE}){cure}")
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -273,26 +265,6 @@ def require_same(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
             for name in changed
         ]
         raise RunError(f"{path}: the run in it has other options:{''.join(lines)}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a reader sees the old text or the new."""
-    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
-    try:
-        with temporary.open("w", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        # On a full disk it would take the room of something else.
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _is_fresh(path: Path) -> bool:
-    """Whether a folder holds nothing, or only what a kill before the first write left."""
-    return all(entry.name.endswith(_TEMPORARY_SUFFIX) for entry in path.iterdir())
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

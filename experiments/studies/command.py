@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from experiments.benchmarking.report import machine
 from experiments.data import datasets
 from experiments.output import console as show
+from experiments.output import files
 from experiments.output.errors import RunError, reported
+from experiments.output.machine import machine
 from experiments.studies import pictures, report
 from experiments.studies.training import HIDDEN, Loss, Runs, Trained, train
 from experiments.training.loop import Recipe
@@ -181,7 +182,7 @@ def make_app(
             folder, "A study writes its results at its end: start it with another --out."
         ):
             found = datasets.load(dataset, data_dir)
-            claim(folder)
+            files.claim(folder)
             budget = budgets[found.name]
             recipe = Recipe(
                 epochs=epochs or (_QUICK_EPOCHS if quick else budget.epochs),
@@ -194,15 +195,6 @@ def make_app(
             _conduct(name, body, study, folder, quick)
 
     return app
-
-
-def claim(folder: Path) -> None:
-    """Makes the folder, or raises RunError where something is in it."""
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder}: not a folder")
-    if folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder}: not empty; name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _conduct(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from experiments.output.runs import write_whole
+from experiments.output.files import write_whole
 
 CSV_FILE, JSON_FILE, TABLE_FILE = "results.csv", "results.json", "table.md"
 

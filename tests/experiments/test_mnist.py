@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from experiments import mnist
 from experiments.data import datasets
-from experiments.output import runs
+from experiments.output import files, runs
 from experiments.training.loop import Trainer
 from experiments.training.objectives import LossName, make_objective
 from tests.experiments.idx_files import write_all
@@ -275,7 +275,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, monkeypatch, brok
 
     out = tmp_path / "run"
     options = ("--dataset", "digits", "--epochs", 1, "--batch-size", 512, "--out", out)
-    where = {"write_whole": runs, "savefig": Figure}.get(broken, runs.RunFolder)
+    where = {"write_whole": files, "savefig": Figure}.get(broken, runs.RunFolder)
     with monkeypatch.context() as patch:
         patch.setattr(where, broken, full)
         message = one_line(invoke(*options))

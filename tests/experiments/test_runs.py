@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments.output import runs
+from experiments.output import files, runs
 from experiments.output.errors import RunError
 
 HEADER = {"dataset": "digits", "notice": "a notice"}
@@ -209,14 +209,14 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(
 
 def test_a_file_that_cannot_be_replaced_stays_as_it_is(tmp_path, monkeypatch):
     path = tmp_path / "figures"
-    runs.write_whole(path, "old")
+    files.write_whole(path, "old")
 
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as error:
-        runs.write_whole(path, "new")
+        files.write_whole(path, "new")
     assert is_full(error)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
