@@ -12,7 +12,6 @@ Jensen-Shannon divergence. Every tenth file is held out; the measure is bits per
 import functools
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -26,11 +25,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import ce_jax
-from experiments.output import console as show
 from experiments.output import files
-from experiments.output.errors import reported
-from experiments.output.machine import machine
-from experiments.studies import pictures, report
+from experiments.studies import command, pictures
 from experiments.studies.report import Column, Outcome, Record, by_method, values_of
 from experiments.training.transformer import LanguageModel
 
@@ -288,34 +284,19 @@ def main(
     Exit status: 0 for a finished study, 1 for a folder that cannot be used, 2 for wrong options,
     130 for an interrupt.
     """
-    folder = out or Path("runs") / f"distillation-{datetime.now():%Y%m%d-%H%M%S}"
-    with reported(folder, "A study writes its results at its end: start it with another --out."):
+    budget, notice = (QUICK, command.QUICK) if quick else (FULL, "")
+    about = {
+        "experiment": "distillation",
+        "notice": notice,
+        "options": {**budget._asdict(), "seeds": seeds, "length": LENGTH, "batch": BATCH},
+        "teacher": TEACHER._asdict(),
+        "student": STUDENT._asdict(),
+    }
+    with command.results_in("distillation", out) as folder:
         files.claim(folder)
-        console, budget = Console(), QUICK if quick else FULL
-        if not console.is_terminal:
-            console.width = 110  # what the table needs
-        notice = "QUICK: too little training for figures that mean anything" if quick else ""
-        if notice:
-            show.warn(console, notice, "")
-        start = time.perf_counter()
-        outcome = study(budget, seeds, console)
-        seconds = time.perf_counter() - start
-        plural = "s" if seeds > 1 else ""
-        title = f"distillation of bytes, {budget.students} steps, {seeds} seed{plural}"
-        console.print(f"[bold]{title}[/bold]; mean ± standard deviation over the seeds")
-        outcome.table.show(console)
-        about = {
-            "experiment": "distillation",
-            "notice": notice,
-            "options": {**budget._asdict(), "seeds": seeds, "length": LENGTH, "batch": BATCH},
-            "teacher": TEACHER._asdict(),
-            "student": STUDENT._asdict(),
-            "seconds": round(seconds, 1),
-            **machine(),
-        }
-        report.save(folder, outcome, about, title)
-        pictures.save_all(folder, outcome.figures, title, notice)
-        console.print(f"table, plot and the figures of every run: {folder.absolute()}")
+        console = command.open_console(notice)
+        title = f"distillation of bytes, {budget.students} steps"
+        command.finish(lambda: study(budget, seeds, console), title, about, folder, console)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The command line of a study: its options, its data, its folder, and errors of one line."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from experiments.studies import pictures, report
 from experiments.studies.training import HIDDEN, Loss, Runs, Trained, train
 from experiments.training.loop import Recipe
 
+QUICK = "QUICK: too little training for figures that mean anything"
 _QUICK_IMAGES, _QUICK_EPOCHS = 500, 2
 _LEARNING_RATE = 2e-3
 
@@ -177,10 +179,7 @@ def make_app(
     ) -> None:
         if data_dir is not None and dataset == "digits":
             raise typer.BadParameter("--data-dir is for MNIST: leave it out with --dataset digits")
-        folder = out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        with reported(
-            folder, "A study writes its results at its end: start it with another --out."
-        ):
+        with results_in(name, out) as folder:
             found = datasets.load(dataset, data_dir)
             files.claim(folder)
             budget = budgets[found.name]
@@ -191,29 +190,25 @@ def make_app(
                 weight_decay=0.0,
             )
             images = min(budget.images, _QUICK_IMAGES) if quick else budget.images
-            study = Study(found, images, recipe, range(seeds or (1 if quick else 3)), Console())
-            _conduct(name, body, study, folder, quick)
+            notice = "; ".join(text for text in (found.notice, QUICK if quick else "") if text)
+            console = open_console(notice, found.reason)
+            study = Study(found, images, recipe, range(seeds or (1 if quick else 3)), console)
+            _conduct(name, body, study, folder, notice)
 
     return app
 
 
 def _conduct(
-    name: str, body: Callable[[Study], report.Outcome], study: Study, folder: Path, quick: bool
+    name: str, body: Callable[[Study], report.Outcome], study: Study, folder: Path, notice: str
 ) -> None:
-    console, found, recipe = study.console, study.data, study.recipe
-    if not console.is_terminal:
-        console.width = 130  # what the widest table needs
-    notices = [found.notice, "QUICK: too little training for figures that mean anything"]
-    notice = "; ".join(text for text in notices[: 2 if quick else 1] if text)
-    if notice:
-        show.warn(console, notice, found.reason)
+    found, recipe = study.data, study.recipe
     widths = "-".join(map(str, (found.features, *HIDDEN)))
     training = (
         f"Adam, learning rate {recipe.learning_rate:g} at its peak, cosine decay, batches of "
         f"{recipe.batch_size}, {recipe.epochs} epochs; no weight decay, no dropout"
     )
     show.setting(
-        console,
+        study.console,
         {
             "data": found.summary,
             "model": f"MLP {widths} and one layer more, float32",
@@ -223,28 +218,65 @@ def _conduct(
             "folder": str(folder.absolute()),
         },
     )
-    start, start_of_work = time.perf_counter(), time.process_time()
-    outcome = body(study)
-    seconds, work = time.perf_counter() - start, time.process_time() - start_of_work
-    plural = "s" if len(study.seeds) > 1 else ""
-    title = f"{name} on {found.name}, {recipe.epochs} epochs, {len(study.seeds)} seed{plural}"
-    about: dict[str, Any] = {
+    about = {
         "experiment": name,
         "notice": notice,
         "data": found.summary,
         "options": {**asdict(recipe), "seeds": len(study.seeds), "images": study.images},
         "hidden": list(HIDDEN),
-        "seconds": round(seconds, 1),
-        "processor_seconds": round(work, 1),
-        **machine(),
     }
-    about["versions"] = {"flax": flax.__version__, **about["versions"]}
+    title = f"{name} on {found.name}, {recipe.epochs} epochs"
+    finish(lambda: body(study), title, about, folder, study.console)
+
+
+@contextlib.contextmanager
+def results_in(name: str, out: Path | None) -> Iterator[Path]:
+    """Gives the folder of a study, and ends the program with one line where it cannot go on."""
+    folder = out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    with reported(folder, "A study writes its results at its end: start it with another --out."):
+        yield folder
+
+
+def open_console(notice: str, reason: str = "") -> Console:
+    """Shows the notice, where there is one, and returns a console for the rest."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 130  # what the widest table needs
+    if notice:
+        show.warn(console, notice, reason)
+    return console
+
+
+def finish(
+    work: Callable[[], report.Outcome],
+    title: str,
+    about: Mapping[str, Any],
+    folder: Path,
+    console: Console,
+) -> None:
+    """Lets a study do its work, and shows and saves what comes of it.
+
+    Args:
+      work: does it.
+      title: of table and pictures, but for the number of seeds.
+      about: what results.json tells of the study: its "notice", its "options" with "seeds", ...
+      folder: where the results go.
+      console: where they are shown.
+    """
+    start, start_of_work = time.perf_counter(), time.process_time()
+    outcome = work()
+    seconds, processor = time.perf_counter() - start, time.process_time() - start_of_work
+    seeds = about["options"]["seeds"]
+    title = f"{title}, {seeds} seed{'s'[: seeds > 1]}"
+    times = {"seconds": round(seconds, 1), "processor_seconds": round(processor, 1)}
+    record = {**about, **times, **machine()}
+    record["versions"]["flax"] = flax.__version__
     # Shown first: what took minutes to compute is not lost with a disk that is full.
     console.print(f"[bold]{title}[/bold]; mean ± standard deviation over the seeds")
     outcome.table.show(console)
-    console.print(f"{seconds:.0f} s, {work:.0f} s of processor time", highlight=False)
-    report.save(folder, outcome, about, title)
-    pictures.save_all(folder, outcome.figures, title, notice)
+    console.print(f"{seconds:.0f} s, {processor:.0f} s of processor time", highlight=False)
+    report.save(folder, outcome, record, title)
+    pictures.save_all(folder, outcome.figures, title, about["notice"])
     console.print(
         Text(f"tables, plots and the figures of every run: {folder.absolute()}"), soft_wrap=True
     )
