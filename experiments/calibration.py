@@ -20,7 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import ce_jax
-from experiments.studies import command, pictures
+from experiments.output.figures import clean
+from experiments.studies import command
 from experiments.studies.report import Column, Outcome, Record, by_method
 from experiments.studies.training import Loss, side_by_side, single
 
@@ -147,8 +148,8 @@ def picture(logits: dict[tuple[str, int], np.ndarray], labels: np.ndarray) -> Fi
         upper.set_title(name, fontsize=10)
         lower.set_xlabel("confidence")
         lower.set_yscale("log")
-        pictures.clean(upper)
-        pictures.clean(lower)
+        clean(upper)
+        clean(lower)
     grid[0, 0].set_ylabel(f"accuracy in each of {BINS} bins")
     grid[0, 0].set_ylim(0, 1.02)
     grid[0, 0].legend(frameon=False, fontsize=9, loc="lower right")

@@ -26,7 +26,8 @@ from rich.console import Console
 
 import ce_jax
 from experiments.output import files
-from experiments.studies import command, pictures
+from experiments.output.figures import STYLES, clean
+from experiments.studies import command
 from experiments.studies.report import Column, Outcome, Record, by_method, values_of
 from experiments.training.transformer import LanguageModel
 
@@ -253,7 +254,7 @@ def picture(records: list[Record], teacher: float) -> Figure:
     axes = figure.subplots()
     kinds = list(dict.fromkeys(name.split(",")[0] for name in METHODS))
     for index, method in enumerate(METHODS):
-        color, marker = pictures.STYLES[kinds.index(method.split(",")[0])]
+        color, marker = STYLES[kinds.index(method.split(",")[0])]
         values = np.array(values_of(records, "bits", method=method))
         axes.plot(values, [index] * len(values), ".", color=color, alpha=0.45)
         axes.plot(values.mean(), index, marker, color=color, markersize=8)
@@ -262,7 +263,7 @@ def picture(records: list[Record], teacher: float) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("held-out bits per byte; small: single seeds")
     axes.legend(frameon=False, fontsize=8.5)
-    pictures.clean(axes)
+    clean(axes)
     return figure
 
 

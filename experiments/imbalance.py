@@ -20,7 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import ce_jax
-from experiments.studies import command, pictures
+from experiments.output.figures import STYLES, clean
+from experiments.studies import command
 from experiments.studies.report import Column, Outcome, Record, by_method, values_of
 from experiments.studies.training import Loss, side_by_side, single
 
@@ -157,7 +158,7 @@ def picture(records: Sequence[Record], counts: np.ndarray) -> Figure:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
     for index, method in enumerate(methods):
-        color, marker = pictures.STYLES[index]
+        color, marker = STYLES[index]
         values = 100 * np.array(values_of(records, "balanced_accuracy", method=method))
         left.plot(values, [index] * len(values), ".", color=color, alpha=0.45)
         left.plot(values.mean(), index, marker, color=color, markersize=8)
@@ -174,7 +175,7 @@ def picture(records: Sequence[Record], counts: np.ndarray) -> Figure:
     right.set_ylabel("test accuracy of the digit (%)")
     right.legend(frameon=False, fontsize=8.5, loc="lower left")
     for axes in (left, right):
-        pictures.clean(axes)
+        clean(axes)
     return figure
 
 

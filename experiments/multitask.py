@@ -20,7 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import ce_jax
-from experiments.studies import command, pictures
+from experiments.output.figures import STYLES, clean
+from experiments.studies import command
 from experiments.studies.report import Column, Outcome, Record, by_method, values_of
 from experiments.studies.training import Loss, Trained, side_by_side, single
 
@@ -162,7 +163,7 @@ def picture(records: Sequence[Record], weights: dict[str, np.ndarray]) -> Figure
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     methods = [method for method in (*FIXED, LEARNT) if "alone" not in method]
-    for (color, marker), method in zip(pictures.STYLES, methods, strict=False):
+    for (color, marker), method in zip(STYLES, methods, strict=False):
         error = values_of(records, "angle_error", method=method)
         accuracy = 100 * np.array(values_of(records, "digit_accuracy", method=method))
         name = method if method == LEARNT else f"fixed, {method}"
@@ -176,7 +177,7 @@ def picture(records: Sequence[Record], weights: dict[str, np.ndarray]) -> Figure
     left.set_ylabel("digit: test accuracy (%); small: single seeds")
     left.legend(frameon=False, fontsize=9)
     names = {"digit": "digit, per nat", "angle": "angle, per square degree"}
-    for (color, _), (task, name) in zip(pictures.STYLES[1:], names.items(), strict=False):
+    for (color, _), (task, name) in zip(STYLES[1:], names.items(), strict=False):
         values = weights[task]
         steps = np.arange(1, values.shape[1] + 1)
         right.plot(steps, np.exp(np.log(values).mean(0)), color=color, label=name)
@@ -186,7 +187,7 @@ def picture(records: Sequence[Record], weights: dict[str, np.ndarray]) -> Figure
     right.set_ylabel("learnt weight of the loss; band: all seeds")
     right.legend(frameon=False, fontsize=9)
     for axes in (left, right):
-        pictures.clean(axes)
+        clean(axes)
     return figure
 
 

@@ -21,7 +21,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import ce_jax
-from experiments.studies import command, pictures
+from experiments.output.figures import STYLES, clean
+from experiments.studies import command
 from experiments.studies.report import Outcome, Record, Table, cell, values_of
 from experiments.studies.training import Loss, side_by_side, single
 
@@ -162,7 +163,7 @@ def picture(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for noise, axes in zip(get_args(Noise), panels, strict=True):
-        for (color, marker), method in zip(pictures.STYLES, LOSSES, strict=False):
+        for (color, marker), method in zip(STYLES, LOSSES, strict=False):
             values = 100 * np.array(
                 [
                     values_of(records, "accuracy", method=method, noise=noise, rate=rate)
@@ -177,7 +178,7 @@ def picture(records: Sequence[Record]) -> Figure:
         axes.set_title(f"{noise} noise", fontsize=10)
         axes.set_xlabel("wrong training labels (%)")
         axes.set_xticks(100 * np.array(RATES))
-        pictures.clean(axes)
+        clean(axes)
     panels[0].set_ylabel("test accuracy (%); band: all seeds")
     panels[0].legend(frameon=False, fontsize=9, loc="lower left")
     return figure

@@ -10,6 +10,7 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from experiments.benchmarking.measure import BASELINE, LIMIT, OURS, Row
+from experiments.output.figures import clean, save_figures
 
 _STYLES = {
     OURS: ("#b2182b", "o"),
@@ -26,8 +27,6 @@ _STYLES = {
     "cut-cross-entropy exact": ("#f1b6da", ">"),
     LIMIT: ("#777777", ""),
 }
-_NOTICE_COLOR = "#b2182b"
-_DOTS_PER_INCH = 130
 _LINE_INCHES, _KEY_INCHES = 0.24, 0.7
 _VARIED: dict[str, Callable[[Row], int]] = {
     "classes": lambda row: row.problem.classes,
@@ -62,16 +61,7 @@ def save_all(
             figures[f"scaling_{varied}"] = scaling(series, varied)
     if len({row.devices for row in shared}) > 1:
         figures["scaling_devices"] = scaling(shared, "devices")
-    paths = []
-    for name, figure in figures.items():
-        figure.suptitle(title, fontsize=10)
-        if notices:
-            text = "\n".join(notices)
-            figure.supxlabel(text, color="white", backgroundcolor=_NOTICE_COLOR, fontsize=10)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=_DOTS_PER_INCH)
-        paths.append(path)
-    return paths
+    return save_figures(folder, figures, title, "\n".join(notices))
 
 
 def ratios(rows: Sequence[Row]) -> Figure:
@@ -156,7 +146,7 @@ class _Lines:
             axes.yaxis.get_major_ticks()[index].label1.set_fontweight("bold")
             axes.axhline(index - 0.5, color="#bbbbbb", linewidth=0.8)
         axes.set_ylim(len(self.labels) - 0.5, -0.5)
-        _clean(axes)
+        clean(axes)
 
 
 def _points(
@@ -254,7 +244,7 @@ def _size_axis(axes: Axes, sizes: Sequence[int], varied: str) -> None:
         FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}")
     )
     axes.set_xlabel(varied)
-    _clean(axes)
+    clean(axes)
 
 
 def _amount_axis(axes: Axes, unit: float) -> None:
@@ -284,9 +274,3 @@ def _order(rows: Sequence[Row]) -> list[str]:
 
 def _style(peer: str) -> tuple[str, str]:
     return _STYLES.get(peer, ("#000000", "*"))
-
-
-def _clean(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)

@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
+from experiments.output.figures import clean, save_figures
 from experiments.output.report import Evaluation
 
 _TRAIN_COLOR = "#b35806"
 _TEST_COLOR = "#2166ac"
 _GAP_COLOR = "#d6604d"
 _MISTAKE_COLOR = "#b2182b"
-_DOTS_PER_INCH = 130
 # Points of accuracy that are told apart near 100 %.
 _FINEST = 0.1
 _ACCURACY_TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 100)
@@ -54,15 +54,7 @@ def save_all(
         "reliability": reliability(evaluation),
         "hardest": hardest(evaluation, images),
     }
-    paths = []
-    for name, figure in figures.items():
-        figure.suptitle(title, fontsize=11)
-        if notice:
-            figure.supxlabel(notice, color="white", backgroundcolor=_MISTAKE_COLOR, fontsize=9)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=_DOTS_PER_INCH)
-        paths.append(path)
-    return paths
+    return save_figures(folder, figures, title, notice)
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
@@ -79,7 +71,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
             axes.plot(epochs, values, color=color, marker="o", markersize=3, label=label)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _clean(axes)
+        clean(axes)
     loss_axes.set_ylabel("loss")
     loss_axes.set_yscale("log")
     loss_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -179,8 +171,8 @@ def reliability(evaluation: Evaluation) -> Figure:
     lower.set_ylabel("test images")
     lower.set_xlabel("confidence in the predicted class")
     lower.set_xlim(0, 1)
-    _clean(upper)
-    _clean(lower)
+    clean(upper)
+    clean(lower)
     return figure
 
 
@@ -205,9 +197,3 @@ def hardest(evaluation: Evaluation, images: np.ndarray) -> Figure:
             color=_MISTAKE_COLOR if wrong else "black",
         )
     return figure
-
-
-def _clean(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)

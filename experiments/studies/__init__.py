@@ -1,1 +1,1 @@
-"""What the studies of losses share: options, training of many runs at once, tables, pictures."""
+"""What the studies of losses share: options, training of many runs at once, tables."""

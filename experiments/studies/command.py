@@ -20,8 +20,9 @@ from experiments.data import datasets
 from experiments.output import console as show
 from experiments.output import files
 from experiments.output.errors import RunError, reported
+from experiments.output.figures import save_figures
 from experiments.output.machine import machine
-from experiments.studies import pictures, report
+from experiments.studies import report
 from experiments.studies.training import HIDDEN, Loss, Runs, Trained, train
 from experiments.training.loop import Recipe
 
@@ -276,7 +277,8 @@ def finish(
     outcome.table.show(console)
     console.print(f"{seconds:.0f} s, {processor:.0f} s of processor time", highlight=False)
     report.save(folder, outcome, record, title)
-    pictures.save_all(folder, outcome.figures, title, about["notice"])
+    # The pictures of studies are wide, and their files should stay small.
+    save_figures(folder, outcome.figures, title, about["notice"], dots_per_inch=110)
     console.print(
         Text(f"tables, plots and the figures of every run: {folder.absolute()}"), soft_wrap=True
     )

@@ -1,4 +1,4 @@
-"""What the pictures of the studies have in common."""
+"""What all pictures have in common: a style, and the title and the notice that each carries."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Colour and marker of the methods, in their order; the first is the plain loss.
+# Colour and marker of the methods of a study, in their order; the first is the plain loss.
 STYLES = (
     ("#222222", "o"),
     ("#2166ac", "s"),
@@ -18,7 +18,6 @@ STYLES = (
     ("#8c510a", "<"),
 )
 _NOTICE_COLOR = "#b2182b"
-_DOTS_PER_INCH = 110
 
 
 def clean(axes: Axes) -> None:
@@ -28,10 +27,19 @@ def clean(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def save_all(folder: Path, figures: Mapping[str, Figure], title: str, notice: str) -> None:
-    """Writes each figure as PNG under its title, with the notice where there is one."""
+def save_figures(
+    folder: Path, figures: Mapping[str, Figure], title: str, notice: str, dots_per_inch: int = 130
+) -> list[Path]:
+    """Writes each figure as PNG under its title, with the notice where there is one.
+
+    Returns:
+      The paths.
+    """
+    paths = []
     for name, figure in figures.items():
         figure.suptitle(title, fontsize=11)
         if notice:
-            figure.supxlabel(notice, color="white", backgroundcolor=_NOTICE_COLOR, fontsize=9)
-        figure.savefig(folder / f"{name}.png", dpi=_DOTS_PER_INCH)
+            figure.supxlabel(notice, color="white", backgroundcolor=_NOTICE_COLOR, fontsize=10)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=dots_per_inch)
+    return paths
