@@ -267,6 +267,10 @@ def picture(records: list[Record], teacher: float) -> Figure:
     return figure
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Number of students' seeds.")] = 3,
     out: Annotated[
@@ -301,4 +305,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -211,6 +211,10 @@ def batch_of(rows: np.ndarray, config: Config, step: int) -> np.ndarray:
     return chosen.reshape(config.parts, -1, rows.shape[-1])
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     text: Annotated[
         Path, typer.Option(help="File to learn.", show_default="the README of ce_jax")
@@ -341,4 +345,4 @@ def fit(trainer: Trainer, rows: np.ndarray, folder: runs.RunFolder, console: Con
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -24,9 +24,7 @@ from experiments.output import plots, runs
 from experiments.output.errors import RunError, reported
 from experiments.processes import group
 from experiments.training.loop import Settings, Trainer, fit
-from experiments.training.objectives import LossName, make_objective
-
-SIGMOID_LOSSES = ("one-vs-rest", "even-odd")
+from experiments.training.objectives import SIGMOID_LOSSES, LossName, make_objective
 
 # By data set: the digits are 1437 training images where MNIST has 60000.
 DEFAULT_EPOCHS = {"mnist": 12, "digits": 40}
@@ -313,13 +311,11 @@ def new_config(given: dict[str, Any], dataset: str) -> Config:
 
 def recorded_config(path: Path, recorded: dict[str, Any]) -> Config:
     """The configuration that a run folder recorded."""
-    try:
-        recorded["notice"]
-        return Config(**recorded["options"])
-    except (KeyError, TypeError) as error:
-        raise RunError(
-            f"{path / runs.CONFIG_FILE}: not the configuration of this script"
-        ) from error
+    names = {field.name for field in dataclasses.fields(Config)}
+    options = recorded.get("options")
+    if "notice" not in recorded or not isinstance(options, dict) or options.keys() != names:
+        raise RunError(f"{path / runs.CONFIG_FILE}: not the configuration of this script")
+    return Config(**options)
 
 
 def check_options(given: dict[str, Any]) -> None:

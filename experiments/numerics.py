@@ -257,6 +257,10 @@ def table(rows: Sequence[Row]) -> str:
 _KEPT = Path("experiments/results/numerics")
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     out: Annotated[
         Path, typer.Option(help="Folder of the results, new or empty, if it is not this one.")
@@ -280,4 +284,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

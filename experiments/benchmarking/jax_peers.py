@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -155,26 +155,25 @@ def losses() -> dict[str, Mapping[str, Loss]]:
 
 def peers() -> list[Peer]:
     """All JAX peers, those that are not installed among them."""
-    found = [_peer(name, functions) for name, functions in losses().items()]
+    found = [_peer(name, functions, functions) for name, functions in losses().items()]
     for name, (module, load, operations) in _OPTIONAL.items():
-        if importlib.util.find_spec(module) is None:
-            found.append(Peer(name, frozenset(operations), _never, "not installed"))
-            continue
-        try:
-            found.append(_peer(name, load()))
-        except Exception as error:  # Whatever keeps a foreign library from loading is its result.
-            reason = f"cannot be used: {type(error).__name__}: {error}"
-            found.append(Peer(name, frozenset(operations), _never, reason))
+        functions: dict[str, Loss] = {}
+        missing = "" if importlib.util.find_spec(module) else "not installed"
+        if not missing:
+            try:
+                functions = load()
+            except Exception as error:  # Whatever goes wrong in it is its result.
+                missing = f"cannot be used: {type(error).__name__}: {error}"
+        found.append(_peer(name, operations, functions, missing))
     return found
 
 
-def _peer(name: str, functions: Mapping[str, Loss]) -> Peer:
+def _peer(
+    name: str, operations: Iterable[str], functions: Mapping[str, Loss], missing: str = ""
+) -> Peer:
     return Peer(
         name,
-        frozenset(functions),
+        frozenset(operations),
         lambda problem, inputs: jax_program(functions[problem.formula], problem, inputs),
+        missing,
     )
-
-
-def _never(*_: object) -> Any:
-    raise AssertionError("a missing peer has no program")

@@ -1,7 +1,7 @@
 """From problems and peers to rows of figures."""
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from experiments.benchmarking.problems import Problem
@@ -145,11 +145,6 @@ def compare(
             )
         )
     return rows
-
-
-def absent(problem: Problem, names: Sequence[str], reason: str) -> list[Row]:
-    """Rows that say why there are no figures."""
-    return [Row(problem, name, reason) for name in names]
 
 
 def _ratio(time: Samples, other: Samples | None) -> Samples | None:

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import ce_jax
 from experiments.benchmarking import jax_peers
 from experiments.benchmarking.allocator import keep_freed_memory
-from experiments.benchmarking.measure import BASELINE, OURS, Row, absent, compare
+from experiments.benchmarking.measure import BASELINE, OURS, Row, compare
 from experiments.benchmarking.problems import Problem
 from experiments.benchmarking.programs import Loss, Program, of_functions
 from experiments.benchmarking.timing import Effort, Samples
@@ -50,7 +50,8 @@ def rows(effort: Effort, *, quick: bool, kept: bool) -> list[Row]:
     if jax.device_count() > 1:
         return measure(effort, *shape)
     if jax.default_backend() != "cpu":
-        return absent(Problem(_OPERATION, *shape), PEERS, "needs several devices")
+        problem = Problem(_OPERATION, *shape)
+        return [Row(problem, name, "needs several devices") for name in PEERS]
     flags = os.environ.get("XLA_FLAGS", "")
     simulate = f"--xla_force_host_platform_device_count={SIMULATED_DEVICES}"
     command = [sys.executable, "-m", __name__, str(effort.seconds), *map(str, shape)]
@@ -73,7 +74,7 @@ def measure(effort: Effort, rows: int, classes: int) -> list[Row]:
     inputs = Problem("integer", rows, classes).inputs()
     found = []
     devices = 1
-    while devices <= jax.device_count() and classes % devices == 0:
+    while devices <= jax.device_count():
         programs = _programs(inputs["logits"], inputs["labels"], jax.devices()[:devices])
         for program in programs.values():
             program.gradient()

@@ -145,7 +145,7 @@ class Trainer:
                 rngs=nnx.Rngs(init_key),
             )
         )
-        self._optimizer = make_optimizer(settings, _steps(dataset.train_labels, settings))
+        self._optimizer = make_optimizer(settings, -(-images // settings.batch_size))
         self._pixel_mean = float(dataset.train_images.mean())
         self._pixel_std = float(dataset.train_images.std())
         self._train = self._place(dataset.train_images, dataset.train_labels)
@@ -307,7 +307,3 @@ def _batches(order: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
     rows = jnp.pad(order, (0, padding)).reshape(steps, batch_size)
     where = (jnp.arange(steps * batch_size) < len(order)).reshape(steps, batch_size)
     return rows, where
-
-
-def _steps(labels: np.ndarray, settings: Settings) -> int:
-    return -(-len(labels) // settings.batch_size)

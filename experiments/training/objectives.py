@@ -13,6 +13,7 @@ from ce_jax import Ratio
 from experiments.data.datasets import Dataset
 
 LossName = Literal["softmax", "one-hot", "one-vs-rest", "even-odd", "weighted"]
+SIGMOID_LOSSES = ("one-vs-rest", "even-odd")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def make_objective(
       z_loss: not negative; the losses on sigmoids have no use for it and refuse it.
     """
     classes = len(dataset.class_names)
-    if name in ("one-vs-rest", "even-odd") and z_loss != 0:
+    if name in SIGMOID_LOSSES and z_loss != 0:
         raise ValueError(f"z_loss belongs to the softmax losses, {name} cannot use it")
 
     if name == "softmax" or name == "weighted":

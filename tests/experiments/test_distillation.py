@@ -2,15 +2,11 @@ import json
 
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from experiments import distillation
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
-
-app = typer.Typer()
-app.command()(distillation.main)
 
 
 def test_texts_do_not_overlap():
@@ -29,7 +25,7 @@ def test_the_study_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(distillation, "TEACHER", distillation.Shape(16, 1))
     monkeypatch.setattr(distillation, "STUDENT", distillation.Shape(8, 1))
     folder = tmp_path / "run"
-    result = CliRunner().invoke(app, ["--quick", "--seeds", "2", "--out", str(folder)])
+    result = CliRunner().invoke(distillation.app, ["--quick", "--seeds", "2", "--out", str(folder)])
     assert result.exit_code == 0, result.output
     found = json.loads((folder / "results.json").read_text())
     assert [x["method"] for x in found["results"]] == list(few)
@@ -38,5 +34,5 @@ def test_the_study_runs(tmp_path, monkeypatch):
     assert "QUICK" in (folder / "table.md").read_text()
     assert (folder / "distillation.png").stat().st_size > 1000
 
-    again = CliRunner().invoke(app, ["--quick", "--out", str(folder)])
+    again = CliRunner().invoke(distillation.app, ["--quick", "--out", str(folder)])
     assert again.exit_code == 1

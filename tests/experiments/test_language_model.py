@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import typer
 from flax import nnx
 from jax.sharding import AxisType
 from typer.testing import CliRunner
@@ -108,9 +107,7 @@ def test_rows_hold_every_byte_once():
 
 
 def run(*options):
-    app = typer.Typer()
-    app.command()(lm.main)
-    return CliRunner().invoke(app, list(map(str, options)))
+    return CliRunner().invoke(lm.app, list(map(str, options)))
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from experiments import numerics
@@ -56,9 +55,7 @@ def test_the_truth_of_a_smoothed_loss():
 def test_the_command_writes_its_files(tmp_path, monkeypatch):
     rows = [numerics.Row("class ids", "1x2", "float16", "optax", 0.5, 0.25)]
     monkeypatch.setattr(numerics, "measure", lambda quick: rows if quick else [])
-    app = typer.Typer()
-    app.command()(numerics.main)
-    result = CliRunner().invoke(app, ["--quick", "--out", str(tmp_path)])
+    result = CliRunner().invoke(numerics.app, ["--quick", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert numerics.table(rows) in (tmp_path / "table.md").read_text()
     assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == len(rows)
