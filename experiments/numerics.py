@@ -2,15 +2,16 @@
 
     python -m experiments.numerics
 
-The truth is NumPy in float64, on the same inputs, which are rounded to the dtype first. It writes
-`table.md` and `results.json` to `experiments/results/numerics`, or to the folder of `--out`. That
-takes half a minute. torch takes part where it is installed.
+The truth is NumPy in float64, on the same inputs, which are rounded to the dtype first. torch takes
+part where it is installed. The whole takes half a minute. `--out experiments/results/numerics`
+replaces the tables that the documentation shows.
 """
 
 import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +23,10 @@ import typer
 from rich.console import Console
 
 import ce_jax
-from experiments.output.errors import fail
+from experiments.output import files
+from experiments.output.errors import reported
+
+TABLE_FILE, JSON_FILE = "table.md", "results.json"
 
 SMOOTHING = 0.1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -254,33 +258,50 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_KEPT = Path("experiments/results/numerics")
-
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
     out: Annotated[
-        Path, typer.Option(help="Folder of the results, new or empty, if it is not this one.")
-    ] = _KEPT,
-    quick: Annotated[bool, typer.Option(help="One small shape of each, for a look.")] = False,
+        Path | None,
+        typer.Option(
+            help="Folder for the tables. It has to be new or empty, or to hold nothing but such "
+            "tables, which are replaced.",
+            show_default="runs/numerics-DATE-TIME",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One small shape of each, for a look.")
+    ] = False,
 ) -> None:
-    """Errors of losses and gradients by dtype, beside optax and torch, against float64."""
-    if out != _KEPT and out.exists() and any(out.iterdir()):
-        fail(f"{out}: not empty; name another --out")
+    """Errors of losses and gradients by dtype, beside optax and torch, against float64.
+
+    Exit status: 0 for finished tables, 1 for a folder that cannot be used, 2 for wrong options,
+    130 for an interrupt.
+    """
+    folder = out or Path("runs") / f"numerics-{datetime.now():%Y%m%d-%H%M%S}"
+    with reported(folder, "Tables are written at the end: start again."):
+        run(folder, quick=quick)
+
+
+def run(folder: Path, *, quick: bool) -> None:
+    """Measures, and writes the tables into a folder, over those of an earlier run."""
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if present != {TABLE_FILE, JSON_FILE}:
+        files.claim(folder)
     rows = measure(quick=quick)
     versions = {"jax": jax.__version__, "optax": optax.__version__}
     if importlib.util.find_spec("torch") is not None:
         versions["torch"] = importlib.import_module("torch").__version__
     device = jax.devices()[0].device_kind
     heading = ", ".join(f"{name} {version}" for name, version in versions.items())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(f"Device: {device}; {heading}.\n\n{table(rows)}")
+    console = Console()
+    console.print(table(rows), soft_wrap=True, highlight=False)
+    files.write_whole(folder / TABLE_FILE, f"Device: {device}; {heading}.\n\n{table(rows)}")
     record = {"device": device, "versions": versions, "rows": [row._asdict() for row in rows]}
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    Console().print(table(rows), soft_wrap=True, highlight=False)
+    files.write_whole(folder / JSON_FILE, json.dumps(record, indent=1) + "\n")
+    console.print(f"tables: {folder.absolute()}", soft_wrap=True, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,18 @@ def test_the_truth_of_a_smoothed_loss():
 def test_the_command_writes_its_files(tmp_path, monkeypatch):
     rows = [numerics.Row("class ids", "1x2", "float16", "optax", 0.5, 0.25)]
     monkeypatch.setattr(numerics, "measure", lambda quick: rows if quick else [])
-    result = CliRunner().invoke(numerics.app, ["--quick", "--out", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(numerics.app, ["--quick"]).exit_code == 0
+    (folder,) = tmp_path.glob("runs/numerics-*")
+    # Again, over the tables of the first run.
+    (folder / "table.md").write_text("old")
+    options = ["--quick", "--out", str(folder)]
+    result = CliRunner().invoke(numerics.app, options)
     assert result.exit_code == 0, result.output
-    assert numerics.table(rows) in (tmp_path / "table.md").read_text()
-    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == len(rows)
+    assert numerics.table(rows) in (folder / "table.md").read_text()
+    assert len(json.loads((folder / "results.json").read_text())["rows"]) == len(rows)
+    # But not into a folder of something else.
+    (folder / "thesis.tex").touch()
+    result = CliRunner().invoke(numerics.app, options)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {folder}: not empty; name another --out\n"
