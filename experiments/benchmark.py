@@ -232,11 +232,11 @@ def parts(
 ) -> Iterator[Part]:
     """The parts of the work, in the order in which they are done."""
     if Operation.IMPORT in operations:
-        yield "import", lambda: startup.import_rows(3 if quick else 11)
+        yield "import", lambda: startup.import_rows(peers, 3 if quick else 11)
     if Operation.COMPILE in operations:
         losses = [o for o in operations if o in problems.ARGUMENTS] or list(problems.ARGUMENTS)
         names = losses[:1] if quick else losses
-        yield "compile", lambda: startup.compile_rows(names, 3 if quick else 7)
+        yield "compile", lambda: startup.compile_rows(peers, names, 3 if quick else 7)
     on_accelerator = jax.default_backend() != "cpu"
     for problem in problems.table(operations, quick, on_accelerator=on_accelerator):
         yield (
@@ -246,7 +246,7 @@ def parts(
     if Operation.EPOCH in operations:
         yield "epoch", lambda: epoch.rows(effort, peers, quick=quick)
     if Operation.VOCAB_PARALLEL in operations:
-        yield Operation.VOCAB_PARALLEL, lambda: sharded.rows(effort, quick=quick, kept=kept)
+        yield Operation.VOCAB_PARALLEL, lambda: sharded.rows(effort, peers, quick=quick, kept=kept)
     # Compiling for each of many sizes would take longer than all the rest.
     curves = [peer for peer in peers if peer.name != "torch.compile"]
     for problem in problems.scaling(quick) if Operation.SCALING in operations else ():

@@ -1,7 +1,7 @@
 """From problems and peers to rows of figures."""
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from experiments.benchmarking.problems import Problem
@@ -74,6 +74,15 @@ def measure(problem: Problem, peers: Iterable[Peer], effort: Effort) -> list[Row
     return rows
 
 
+def present(
+    problem: Problem, peers: Iterable[Peer], names: Collection[str]
+) -> tuple[list[Row], list[str]]:
+    """Of the peers of these names, rows for those that are missing, and the names of the others."""
+    named = [peer for peer in peers if peer.name in names]
+    rows = [Row(problem, peer.name, peer.missing) for peer in named if peer.missing]
+    return rows, [peer.name for peer in named if not peer.missing]
+
+
 def prepare(
     problem: Problem, peers: Iterable[Peer], build: Callable[[Peer], Program]
 ) -> tuple[list[Row], dict[str, Program]]:
@@ -140,14 +149,15 @@ def compare(
                 forward=forwards.get(name),
                 gradient=gradient,
                 temporaries=None if program is None else program.temporaries(),
-                to_optax=_ratio(gradient, gradients.get(BASELINE)),
-                to_limit=_ratio(gradient, gradients.get(LIMIT)),
+                to_optax=ratio(gradient, gradients.get(BASELINE)),
+                to_limit=ratio(gradient, gradients.get(LIMIT)),
             )
         )
     return rows
 
 
-def _ratio(time: Samples, other: Samples | None) -> Samples | None:
+def ratio(time: Samples, other: Samples | None) -> Samples | None:
+    """By rounds; None where there is nothing to compare with."""
     return None if other is None else time.over(other)
 
 

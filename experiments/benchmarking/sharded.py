@@ -4,9 +4,9 @@ Where there are several devices they serve. A CPU is split into simulated ones, 
 own, as JAX wants to know about them before it starts; that tells of correctness and overhead, not
 of speed, since they share the same cores.
 
-    python -m experiments.benchmarking.sharded SECONDS ROWS CLASSES [HEAP]
+    python -m experiments.benchmarking.sharded SECONDS ROWS CLASSES HEAP PEER...
 
-HEAP is how many bytes malloc is to get and to keep; it is left as it is without.
+HEAP is how many bytes malloc is to get and to keep; 0 leaves it as it is.
 """
 
 import json
@@ -25,9 +25,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import ce_jax
 from experiments.benchmarking import jax_peers
 from experiments.benchmarking.allocator import keep_freed_memory
-from experiments.benchmarking.measure import BASELINE, OURS, Row, compare
+from experiments.benchmarking.measure import BASELINE, OURS, Row, compare, present
 from experiments.benchmarking.problems import Problem
-from experiments.benchmarking.programs import Loss, Program, of_functions
+from experiments.benchmarking.programs import Loss, Peer, Program, of_functions
 from experiments.benchmarking.timing import Effort, Samples
 
 SIMULATED_DEVICES = 8
@@ -38,25 +38,26 @@ _OPERATION = "vocab-parallel"
 _AXIS = "classes"
 
 
-def rows(effort: Effort, *, quick: bool, kept: bool) -> list[Row]:
+def rows(effort: Effort, peers: Sequence[Peer], *, quick: bool, kept: bool) -> list[Row]:
     """The rows for 1, 2, 4, ... of the devices there are, or of simulated ones on a CPU.
 
     Args:
       effort: how long to measure.
+      peers: of whom some take part, unless they are missing.
       quick: whether a small shape does.
       kept: whether malloc is to keep freed memory, in the process of its own.
     """
     shape = (256, 4096) if quick else (1024, 32768)
+    problem = Problem(_OPERATION, *shape)
+    found, names = present(problem, peers, PEERS)
     if jax.device_count() > 1:
-        return measure(effort, *shape)
+        return found + measure(effort, names, *shape)
     if jax.default_backend() != "cpu":
-        problem = Problem(_OPERATION, *shape)
-        return [Row(problem, name, "needs several devices") for name in PEERS]
+        return found + [Row(problem, name, "needs several devices") for name in names]
     flags = os.environ.get("XLA_FLAGS", "")
     simulate = f"--xla_force_host_platform_device_count={SIMULATED_DEVICES}"
-    command = [sys.executable, "-m", __name__, str(effort.seconds), *map(str, shape)]
-    if kept:
-        command.append(str(16 * shape[0] * shape[1]))
+    heap = 16 * shape[0] * shape[1] if kept else 0
+    command = [sys.executable, "-m", __name__, *map(str, (effort.seconds, *shape, heap)), *names]
     output = subprocess.run(
         command,
         cwd=_ROOT,
@@ -65,17 +66,17 @@ def rows(effort: Effort, *, quick: bool, kept: bool) -> list[Row]:
         stdout=subprocess.PIPE,
         text=True,
     ).stdout
-    return [_row(values) for values in json.loads(output)]
+    return found + [_row(values) for values in json.loads(output)]
 
 
-def measure(effort: Effort, rows: int, classes: int) -> list[Row]:
+def measure(effort: Effort, names: Sequence[str], rows: int, classes: int) -> list[Row]:
     """The rows for 1, 2, 4, ... of the devices of this process."""
     problem = Problem(_OPERATION, rows, classes)
     inputs = Problem("integer", rows, classes).inputs()
     found = []
     devices = 1
     while devices <= jax.device_count():
-        programs = _programs(inputs["logits"], inputs["labels"], jax.devices()[:devices])
+        programs = _programs(names, inputs["logits"], inputs["labels"], jax.devices()[:devices])
         for program in programs.values():
             program.gradient()
             if program.forward is not None:
@@ -86,13 +87,13 @@ def measure(effort: Effort, rows: int, classes: int) -> list[Row]:
 
 
 def _programs(
-    logits: np.ndarray, labels: np.ndarray, devices: Sequence[jax.Device]
+    names: Sequence[str], logits: np.ndarray, labels: np.ndarray, devices: Sequence[jax.Device]
 ) -> dict[str, Program]:
     mesh = jax.make_mesh((len(devices),), (_AXIS,), (AxisType.Auto,), devices=devices)
     z = jax.device_put(logits, NamedSharding(mesh, PartitionSpec(None, _AXIS)))
     y = jax.device_put(labels, NamedSharding(mesh, PartitionSpec()))
     losses = jax_peers.losses()
-    functions = {name: losses[name]["integer"] for name in PEERS} | {OURS: _ours(mesh)}
+    functions = {name: losses[name]["integer"] for name in names} | {OURS: _ours(mesh)}
     return {
         name: of_functions(function, jax.value_and_grad(function), (z, y))
         for name, function in functions.items()
@@ -121,7 +122,7 @@ def _row(values: list[Any]) -> Row:
 
 
 if __name__ == "__main__":
-    seconds, (n, v, *heap) = float(sys.argv[1]), map(int, sys.argv[2:])
-    for size in heap:
+    seconds, (n, v, size) = float(sys.argv[1]), map(int, sys.argv[2:5])
+    if size:
         keep_freed_memory(size)
-    print(json.dumps(measure(Effort(seconds), n, v)))
+    print(json.dumps(measure(Effort(seconds), sys.argv[5:], n, v)))

@@ -22,6 +22,7 @@ from experiments.benchmarking import (
     pictures,
     problems,
     report,
+    sharded,
     startup,
     timing,
     torch_peers,
@@ -265,13 +266,22 @@ def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("lenient")  # for Adam, which is optax's
-def test_who_is_left_out_has_no_epoch_either(monkeypatch):
+@pytest.mark.parametrize(
+    ("part", "others"),
+    [
+        (lambda peers: epoch.rows(TINY, peers, quick=True), {"optax", "torch", "torch.compile"}),
+        (lambda peers: sharded.rows(TINY, peers, quick=True, kept=False), {"optax", "jax.nn"}),
+        (lambda peers: startup.import_rows(peers, 1), {"optax"}),
+        (lambda peers: startup.compile_rows(peers, ["integer"], 1), {"optax"}),
+    ],
+)
+def test_who_is_left_out_takes_no_part(monkeypatch, part, others):
     monkeypatch.setattr(epoch, "QUICK_EXAMPLES", 256)
+    monkeypatch.setattr(startup, "_COMPILED_SHAPES", ((6, 5),))
     peers = jax_peers.peers() + torch_peers.peers(compiled=False)
     gone = [p if p.name == "ce_jax" else p._replace(missing="left out") for p in peers]
-    status = {row.peer: row.status for row in epoch.rows(TINY, gone, quick=True)}
-    others = dict.fromkeys(("optax", "torch", "torch.compile"), "left out")
-    assert status == {"ce_jax": "measured"} | others
+    status = {(row.peer, row.status) for row in part(gone)}
+    assert status == {("ce_jax", "measured")} | {(name, "left out") for name in others}
 
 
 ABOUT = {
@@ -435,7 +445,7 @@ def test_what_others_do_is_told_from_what_the_process_does():
 def test_compile_times_are_those_of_value_and_gradient_beside_optax(monkeypatch):
     assert startup._COMPILED_SHAPES == ((1024, 1000), (65536, 10))
     monkeypatch.setattr(startup, "_COMPILED_SHAPES", ((6, 5), (8, 3)))
-    rows = startup.compile_rows(["integer", "linear"], 1)
+    rows = startup.compile_rows(jax_peers.peers(), ["integer", "linear"], 1)
     assert [(row.problem.operation, row.problem.shape, row.peer) for row in rows] == [
         (f"compile {operation}", shape, peer)
         for operation, shape in (("integer", "6x5"), ("integer", "8x3"), ("linear", "6x64x5"))
@@ -455,7 +465,7 @@ def test_a_run_that_cannot_go_on_is_one_line(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(report, "save", broken)
-    monkeypatch.setattr(startup, "import_rows", lambda _: [])
+    monkeypatch.setattr(startup, "import_rows", lambda *_: [])
     out = tmp_path / "run"
     options = ["--quick", "--fresh-memory", "--only", "import", "--out", str(out)]
     result = CliRunner().invoke(benchmark.app, options)
