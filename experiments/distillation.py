@@ -7,6 +7,8 @@ that text are stored once, as it is done where a teacher is too large to run alo
 Students a quarter as wide learn the same text from the bytes alone, from the teacher's whole
 distribution, from its k best classes with each way to treat the others (`tail`), and by the
 Jensen-Shannon divergence. Every tenth file is held out; the measure is bits per byte on these.
+Expect about 2.7 from the bytes alone, and 2.6 from the whole teacher or its 16 best classes with
+`tail="bucket"`.
 """
 
 import functools
