@@ -77,6 +77,7 @@ class Ratio:
 
 
 @jax.custom_jvp
+@functools.partial(jax.jit, inline=True)  # one program, where a mean is taken outside `jit`
 def _quotient(total: ArrayLike, denominator: ArrayLike) -> Float[Array, "..."]:
     none = jnp.equal(denominator, 0)
     quotient = jnp.divide(total, jnp.where(none, 1, denominator))

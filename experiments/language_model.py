@@ -335,6 +335,7 @@ def fit(trainer: Trainer, rows: np.ndarray, folder: runs.RunFolder, console: Con
     for step in range(done + 1, steps + 1):
         sums = trainer.step(batch_of(rows, trainer.config, step))
         if step == 1 or step % STRETCH == 0 or step == steps:
+            sums = jax.device_get(sums)
             loss = float(sums.loss.mean())
             accuracy = float(sums.hits / sums.loss.denominator)
             if not math.isfinite(loss):

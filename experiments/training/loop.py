@@ -193,7 +193,7 @@ class Trainer:
         """Predicts the test set."""
         loss, log_probs = self._run_predictions(state.params, self._test)
         return Evaluation(
-            loss=float(loss.mean()),
+            loss=float(jax.device_get(loss).mean()),
             log_probs=np.asarray(log_probs),
             labels=self.dataset.test_labels,
             class_names=self.dataset.class_names,
@@ -280,7 +280,7 @@ def fit(
         state, tally = trainer.run_epoch(state, epoch)
         evaluation = trainer.evaluate(state)
         seconds = time.perf_counter() - start
-        train_loss = float(tally.loss.mean())
+        train_loss = float(jax.device_get(tally.loss).mean())
         if not (math.isfinite(train_loss) and math.isfinite(evaluation.loss)):
             raise RunError(
                 f"the loss is {train_loss} in training and {evaluation.loss} on the test set after "
