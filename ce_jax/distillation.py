@@ -131,11 +131,11 @@ def of_logits(
         Side(logits=targets.without_excluded(x.values, x.counts, weights, axis_name))
         for x in (student, teacher)
     )
-    at_once = local
+    block = local
     if beta is not None:
-        at_once, beta = block_of_logits(student.values, teacher.values), beta.astype(dtype)
+        block, beta = block_of_logits(student.values, teacher.values), beta.astype(dtype)
     side = class_blocks.Options(
-        block=at_once,
+        block=block,
         class_axis=-1,
         classes=sharded.all_classes(local, axis_name),
         local=local,

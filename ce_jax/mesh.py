@@ -57,7 +57,7 @@ _TRACED = (
 # What the functions check of a value they know, before it is traced.
 _CHECKS: dict[str, Callable[..., Any]] = {
     "axis": checks.static_axis,
-    "reduction_axis": functools.partial(checks.static_axis, name="reduction_axis"),
+    "reduction_axis": functools.partial(checks.hashable_axes, "reduction_axis"),
     "label_smoothing": functools.partial(checks.float_option, "label_smoothing", high=1.0),
     "z_loss": functools.partial(checks.float_option, "z_loss"),
     "temperature": temperature,

@@ -108,7 +108,7 @@ def _ppo_clip(
     reduction: Reducer,
 ) -> Loss:
     arrays = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantage": advantage}
-    rows = examples_of(arrays, where, sample_weight, broadcast=("advantage",))
+    examples = examples_of(arrays, where, sample_weight, broadcast=("advantage",))
 
     def loss(ours: Array, old: Array, advantage: Array) -> Array:
         gains, log_ratio = advantage >= 0, ours - old
@@ -119,7 +119,7 @@ def _ppo_clip(
         ratio = jnp.where(held, bound, jnp.exp(jnp.where(held, 0, log_ratio)))
         return -advantage * ratio
 
-    return reduced(loss, rows, reduction)
+    return reduced(loss, examples, reduction)
 
 
 @reducible

@@ -109,14 +109,14 @@ def _dpo(
     reduction: Reducer,
 ) -> Loss:
     four = _four(chosen, rejected, reference_chosen, reference_rejected)
-    rows = examples_of(four, where, sample_weight)
+    examples = examples_of(four, where, sample_weight)
 
     def loss(*values: Array) -> Array:
         margin = _margin(*values)
         x, eps = beta.astype(margin.dtype) * margin, label_smoothing.astype(margin.dtype)
         return weighted(1 - eps, softplus(-x)) + weighted(eps, softplus(x))
 
-    return reduced(loss, rows, reduction)
+    return reduced(loss, examples, reduction)
 
 
 @reducible
@@ -199,13 +199,13 @@ def _ipo(
     reduction: Reducer,
 ) -> Loss:
     four = _four(chosen, rejected, reference_chosen, reference_rejected)
-    rows = examples_of(four, where, sample_weight)
+    examples = examples_of(four, where, sample_weight)
 
     def loss(*values: Array) -> Array:
         margin = _margin(*values)
         return jnp.square(margin - 0.5 / beta.astype(margin.dtype))
 
-    return reduced(loss, rows, reduction)
+    return reduced(loss, examples, reduction)
 
 
 @reducible
@@ -298,8 +298,8 @@ def _kto(
     reduction: Reducer,
 ) -> Loss:
     arrays = {"log_prob": log_prob, "reference_log_prob": reference_log_prob, "kl": kl}
-    rows = examples_of(arrays, where, sample_weight, broadcast=("kl",))
-    shape, dtype = rows.values[0].shape, rows.values[0].dtype
+    examples = examples_of(arrays, where, sample_weight, broadcast=("kl",))
+    shape, dtype = examples.values[0].shape, examples.values[0].dtype
     desirable = checks.boolean("desirable", desirable)
     checks.shape_is("desirable", desirable, shape, "the shape of log_prob")
     good, bad, beta = (x.astype(dtype) for x in (desirable_weight, undesirable_weight, beta))
@@ -309,7 +309,7 @@ def _kto(
         wrong, _ = probabilities(jnp.where(desirable, -ahead, ahead))
         return jnp.where(desirable, good, bad) * wrong
 
-    return reduced(loss, rows, reduction)
+    return reduced(loss, examples, reduction)
 
 
 def _four(

@@ -91,13 +91,13 @@ def _simpo(
     *,
     reduction: Reducer,
 ) -> Loss:
-    rows = examples_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
+    examples = examples_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
 
     def loss(better: Array, worse: Array) -> Array:
         x = beta.astype(better.dtype) * (better - worse) - gamma.astype(better.dtype)
         return softplus(-x)
 
-    return reduced(loss, rows, reduction)
+    return reduced(loss, examples, reduction)
 
 
 @reducible
@@ -169,12 +169,12 @@ def _orpo(
     *,
     reduction: Reducer,
 ) -> Loss:
-    rows = examples_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
+    examples = examples_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
 
     def loss(*values: Array) -> Array:
         return _log1p_odds_ratio(*map(log_probability, ("chosen", "rejected"), values))
 
-    return reduced(loss, rows, reduction)
+    return reduced(loss, examples, reduction)
 
 
 def _log1p_odds_ratio(better: Array, worse: Array) -> Array:

@@ -127,9 +127,12 @@ def _effective_number_weights(counts: Array, rest: Array) -> Array:
     # `1 - beta^n`, as the denominator is the same for all; near beta = 1, where that is 0, over
     # `-log beta`.
     near = rest < 0.5
-    log_beta = jnp.log1p(-jnp.where(near, rest, 0))
-    far = 1 - power(jnp.where(near, 0.5, 1 - rest), counts)
-    effective = jnp.where(near, counts * _slope_of_exp(counts * log_beta), far)
+    of_near = counts * jnp.log1p(-jnp.where(near, rest, 0))
+    beta = jnp.where(near, 0.5, 1 - rest)
+    of_far = counts * jnp.log(jnp.where(beta == 0, 0.5, beta))
+    small = (of_far > -0.5) & (beta > 0)  # of which `1 - beta^n` would lose digits
+    far = jnp.where(small, one_minus_exp(of_far), 1 - power(beta, counts))
+    effective = jnp.where(near, counts * _slope_of_exp(of_near), far)
     inverse = jnp.where(present, 1 / jnp.where(present, effective, 1), 0)
     mean = jnp.sum(inverse) / jnp.maximum(jnp.sum(present, dtype=counts.dtype), 1)
     return inverse / jnp.where(mean == 0, 1, mean)
@@ -282,7 +285,8 @@ def prior_shift_weights(train_prior: ArrayLike, target_prior: ArrayLike) -> Floa
     """
     train, target = _shares("train_prior", train_prior), _shares("target_prior", target_prior)
     checks.shape_is("target_prior", target, train.shape, "the shape of train_prior")
-    return _prior_shift_weights(train, target)
+    dtype = jnp.promote_types(train.dtype, target.dtype)
+    return _prior_shift_weights(train.astype(dtype), target.astype(dtype))
 
 
 @compiled

@@ -55,6 +55,17 @@ def test_effective_number(beta):
         np.testing.assert_allclose(traced, expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize("beta", [0.3, 0.49, 0.51, 0.999])
+def test_effective_number_of_a_small_part(beta):
+    """Counts may be weights: `1 - beta^n` of little n would have few digits."""
+    counts = np.array([1e-8, 1e-3, 1.0, 1e3])
+    effective = -np.expm1(counts * np.log(beta))
+    expected = np.mean(1 / effective) * effective
+    np.testing.assert_allclose(
+        1 / ce_jax.effective_number_weights(counts, beta=beta), expected, rtol=3e-6
+    )
+
+
 @pytest.mark.parametrize("beta", [0.0, 1e-3, 0.4, 0.5, 0.6, 0.999, 1 - 1e-6, 1.0])
 def test_effective_number_by_beta(beta):
     """Also at both ends, where one side of the truth is all there is."""

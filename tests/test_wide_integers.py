@@ -42,7 +42,14 @@ class ArrayLike:
         return np.asarray(self.x, dtype)
 
 
-@pytest.mark.parametrize("form", [list, ArrayLike])
+class Variable(ArrayLike):
+    """And to JAX, as a variable of Flax."""
+
+    def __jax_array__(self):
+        return np.asarray(self.x)
+
+
+@pytest.mark.parametrize("form", [list, ArrayLike, Variable])
 def test_other_forms(form):
     loss = ce_jax.softmax_cross_entropy_with_integer_labels
     np.testing.assert_allclose(loss(jnp.zeros((2, 3)), form([0, 1])), np.log(3), rtol=1e-6)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .compiled import array, numeric
+from .compiled import array, numeric, unwrapped
 from .types import ArrayLike, Axes, Reduction, Scalar
 
 REDUCTIONS = get_args(Reduction)
@@ -168,7 +168,7 @@ def indexing(
 
 def axes(axis: Axes, ndim: int, name: str = "axis", of: str = "the array") -> tuple[int, ...]:
     """An argument as a tuple of distinct non-negative axes; None means all of them."""
-    static = static_axis(axis, name)
+    static = hashable_axes(name, axis)
     if static is None:
         return tuple(range(ndim))
     wanted = static if isinstance(static, tuple) else (static,)
@@ -180,22 +180,33 @@ def axes(axis: Axes, ndim: int, name: str = "axis", of: str = "the array") -> tu
     return found
 
 
-def static_axis(axis: Axes, name: str = "axis") -> int | tuple[int, ...] | None:
-    """An argument in a hashable form, if it is None, an int or a sequence of ints."""
+def static_axis(axis: Axes) -> int | tuple[int, ...] | None:
+    """The argument `axis` in a hashable form."""
+    cure = ""
+    if isinstance(axis, jax.Array | np.ndarray):
+        cure = (
+            "; write weight= for weights of classes, sample_weight= of examples, where= for a mask"
+        )
+    elif isinstance(axis, str) and axis in REDUCTIONS:
+        cure = f"; write reduction={axis!r}"
+    return hashable_axes("axis", axis, cure)
+
+
+def hashable_axes(name: str, axis: Any, cure: str = "") -> int | tuple[int, ...] | None:
+    """None, an int or, of a sequence of ints, a tuple; the ints may be NumPy's."""
     if axis is None:
         return None
     several = isinstance(axis, Sequence) and not isinstance(axis, str)
-    given: tuple[Any, ...] = tuple(axis) if several else (axis,)  # type: ignore[arg-type]
-    if not all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in given):
-        got, cure = repr(axis), ""
-        if isinstance(axis, jax.Array | np.ndarray):
-            got = f"an array of shape {axis.shape}"
-            cure = "; write weight= for weights of classes, sample_weight= of examples, where= for "
-            cure += "a mask"
-        elif axis in REDUCTIONS:
-            cure = f"; write reduction={axis!r}"
+    given = tuple(axis) if several else (axis,)
+    if not all(map(_is_index, given)):
+        got = f"an array of shape {axis.shape}" if hasattr(axis, "shape") else repr(axis)
         raise TypeError(f"{name} must be an int or a tuple of ints, got {got}{cure}")
-    return tuple(map(int, given)) if several else int(given[0])
+    return tuple(map(operator.index, given)) if several else operator.index(axis)
+
+
+def _is_index(x: Any) -> bool:
+    known = hasattr(x, "__index__") and not isinstance(x, bool | np.bool_ | jax.core.Tracer)
+    return known and getattr(x, "shape", ()) == ()
 
 
 def of_32_bits(ids: Array) -> Array:
@@ -236,8 +247,7 @@ def float_option(
     """
     if value is None:
         return None
-    if hasattr(value, "__jax_array__"):
-        value = jnp.asarray(value)
+    value = unwrapped(value)
     if isinstance(value, jax.core.Tracer):
         if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
             raise TypeError(f"{name} must be a real scalar, got dtype {value.dtype}")

@@ -34,15 +34,21 @@ def numeric(name: str, x: Any) -> Any:
     return np.asarray(x, float) if _wraps(x) else x
 
 
+def unwrapped(x: Any) -> Any:
+    """The array that a parameter of Flax holds, which may be traced; anything else as it is."""
+    wraps = not isinstance(x, _AS_IT_IS) and hasattr(x, "__jax_array__")
+    return x.__jax_array__() if wraps else x
+
+
 def _one_array(name: str, x: Any) -> Any:
     """As `array`, whatever the range of integers."""
     if hasattr(x, "_fields"):  # as an array it would be that of all its fields
         kind, fields = type(x).__name__, ", ".join(x._fields)
         raise TypeError(f"{name} must be an array, got {kind}; give one of its fields: {fields}")
+    x = unwrapped(x)
     if x is not None and not isinstance(x, _AS_IT_IS):
         try:
-            of_jax = hasattr(x, "__jax_array__")  # a parameter of Flax, which may be traced
-            x = np.asarray(x) if hasattr(x, "__array__") and not of_jax else jnp.asarray(x)
+            x = np.asarray(x) if hasattr(x, "__array__") else jnp.asarray(x)
         except OverflowError:  # of integers in a list
             x = np.asarray(x)
         except (TypeError, ValueError) as error:
@@ -50,8 +56,8 @@ def _one_array(name: str, x: Any) -> Any:
                 f"{name} must be an array or a nested list of numbers, got {reprlib.repr(x)}"
             ) from error
     if isinstance(x, np.ndarray | np.generic):
-        long = x.dtype in (np.longdouble, np.clongdouble) and x.dtype != np.float64
-        if x.dtype.kind in "OSUMm" or long:  # V: bfloat16
+        long = x.dtype.itemsize > {"f": 8, "c": 16}.get(x.dtype.kind, x.dtype.itemsize)
+        if long or x.dtype.kind in "OSUMm":  # V: bfloat16
             raise TypeError(f"{name} must hold numbers of a dtype of JAX, got {x.dtype}")
     return x
 

@@ -66,14 +66,16 @@ def examples_of(
     return Examples(values, counts, weights)
 
 
-def reduced(loss: Callable[..., Float[Array, "*rows"]], rows: Examples, reducer: Reducer) -> Loss:
+def reduced(
+    loss: Callable[..., Float[Array, "*rows"]], examples: Examples, reducer: Reducer
+) -> Loss:
     """Masks, weights and reduces the loss of the values.
 
     Where a row of weight 0 has a loss that is not finite, that is of harmless values instead: its
     derivatives times 0 would be NaN.
     """
-    values = rows.values
-    if rows.weights is not None:
-        mute = (rows.weights == 0) & ~jnp.isfinite(jax.lax.stop_gradient(loss(*values)))
+    values = examples.values
+    if examples.weights is not None:
+        mute = (examples.weights == 0) & ~jnp.isfinite(jax.lax.stop_gradient(loss(*values)))
         values = tuple(jnp.where(mute, 0, x) for x in values)
-    return reductions.reduce(loss(*values), rows.counts, rows.weights, reducer)
+    return reductions.reduce(loss(*values), examples.counts, examples.weights, reducer)

@@ -59,7 +59,7 @@ def reducer(reduction: Reduction, reduction_axis: Axes = None) -> Reducer:
             f"reduction_axis={reduction_axis!r} needs a reduction, got 'none'; "
             "write reduction='sum', 'mean' or 'ratio'"
         )
-    axis: Any = checks.static_axis(reduction_axis, "reduction_axis")
+    axis: Any = checks.hashable_axes("reduction_axis", reduction_axis)
     if axis == ():
         raise ValueError("reduction_axis must name at least one axis; omit it to reduce all axes")
     return Reducer(reduction, axis if isinstance(axis, tuple) else (axis,))

@@ -1,4 +1,4 @@
-"""Arguments of distillation between linear layers: checked, in rows, divided into blocks."""
+"""Arguments of distillation: checked, in rows, divided into blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .compiled import array
 from .layer import head_of
 from .types import ArrayLike
 
-# Bytes of arrays of the logits' size that are not worth a loop over blocks.
+# Bytes of such arrays that are not worth a loop over blocks (see `block_of_logits`).
 _AT_ONCE = 256 * 10**6
 
 
@@ -202,15 +202,15 @@ def _teacher_logits(x: Any, axis_name: str | None) -> _Checked:
 
 
 def block_of_logits(student: Array, teacher: Array) -> int:
-    """Classes per block of Jensen and Shannon's divergence; all of them if they are not many.
+    """Classes per block for the Jensen-Shannon divergence of two arrays of logits.
 
-    In blocks of classes, XLA holds four arrays of these in the loss's dtype.
+    The mixture of both softmaxes and its logarithms are four arrays of the size of the logits, in
+    the dtype of the loss. If these are large, they are not stored, but computed in blocks.
     """
     *rows, local = student.shape
     logit_bytes = 4 * wide(student.dtype, teacher.dtype).itemsize
-    if not all(map(sharded.is_own, (student, teacher))):
-        return local
-    if student.size * logit_bytes <= _AT_ONCE:
+    own = all(map(sharded.is_own, (student, teacher)))
+    if not own or student.size * logit_bytes <= _AT_ONCE:
         return local
     budget = block_sizes.default_budget(0)
     return block_sizes.class_block(math.prod(rows), local, logit_bytes, budget)

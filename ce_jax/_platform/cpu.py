@@ -82,7 +82,8 @@ def reread(z: Array, part: tile.Partial) -> tuple[Array, tile.Partial]:
 
 def in_one_row(function: Callable[..., Any], z: Array, *others: Array | None) -> Any:
     """A function of each element. Over few columns XLA's loop would leave registers empty."""
-    (row,) = apart(z.reshape(-1))  # of others a tangent that is known to be 0 is to remain so
+    # The logits alone: a barrier makes a tangent of 0 an array, and a slope may be infinite.
+    (row,) = apart(z.reshape(-1))
     rows = jax.tree.map(lambda x: x.reshape(-1), others)
     return jax.tree.map(lambda x: x.reshape(z.shape), function(row, *rows))
 

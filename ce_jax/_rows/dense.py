@@ -181,7 +181,7 @@ def _pulled_back(
     dz, d_target = tile.pullback(logits, target, part, g, first_class=first_class)
     of_numbers = target._replace(labels=ABSENT, picked=ABSENT)
     d_target = jax.tree.map(sharded.with_sharding_of, d_target, of_numbers)
-    if counts is not None:  # `_constant_unless` does so too; here `jax_debug_nans` looks
+    if counts is not None:  # as `_constant_unless` does later; `jax_debug_nans` looks before that
         dz = _zeroed(counts, dz)
     return dz.astype(logits.dtype), d_target
 
