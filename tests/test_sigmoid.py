@@ -371,7 +371,7 @@ def test_labels_at_infinite_logits(pos_weight):
 
 
 @pytest.mark.usefixtures("one_device")  # on which few columns are read in a way of their own
-@pytest.mark.parametrize("shape", [(2,), (1, 2), (1, 80)])
+@pytest.mark.parametrize("shape", [(1, 2), (1, 80)])
 @pytest.mark.parametrize("pos_weight", [None, 2.0])
 def test_second_derivatives_beside_an_infinite_logit(shape, pos_weight):
     """The loss is a factor in them; labels, by which its slope is infinite, do not vary."""
@@ -392,10 +392,9 @@ def test_second_derivatives_beside_an_infinite_logit(shape, pos_weight):
 
     v, p = pos_weight or 1.0, 1 / (1 + np.exp(-1.0))
     cross, slope, curve = -v * np.log(p), v * (p - 1), v * p * (1 - p)
-    for mode in (jax.jacfwd, jax.jacrev):
-        hessian = mode(jax.grad(square))(logits, 1.0).reshape(logits.size, -1)
-        np.testing.assert_allclose(hessian[0, 0], 2 * (slope**2 + cross * curve), rtol=1e-5)
-        assert not np.any(hessian.ravel()[1:])
-        by_weight = mode(jax.grad(square), argnums=1)(logits, 1.0).ravel()
-        np.testing.assert_allclose(by_weight[0], 4 * cross * slope, rtol=1e-5)
-        assert not np.any(by_weight[1:])
+    second = jax.jit(jax.jacfwd(jax.grad(square), argnums=(0, 1)))
+    hessian, by_weight = map(np.ravel, second(logits, 1.0))
+    np.testing.assert_allclose(hessian[0], 2 * (slope**2 + cross * curve), rtol=1e-5)
+    np.testing.assert_allclose(by_weight[0], 4 * cross * slope, rtol=1e-5)
+    assert not np.any(hessian[1:])
+    assert not np.any(by_weight[1:])
