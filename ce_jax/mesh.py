@@ -26,8 +26,8 @@ from ._arguments import checks, placement, reductions
 from ._arguments.compiled import array
 from ._arguments.options import temperature
 from ._rows import sharded
-from ._rows.compat import psum
 from ._rows.head import with_slope_of
+from ._rows.sharded import psum
 
 # Of overloaded functions this keeps all signatures.
 _Function = TypeVar("_Function", bound=Callable[..., Any])

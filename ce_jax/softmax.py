@@ -17,10 +17,10 @@ from ._arguments.compiled import compiled
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible, with_statistics
 from ._rows import sharded
-from ._rows.dense import row_statistics
 from ._rows.dtypes import wide
 from ._rows.loss import smoothing_coefficients, softmax_loss
 from ._rows.numerics import silenced
+from ._rows.tempered import row_statistics
 from ._rows.tile import ABSENT, Target
 from .statistics import SoftmaxStatistics, by_label
 

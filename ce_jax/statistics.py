@@ -13,8 +13,8 @@ from ._arguments import checks, options, targets
 from ._arguments.compiled import compiled
 from ._arguments.types import ArrayLike, Axes
 from ._rows import sharded
-from ._rows.dense import row_statistics
 from ._rows.dtypes import wide
+from ._rows.tempered import row_statistics
 from ._rows.tile import RowStatistics, Target
 
 

@@ -15,7 +15,7 @@ from ._arguments.entries import Entries, entries
 from ._arguments.layer import layer
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
-from ._rows import class_blocks, dense, sharded
+from ._rows import class_blocks, sharded, tempered
 from ._rows.dtypes import wide
 from ._rows.order import as_given, in_order
 from ._rows.tile import RowStatistics, Target
@@ -155,10 +155,11 @@ def _top_k(
     weights = reductions.weights(sample_weight, rows, teacher.log_probs.dtype)
     z = targets.without_excluded(student.values, teacher.counts, weights, axis_name)
     temperature = options.row_temperature(temperature, rows, wide(z.dtype), teacher.counts)
-    found = dense.row_statistics(
+    found = tempered.row_statistics(
         z,
         Target(picked=teacher.ids),
-        temperature=temperature,
+        None,
+        temperature,
         axis_name=axis_name,
         forward_mode=forward_mode,
     )

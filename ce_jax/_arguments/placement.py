@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from .._rows.compat import reshard
+from .._rows.sharded import reshard
 from . import checks
 
 Names = str | tuple[str, ...] | None

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float
 from .. import _platform
 from . import sharded, tile
 from .dtypes import wide
-from .numerics import tempered
 from .picked import pick
 from .tile import ABSENT, Partial, RowStatistics, Target
 
@@ -33,7 +32,6 @@ def row_statistics(
     logits: Float[Array, "*rows classes"],
     target: Target,
     counts: Bool[Array, "*rows"] | None = None,
-    temperature: Float[Array, "*rows"] | None = None,
     *,
     statistics: bool = False,
     axis_name: str | None = None,
@@ -46,43 +44,18 @@ def row_statistics(
       target: what the rows are compared with; a class id that is none is equal to no class.
       counts: whether the row counts. Others may hold anything: their statistics are 0, and no
         derivative reaches them or comes from them.
-      temperature: divides the logits, in the accumulation dtype.
       statistics: whether entropy and argmax are wanted, too.
       axis_name: mapped mesh axis over which the classes are sharded.
       forward_mode: leave the derivative to JAX, which then can also push tangents forward.
     """
-    options = _Options(statistics, axis_name)
     sharded.check_sharded("logits", logits, axis_name)
-    if temperature is None:
-        return _of_counting(options, logits, target, counts, forward_mode)
-    if counts is not None:
-        logits, temperature = _zeroed(counts, logits), jnp.where(counts, temperature, 1)
-    # Relative to the maximum before it is divided: so the digits of `lse - z` survive.
-    row_max = sharded.max_over(tile.row_maxima(logits), axis_name)
-    relative = tempered(tile.shift(logits, row_max), temperature)
-    found = _of_counting(options, relative, target, counts, forward_mode)
-    if found.picked is not None:  # which is relative to the maximum anyhow
-        return found
-    ahead = row_max / temperature
-    found = found._replace(lse=found.lse + ahead)
-    if found.label_logit is not None:
-        found = found._replace(label_logit=found.label_logit + ahead)
-    return found
-
-
-def _of_counting(
-    options: _Options,
-    logits: Float[Array, "*rows classes"],
-    target: Target,
-    counts: Bool[Array, "*rows"] | None,
-    forward_mode: bool,
-) -> RowStatistics:
     # Not `counts` itself: statistics depend on it, and are alike on all devices of `axis_name`.
     logits = logits if counts is None else sharded.like(logits, counts)
     logits, target = sharded.align((logits, target))
     if counts is not None:
-        silence = _zeroed if forward_mode else _constant_unless
+        silence = zeroed if forward_mode else _constant_unless
         logits = silence(counts, logits)
+    options = _Options(statistics, axis_name)
     if forward_mode:
         logits = logits.astype(wide(logits.dtype))  # so that cotangents add up in it
         found, _ = _whole_rows(options, logits, target, counts)
@@ -94,9 +67,10 @@ def _of_counting(
     return silent._replace(uniform_count=found.uniform_count)  # is divided by
 
 
-def _zeroed(
+def zeroed(
     counts: Bool[Array, "*rows"], logits: Float[Array, "*rows classes"]
 ) -> Float[Array, "*rows classes"]:
+    """The logits, 0 in rows that do not count."""
     return jnp.where(counts[..., None], logits, 0)
 
 
@@ -118,7 +92,7 @@ def _constant_unless_jvp(
     primals: tuple[Array, Array], tangents: tuple[Any, Array]
 ) -> tuple[Array, Array]:
     (counts, logits), (_, d_logits) = primals, tangents
-    return _constant_unless(counts, logits), _zeroed(counts, d_logits)
+    return _constant_unless(counts, logits), zeroed(counts, d_logits)
 
 
 # Traced once, for the statistics and for the rule of their derivative.
@@ -128,11 +102,12 @@ def _whole_rows(
 ) -> tuple[RowStatistics, Partial]:
     first_class = sharded.first_class(logits.shape[-1], options.axis_name)
     logits, picked = pick(logits, target.picked, first_class)
-    if options.axis_name is None:
-        normaliser = _platform.normaliser(logits)
-    else:  # relative to the maximum of all devices, as the gradient's exponentials are
+    if options.axis_name is not None:
+        # Relative to the maximum of all devices, as the gradient's exponentials are.
         row_max = sharded.max_over(tile.row_maxima(logits), options.axis_name)
         normaliser = row_max, tile.sum_exp(logits, row_max)
+    else:
+        normaliser = _platform.normaliser(logits)
     part = _platform.read(
         logits,
         target,
@@ -182,7 +157,7 @@ def _pulled_back(
     of_numbers = target._replace(labels=ABSENT, picked=ABSENT)
     d_target = jax.tree.map(sharded.with_sharding_of, d_target, of_numbers)
     if counts is not None:  # as `_constant_unless` does later; `jax_debug_nans` looks before that
-        dz = _zeroed(counts, dz)
+        dz = zeroed(counts, dz)
     return dz.astype(logits.dtype), d_target
 
 

@@ -190,33 +190,32 @@ def read(
     """
     row_max, _ = normaliser
     out = Partial(*normaliser)
-    if target.labels is not None:
-        out = out._replace(label_logit=label_logit(z, target.labels, first_class))
     if argmax:
         column = first_of(z.astype(row_max.dtype) == row_max[..., None])
         out = out._replace(argmax=jnp.where(column == NOWHERE, column, column + first_class))
-    if target.probs is None and target.classes is None and not entropy:
-        return out
-    shifted = shift(z, row_max)
-    surprise = _log(out.sum_exp)[..., None] - shifted  # that of a class is -log p
-    if target.probs is not None:
-        probs = target.probs.astype(surprise.dtype)
-        cross = product(probs, not_negative(surprise))
-        out = out._replace(cross=jnp.sum(cross, -1), target_sum=jnp.sum(probs, -1))
-    if target.classes is not None:
-        classes, allowed = _spread(target.classes, z)
-        sums = {
-            "uniform": classes * _finite(not_negative(surprise)),
-            "classes_count": allowed.astype(surprise.dtype),
-        }
-        if target.classes.ndim:
-            sums["classes_sum"] = classes
-        out = out._replace(**row_sums(sums))
-        if not target.classes.ndim:
-            out = out._replace(classes_sum=target.classes * out.classes_count)
-    if entropy:
-        terms = jnp.exp(shifted) * _finite_exponent(surprise)
-        out = out._replace(entropy=jnp.sum(terms, -1))
+    if target.probs is not None or target.classes is not None or entropy:
+        shifted = shift(z, row_max)
+        surprise = _log(out.sum_exp)[..., None] - shifted  # that of a class is -log p
+        if target.probs is not None:
+            probs = target.probs.astype(surprise.dtype)
+            cross = product(probs, not_negative(surprise))
+            out = out._replace(cross=jnp.sum(cross, -1), target_sum=jnp.sum(probs, -1))
+        if target.classes is not None:
+            classes, allowed = _spread(target.classes, z)
+            sums = {
+                "uniform": classes * _finite(not_negative(surprise)),
+                "classes_count": allowed.astype(surprise.dtype),
+            }
+            if target.classes.ndim:
+                sums["classes_sum"] = classes
+            out = out._replace(**row_sums(sums))
+            if not target.classes.ndim:
+                out = out._replace(classes_sum=target.classes * out.classes_count)
+        if entropy:
+            terms = jnp.exp(shifted) * _finite_exponent(surprise)
+            out = out._replace(entropy=jnp.sum(terms, -1))
+    if target.labels is not None:
+        out = out._replace(label_logit=label_logit(z, target.labels, first_class))
     return out
 
 
@@ -257,22 +256,24 @@ def finish(part: Partial) -> RowStatistics:
     """The statistics of a row of which all classes were seen."""
     if part.picked is not None:
         return _finish_picked(part)
-    log_sum, base = jnp.log(part.sum_exp), part.base
+    log_sum, base, sum_exp = jnp.log(part.sum_exp), part.base, _nonzero(part.sum_exp)
     out = RowStatistics(
         lse=base + log_sum,
         label_logit=part.label_logit,
         uniform_count=part.classes_count,
         cross=part.cross,
         uniform=part.uniform,
+        entropy=part.entropy,
     )
+    out = _batched_alike(out, part)
     if part.argmax is not None:
         of_nan = jnp.isnan(part.sum_exp) & (base != jnp.inf)
         out = out._replace(argmax=jnp.where(of_nan | (part.argmax == NOWHERE), 0, part.argmax))
     if part.label_logit is not None:
-        out = out._replace(cross=not_negative(log_sum - (part.label_logit - base)))
+        out = out._replace(cross=not_negative(log_sum - (out.label_logit - base)))
     if part.entropy is not None:
-        out = out._replace(entropy=not_negative(part.entropy / _nonzero(part.sum_exp)))
-    return _batched_alike(out, part)
+        out = out._replace(entropy=not_negative(out.entropy / sum_exp))
+    return out
 
 
 def _finish_picked(part: Partial) -> RowStatistics:
@@ -293,7 +294,8 @@ def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
     """
     of_target = part.label_logit, part.target_sum, part.classes_sum
     zero = sum(((x != x) & False).astype(x.dtype) for x in of_target if x is not None)
-    return jax.tree.map(lambda x: x + zero, out._replace(argmax=ABSENT))._replace(argmax=out.argmax)
+    alike: RowStatistics = jax.tree.map(lambda x: x + zero, out)
+    return alike
 
 
 def pullback(
