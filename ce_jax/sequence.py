@@ -202,9 +202,9 @@ def _sequence_log_prob(log_prob: Array, where: Array | None, *, mean: bool) -> A
         raise ValueError(f"log_prob must have shape [..., T], got {x.shape}")
     x = x.astype(wide(x.dtype))
     counts = jnp.ones_like(x, bool)
-    if where is not None:
-        counts = checks.of_rows("where", checks.boolean("where", where), x.shape, "log_prob")
-        x = jnp.where(counts, x, 0)
+    included = checks.mask(where, x.shape, "log_prob")
+    if included is not None:
+        counts, x = included, jnp.where(included, x, 0)
     total = jnp.sum(x, -1)
     if not mean:
         return total

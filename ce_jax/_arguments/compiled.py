@@ -56,6 +56,7 @@ def _one_array(name: str, x: Any) -> Any:
                 f"{name} must be an array or a nested list of numbers, got {reprlib.repr(x)}"
             ) from error
     if isinstance(x, np.ndarray | np.generic):
+        # Wider than 64 bits for a real number: NumPy's extended precision.
         long = x.dtype.itemsize > {"f": 8, "c": 16}.get(x.dtype.kind, x.dtype.itemsize)
         if long or x.dtype.kind in "OSUMm":  # V: bfloat16
             raise TypeError(f"{name} must hold numbers of a dtype of JAX, got {x.dtype}")

@@ -224,8 +224,7 @@ def _finite(side: Side, classes: int, axis_name: str | None) -> Bool[Array, " to
     """Where there is a softmax; logits may be -inf, and padding may be anything."""
     if side.logits is not None:
         local = side.logits.shape[-1]
-        real = sharded.real_classes(local, 0, classes, local, axis_name)
-        z = side.logits if real is None else jnp.where(real, side.logits, -jnp.inf)
+        z = sharded.without_padding(side.logits, 0, classes, local, axis_name)
         return jnp.isfinite(sharded.max_over(targets.largest(z), axis_name))
     return jnp.all(jnp.isfinite(side.hidden), -1)
 

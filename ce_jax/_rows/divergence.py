@@ -149,10 +149,7 @@ def _tile_of(
 
         return z, pull_layer
     z = side.logits.astype(wide(side.logits.dtype))
-    real = sharded.real_classes(
-        z.shape[-1], first, options.classes, options.local, options.axis_name
-    )
-    z = z if real is None else jnp.where(real, z, -jnp.inf)
+    z = sharded.without_padding(z, first, options.classes, options.local, options.axis_name)
     return z, lambda dz: Side(logits=dz)
 
 

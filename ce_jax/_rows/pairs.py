@@ -112,7 +112,7 @@ def _without(
 
 def _nothing(x: Float[Array, "n width"], *, probs: bool = False, argmax: bool = False) -> Partial:
     """The statistics of each row over no columns, of a label or of a target distribution."""
-    target = Target(probs=x) if probs else Target(labels=x)  # whichever: it is there
+    target = Target(probs=x) if probs else Target(labels=x)  # only which of them is given matters
     return tile.nothing_seen(x.shape[:1], wide(x.dtype), target, entropy=False, argmax=argmax)
 
 

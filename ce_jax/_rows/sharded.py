@@ -194,6 +194,18 @@ def real_classes(
     return ids < classes
 
 
+def without_padding(
+    z: Float[Array, "*rows block"],
+    first: int | Integer[Array, ""],
+    classes: int,
+    local_classes: int,
+    axis_name: str | None,
+) -> Float[Array, "*rows block"]:
+    """Logits of this device's classes from `first` on, with -inf in padding."""
+    real = real_classes(z.shape[-1], first, classes, local_classes, axis_name)
+    return z if real is None else jnp.where(real, z, -jnp.inf)
+
+
 def sum_over(x: Float[Array, "*rows"], axis_name: str | None) -> Float[Array, "*rows"]:
     """The sum over the devices of the class axis."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
