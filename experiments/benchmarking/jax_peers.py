@@ -34,6 +34,7 @@ def _ce_jax() -> dict[str, Loss]:
         "statistics": statistics,
         "linear": linear,
         "masked": partial(linear, ignore_index=IGNORED),
+        "mixed": linear,
     }
 
 
@@ -66,6 +67,7 @@ def _optax() -> dict[str, Loss]:
         "statistics": statistics,
         "linear": lambda h, k, y: jnp.mean(integer(h @ k, y)),
         "masked": lambda h, k, y: ignored(h @ k, y),
+        "mixed": lambda h, k, y: jnp.mean(integer(h @ k.astype(h.dtype), y)),
     }
 
 
@@ -101,6 +103,7 @@ def _plain() -> dict[str, Loss]:
         "statistics": statistics,
         "linear": lambda h, k, y: -jnp.mean(picked(jax.nn.log_softmax(h @ k), y)),
         "masked": lambda h, k, y: ignored(h @ k, y),
+        "mixed": lambda h, k, y: -jnp.mean(picked(jax.nn.log_softmax(h @ k.astype(h.dtype)), y)),
     }
 
 
@@ -132,18 +135,21 @@ def _tokamax(**options: Any) -> dict[str, Loss]:
     if options and "chunked_xla" not in (function.__doc__ or ""):
         raise NotImplementedError("this version has no chunked_xla")
     importlib.import_module("absl.flags").FLAGS([""])  # or it would read our command line as its
-    return {"linear": lambda h, k, y: function(h, y, k, reduction="mean", **options)}
+    return {
+        "linear": lambda h, k, y: function(h, y, k, reduction="mean", **options),
+        "mixed": lambda h, k, y: function(h, y, k.astype(h.dtype), reduction="mean", **options),
+    }
 
 
 # The modules and operations of the optional are named here: what is missing cannot tell them.
 _OPTIONAL: dict[str, tuple[str, Callable[[], dict[str, Loss]], set[str]]] = {
     "keras": ("keras", _keras, {"integer", "one-hot", "smoothed", "sigmoid"}),
-    "tokamax": ("tokamax", _tokamax, {"linear"}),
+    "tokamax": ("tokamax", _tokamax, {"linear", "mixed"}),
     # The one that does not hold the logits, which it takes by default on a TPU alone.
     "tokamax chunked": (
         "tokamax",
         partial(_tokamax, implementation="chunked_xla"),
-        {"linear"},
+        {"linear", "mixed"},
     ),
 }
 

@@ -20,9 +20,12 @@ ARGUMENTS = {
     "statistics": (("logits", "labels"), 1),
     "linear": (("hidden", "kernel", "labels"), 2),
     "masked": (("hidden", "kernel", "labels"), 2),
+    "mixed": (("hidden", "kernel", "labels"), 2),
 }
 # Those of a linear layer.
-LINEAR = ("linear", "masked")
+LINEAR = ("linear", "masked", "mixed")
+# Its kernel is float32, as optimisers keep it, and what it is multiplied with is narrow.
+MIXED = "mixed"
 EAGER = "eager "
 # Class ids, one of them with a logit that is this much too low.
 UNLIKELY, TOO_LOW = "unlikely", 100.0
@@ -73,6 +76,13 @@ class Problem(NamedTuple):
     def is_eager(self) -> bool:
         """Whether the calls are not under `jit`."""
         return self.operation.startswith(EAGER)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the arrays."""
+        if name == "labels":
+            return "int32"
+        wide = name == "weight" or (name == "kernel" and self.operation == MIXED)
+        return "float32" if wide else self.dtype
 
     @property
     def shape(self) -> str:
@@ -125,8 +135,11 @@ def table(operations: Sequence[str], quick: bool, *, on_accelerator: bool = Fals
         dense_shapes, linear_shapes = QUICK_SHAPES, QUICK_LINEAR_SHAPES
     linear_dtype = "bfloat16" if on_accelerator else "float32"
     for operation in operations:
+        if operation == MIXED and not (on_accelerator or quick):
+            continue  # a CPU has no fast products of narrow numbers
         if operation in LINEAR:
-            problems += [Problem(operation, n, v, linear_dtype, d) for n, d, v in linear_shapes]
+            dtype = "bfloat16" if operation == MIXED else linear_dtype
+            problems += [Problem(operation, n, v, dtype, d) for n, d, v in linear_shapes]
         elif operation == "eager":
             shapes_ = QUICK_SHAPES if quick else EAGER_SHAPES
             problems += [

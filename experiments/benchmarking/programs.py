@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.benchmarking.problems import ARGUMENTS, IGNORED, Problem
 from experiments.benchmarking.timing import Call
@@ -50,13 +49,9 @@ class Peer(NamedTuple):
 
 
 def on_device(problem: Problem) -> Inputs:
-    """The inputs on JAX's default device, floats in the dtype of the problem but class weights."""
-
-    def placed(name: str, array: np.ndarray) -> jax.Array:
-        is_float = np.issubdtype(array.dtype, np.floating) and name != "weight"
-        return jnp.asarray(array).astype(problem.dtype if is_float else array.dtype)
-
-    return {name: placed(name, array) for name, array in problem.inputs().items()}
+    """The inputs on JAX's default device, in the dtypes of the problem."""
+    arrays = problem.inputs()
+    return {name: jnp.asarray(x).astype(problem.dtype_of(name)) for name, x in arrays.items()}
 
 
 def jax_program(loss: Loss, problem: Problem, inputs: Inputs) -> Program:
@@ -106,7 +101,8 @@ def limit(problem: Problem, inputs: Inputs) -> tuple[Call, float]:
     if problem.features:
         on_cpu = jax.default_backend() == "cpu"
         block = min(problem.classes, 8192) if on_cpu else problem.classes
-        hidden, kernel = inputs["hidden"], inputs["kernel"][:, :block]
+        hidden = inputs["hidden"]
+        kernel = inputs["kernel"][:, :block].astype(hidden.dtype)
         multiply = jax.jit(jnp.matmul)
         return (
             lambda: jax.block_until_ready(multiply(hidden, kernel)),

@@ -108,8 +108,18 @@ def _torch(torch: Any) -> dict[str, Loss]:
         "smoothed": partial(cross_entropy, label_smoothing=SMOOTHING),
         "sigmoid": functional.binary_cross_entropy_with_logits,
         "statistics": statistics,
-        "linear": lambda h, k, y: cross_entropy(functional.linear(h, k), y),
-        "masked": lambda h, k, y: cross_entropy(functional.linear(h, k), y, ignore_index=IGNORED),
+        **_of_layer(
+            lambda h, k, y, **options: cross_entropy(functional.linear(h, k), y, **options)
+        ),
+    }
+
+
+def _of_layer(loss: Loss) -> dict[str, Loss]:
+    """The operations with a linear layer. No loss of torch multiplies tensors of two dtypes."""
+    return {
+        "linear": loss,
+        "masked": partial(loss, ignore_index=IGNORED),
+        "mixed": lambda h, k, y: loss(h, k.to(h.dtype), y),
     }
 
 
@@ -123,8 +133,7 @@ def _compiled(torch: Any) -> dict[str, Loss]:
 
 def _chunked(torch: Any) -> dict[str, Loss]:
     options = torch.nn.LinearCrossEntropyOptions()
-    linear = partial(torch.nn.functional.linear_cross_entropy, options=options)
-    return {"linear": linear, "masked": partial(linear, ignore_index=IGNORED)}
+    return _of_layer(partial(torch.nn.functional.linear_cross_entropy, options=options))
 
 
 def _liger(_: Any) -> dict[str, Loss]:
@@ -137,16 +146,14 @@ def _liger(_: Any) -> dict[str, Loss]:
         "smoothed": lambda z, y: functional.liger_cross_entropy(
             z.clone(), y, label_smoothing=SMOOTHING
         ),
-        "linear": functional.liger_fused_linear_cross_entropy,
-        "masked": partial(functional.liger_fused_linear_cross_entropy, ignore_index=IGNORED),
+        **_of_layer(functional.liger_fused_linear_cross_entropy),
     }
 
 
 def _cut(_: Any, **options: Any) -> dict[str, Loss]:
     # By default it leaves out blocks of the gradient in which no probability is above 2^-12.
     function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    linear = partial(function, **options)
-    return {"linear": linear, "masked": partial(linear, ignore_index=IGNORED)}
+    return _of_layer(partial(function, **options))
 
 
 def _build(
@@ -192,7 +199,10 @@ def _tensor(torch: Any, name: str, array: jax.Array, problem: Problem, device: s
     tensor = torch.from_dlpack(array)
     if name == "kernel":
         tensor = tensor.T.contiguous()  # torch's layers hold [classes, features]
-    return tensor.to(torch.int64 if name == "labels" else getattr(torch, problem.dtype))
+    if name == "labels":
+        return tensor.to(torch.int64)
+    # Its class weights have the dtype of the logits.
+    return tensor.to(getattr(torch, problem.dtype if name == "weight" else problem.dtype_of(name)))
 
 
 def _temporaries(torch: Any, call: Callable[[], Any], results: Sequence[Any], device: str) -> int:

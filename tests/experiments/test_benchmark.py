@@ -214,6 +214,11 @@ def test_shapes_and_dtypes_of_the_table():
     on_accelerator = problems.table(["integer", "linear"], quick=False, on_accelerator=True)
     assert max(p.rows * p.classes for p in on_accelerator) == 8192 * 256000
     assert {p.dtype for p in on_accelerator if p.operation == "linear"} == {"bfloat16"}
+    # A CPU has no fast products of narrow numbers.
+    assert not problems.table(["mixed"], quick=False)
+    (mixed, *_) = problems.table(["mixed"], quick=False, on_accelerator=True)
+    dtypes = {name: x.dtype for name, x in on_device(mixed._replace(rows=2, classes=3)).items()}
+    assert dtypes == {"hidden": "bfloat16", "kernel": "float32", "labels": "int32"}
     curves = problems.scaling(quick=False)
     assert {p.classes for p in curves if p.group == "classes"} == {2**k for k in range(10, 20)}
 
