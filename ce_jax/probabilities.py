@@ -240,5 +240,5 @@ def _binary_cross_entropy(
 
 
 def _clamped_log(p: Float[Array, "..."]) -> Float[Array, "..."]:
-    held = (p >= 0) & (jnp.log(p) < -100)
+    held = (p >= 0) & (p <= math.exp(-100))
     return jnp.where(held, -100, jnp.log(jnp.where(held, 1, p)))

@@ -189,6 +189,7 @@ def matmuls(jaxpr, conditional):
     return found
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("tile", [2], indirect=True)
 def test_each_device_has_its_own_number_of_rows_that_count(tile):
     arrays, labels = problem()
@@ -214,6 +215,7 @@ def test_without_a_mask_nothing_is_sorted_or_conditional():
     assert "cond[" not in text
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("tile", [None], indirect=True)
 def test_on_a_cpu_tiles_are_a_small_part_of_the_rows(tile):
     """With a quarter of the rows and one more, at most 0.45 of them are in tiles with one."""

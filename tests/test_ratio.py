@@ -157,6 +157,7 @@ def test_parts_add_up():
             wrong + parts[0]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("weighted", [True, False])
 def test_devices_by_psum(weighted):
     """Without weights or a mask the denominator is a constant of each device."""
@@ -185,6 +186,7 @@ def test_devices_by_psum(weighted):
     np.testing.assert_allclose(slope, true_slope, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("linear", [False, True])
 def test_on_mesh(linear, axis):

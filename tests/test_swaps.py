@@ -72,6 +72,7 @@ def agree(ours, theirs, params):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.cpu
 def test_lm1b(params, tokens):
     """Flax' example: a share for the others, less its entropy; sums and weights over devices."""
     smoothing = 0.1

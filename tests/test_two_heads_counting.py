@@ -144,6 +144,7 @@ def test_rows_of_one_tile_stay_where_they_are(name, tile):
     assert matmuls(program, False)[0] == 0
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("tile", [2], indirect=True)
 @pytest.mark.parametrize("name", BOTH_KINDS)
 def test_each_device_has_its_own_number_of_rows_that_count(name, tile):

@@ -5,6 +5,7 @@
     CPU, bfloat16 of 8 MB in float32             every reading             cpu.apart
     CPU, soft labels of 64 classes and more      sums over the classes     cpu.apart
     CPU, smoothing                               sums over the classes     cpu.row_sums
+    GPU (CUDA)                                   two sums over classes     gpu.row_sums
     CPU                                          argmax                    cpu.first_of
     CPU, fewer than 64 columns                   the sigmoid loss          cpu.in_one_row
 
@@ -49,6 +50,16 @@ def read(
     if not sharded.is_own(z) or not (options.get("argmax") or cpu.shares(z, target)):
         return plain(z, target, normaliser)
     return jax.lax.platform_dependent(z, target, normaliser, cpu=own, default=plain)
+
+
+def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
+    """`tile.row_sums`, in the way of the platform."""
+    if not all(map(sharded.is_own, summands.values())):
+        return tile.row_sums(summands)
+    found: dict[str, Array] = jax.lax.platform_dependent(
+        summands, cuda=gpu.row_sums, default=tile.row_sums
+    )
+    return found
 
 
 def elementwise(function: Callable[..., Any], z: Array, *others: Array | None) -> Any:

@@ -54,6 +54,13 @@ def _joined(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Arra
     return row_max, a[1] * jnp.exp(a[0] - row_max) + b[1] * jnp.exp(b[0] - row_max)
 
 
+def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
+    """As `tile.row_sums` of two arrays: one sum, of complex numbers."""
+    (one, a), (other, b) = summands.items()
+    total = jnp.sum(jax.lax.complex(a, b), -1)
+    return {one: total.real, other: total.imag}
+
+
 @normaliser.defjvp
 def _normaliser_jvp(primals: Any, tangents: Any) -> tuple[tile.Normaliser, tile.Normaliser]:
     row_max, sum_exp = normaliser(*primals)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from .. import _platform
 from .picked import is_label, label_logit
 from .tile import row_maxima, shift
 
@@ -58,8 +59,8 @@ def _squared_distance_jvp(
 def _read(z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]) -> _Row:
     row_max = row_maxima(z)
     others = jnp.where(is_label(labels, z), 0, jnp.exp(shift(z, row_max)))
-    of_others = jnp.sum(others, -1)
+    of_others = _platform.row_sums({"exp": others, "squares": jnp.square(others)})
     of_label = jnp.exp(label_logit(z, labels) - row_max)
-    total = of_others + of_label
-    squares = jnp.sum(jnp.square(others), -1) / jnp.square(total)
-    return _Row(row_max, total, of_label / total, of_others / total, squares)
+    total = of_others["exp"] + of_label
+    missed, squares = of_others["exp"] / total, of_others["squares"] / jnp.square(total)
+    return _Row(row_max, total, of_label / total, missed, squares)

@@ -99,9 +99,10 @@ def _start(normalisers: Form, inputs: Inputs, used: Used, counting: Counting) ->
 
 def _fold(options: Options, inputs: Inputs, used: Used, seen: _Sums, first: First) -> _Sums:
     both, _ = tiles(options, inputs, used, first)
-    p, q = (jnp.sum(x.terms, -1) for x in _compared(both, seen.of, inputs.share))
-    mixed = inputs.share * p + (1 - inputs.share) * q
-    return seen._replace(p=seen.p + p, q=seen.q + q, both=seen.both + mixed)
+    p, q = _compared(both, seen.of, inputs.share)
+    sums = _platform.row_sums({"p": p.terms, "q": q.terms})
+    mixed = inputs.share * sums["p"] + (1 - inputs.share) * sums["q"]
+    return seen._replace(p=seen.p + sums["p"], q=seen.q + sums["q"], both=seen.both + mixed)
 
 
 def _added(axis_name: str | None, seen: _Sums) -> _Sums:

@@ -275,7 +275,11 @@ def test_a_run_leaves_figures_tables_and_pictures(tmp_path, monkeypatch):
     ("part", "others"),
     [
         (lambda peers: epoch.rows(TINY, peers, quick=True), {"optax", "torch", "torch.compile"}),
-        (lambda peers: sharded.rows(TINY, peers, quick=True, kept=False), {"optax", "jax.nn"}),
+        pytest.param(
+            lambda peers: sharded.rows(TINY, peers, quick=True, kept=False),
+            {"optax", "jax.nn"},
+            marks=pytest.mark.cpu,
+        ),
         (lambda peers: startup.import_rows(peers, 1), {"optax"}),
         (lambda peers: startup.compile_rows(peers, ["integer"], 1), {"optax"}),
     ],

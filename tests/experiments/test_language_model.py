@@ -34,6 +34,7 @@ def dense(model, text):
     return jnp.sum(jnp.where(counts, losses, 0)) / counts.sum(), hits
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(("tied", "parts"), [(True, 2), (False, 1)])
 def test_loss_and_gradients_are_those_of_dense_logits(tied, parts):

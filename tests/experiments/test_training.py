@@ -114,6 +114,7 @@ def test_all_epochs_share_one_compilation(trainer):
     assert trainer._run_predictions._cache_size() == 1
 
 
+@pytest.mark.cpu
 def test_eight_devices_give_the_result_of_one(digits, trainer):
     eight = make_trainer(digits, devices=8)
     assert (trainer.mesh.size, eight.mesh.size) == (1, 8)
@@ -127,6 +128,7 @@ def test_eight_devices_give_the_result_of_one(digits, trainer):
     )
 
 
+@pytest.mark.cpu
 def test_the_batch_is_spread_over_the_devices(digits):
     trainer = make_trainer(digits, Settings(**{**vars(SETTINGS), "batch_size": 40}), devices=8)
     trainer.compile()
@@ -135,6 +137,7 @@ def test_the_batch_is_spread_over_the_devices(digits):
     assert "f32[40,512]" not in trainer._run_epoch.as_text()
 
 
+@pytest.mark.cpu
 def test_a_batch_that_does_not_divide_uses_fewer_devices(digits):
     trainer = make_trainer(digits, Settings(**{**vars(SETTINGS), "batch_size": 60}), devices=8)
     assert trainer.mesh.size == 6
