@@ -234,9 +234,9 @@ def test_the_limits_are_both_divergences(small, reverse):
 @pytest.mark.usefixtures("usual_programs", "one_device")
 @pytest.mark.cpu
 def test_of_many_logits_nothing_of_their_size_is_stored():
-    """The four arrays that are kept of fewer logits would take 537 MB."""
+    """The six arrays that are kept of fewer logits would take 805 MB."""
     logits = jax.ShapeDtypeStruct((512, 65536), jnp.float32)
-    assert 4 * 4 * logits.size > two_heads._AT_ONCE
+    assert 6 * 4 * logits.size > two_heads._AT_ONCE
     loss = functools.partial(ce_jax.jensen_shannon_loss, reduction="mean")
     program = jax.jit(jax.value_and_grad(loss)).lower(logits, logits).compile()
     assert program.memory_analysis().temp_size_in_bytes < 18 * 10**6

@@ -50,6 +50,7 @@ def without_platforms(monkeypatch):
         monkeypatch.setattr(_platform, "normaliser", tile.normaliser)
         monkeypatch.setattr(_platform, "read", tile.read)
         monkeypatch.setattr(_platform, "reread", lambda *both: both)
+        monkeypatch.setattr(_platform, "two_sums", lambda a, b: (a.sum(-1), b.sum(-1)))
         monkeypatch.setattr(_platform, "elementwise", lambda function, *arrays: function(*arrays))
         jax.clear_caches()
 
@@ -109,6 +110,18 @@ def test_the_normaliser_of_a_gpu(classes):
         found, wanted = (derivatives(x, z) for x in (gpu.normaliser, tile.normaliser))
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-13)
+
+
+def test_the_two_sums_of_a_gpu():
+    """Each is its own, whatever the other is; also their derivatives."""
+    a, b = draw.normal(size=(2, 5, 31)).astype(np.float32)
+    a[0, 3], b[1, 7], a[2, 5] = np.inf, -np.inf, np.nan
+    wanted = a.sum(-1), b.sum(-1)
+    for found, want in zip(gpu.two_sums(a, b), wanted, strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+    g = draw.normal(size=(2, 5)).astype(np.float32)
+    for found, want in zip(jax.vjp(gpu.two_sums, a, b)[1](tuple(g)), g, strict=True):
+        np.testing.assert_allclose(found, np.broadcast_to(want[:, None], a.shape))
 
 
 @pytest.mark.sweep

@@ -2,10 +2,10 @@
 
     where                                        what                      way
     GPU (CUDA), a tile of more than 8 MB         maximum and normaliser    gpu.normaliser
+    GPU (CUDA)                                   two sums of one row       gpu.two_sums
     CPU, bfloat16 of 8 MB in float32             every reading             cpu.apart
     CPU, soft labels of 64 classes and more      sums over the classes     cpu.apart
     CPU, smoothing                               sums over the classes     cpu.row_sums
-    GPU (CUDA)                                   two sums over classes     gpu.row_sums
     CPU                                          argmax                    cpu.first_of
     CPU, fewer than 64 columns                   the sigmoid loss          cpu.in_one_row
 
@@ -33,9 +33,7 @@ def normaliser(z: Float[Array, "*rows classes"], seen: tile.Seen = None) -> tile
         ways["cuda"] = gpu.normaliser
     if sharded.is_own(z) and cpu.stores_wide(z):
         ways["cpu"] = cpu.normaliser
-    if not ways:
-        return tile.normaliser(z, seen)
-    row_max, sum_exp = jax.lax.platform_dependent(z, seen, **ways, default=tile.normaliser)
+    row_max, sum_exp = _run(tile.normaliser, ways, z, seen)
     return jax.lax.stop_gradient(row_max), sum_exp
 
 
@@ -47,31 +45,28 @@ def read(
 ) -> tile.Partial:
     """`tile.read`, in the way of the platform."""
     plain, own = (functools.partial(f, **options) for f in (tile.read, cpu.read))
-    if not sharded.is_own(z) or not (options.get("argmax") or cpu.shares(z, target)):
-        return plain(z, target, normaliser)
-    return jax.lax.platform_dependent(z, target, normaliser, cpu=own, default=plain)
+    pays = sharded.is_own(z) and (options.get("argmax") or cpu.shares(z, target))
+    return _run(plain, {"cpu": own} if pays else {}, z, target, normaliser)
 
 
-def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
-    """`tile.row_sums`, in the way of the platform."""
-    if not all(map(sharded.is_own, summands.values())):
-        return tile.row_sums(summands)
-    found: dict[str, Array] = jax.lax.platform_dependent(
-        summands, cuda=gpu.row_sums, default=tile.row_sums
-    )
-    return found
+def two_sums(a: Array, b: Array) -> tuple[Array, Array]:
+    """The sums of two arrays over the last axis, in the way of the platform."""
+    own = sharded.is_own(a) and sharded.is_own(b)
+    return _run(lambda a, b: (a.sum(-1), b.sum(-1)), {"cuda": gpu.two_sums} if own else {}, a, b)
 
 
 def elementwise(function: Callable[..., Any], z: Array, *others: Array | None) -> Any:
     """A function of each element of arrays of one shape, in the way of the platform."""
-    if z.ndim < 2 or not sharded.is_own(z) or z.shape[-1] >= cpu.FEWEST:
-        return function(z, *others)
-    in_one_row = functools.partial(cpu.in_one_row, function)
-    return jax.lax.platform_dependent(z, *others, cpu=in_one_row, default=function)
+    few = z.ndim > 1 and sharded.is_own(z) and z.shape[-1] < cpu.FEWEST
+    ways = {"cpu": functools.partial(cpu.in_one_row, function)} if few else {}
+    return _run(function, ways, z, *others)
 
 
 def reread(z: Array, part: tile.Partial) -> tuple[Array, tile.Partial]:
     """The same tile and statistics, for the gradient, in the way of the platform."""
-    if not sharded.is_own(z) or not cpu.stores_wide(z):
-        return z, part
-    return jax.lax.platform_dependent(z, part, cpu=cpu.reread, default=lambda *same: same)
+    pays = sharded.is_own(z) and cpu.stores_wide(z)
+    return _run(lambda *same: same, {"cpu": cpu.reread} if pays else {}, z, part)
+
+
+def _run(plain: Callable[..., Any], ways: dict[str, Any], *arrays: Any) -> Any:
+    return jax.lax.platform_dependent(*arrays, **ways, default=plain) if ways else plain(*arrays)

@@ -1,13 +1,15 @@
-"""The maximum of a row and the sum of its exponentials in one reading, for a GPU.
+"""Two sums of a row in one reading that stores nothing of the row's size, for a GPU.
 
-One reduction brings both sums to the larger maximum. Its arithmetic hides behind the reading: on an
-H200, 8192 rows of 32768 float32 logits took 0.53 of the time of two reductions for the loss, 0.77
-for value and gradient (jax 0.11.2, earlier form).
+`normaliser` brings both to the larger maximum. On an H200, of 8192x32768 or 2048x131072 logits, it
+takes 0.49 of the time of two readings for the float32 loss and 0.65 in bfloat16, for value and
+gradient 0.76 and 0.84 (jax 0.11.2). XLA fuses a reduction with two operands only if each has its
+elements to itself. So the maximum of each few numbers is computed twice, in two orders, which XLA
+does not recognise as the same. (Milakov and Gimelshein, `Online normalizer calculation for
+softmax`, 2018.)
 
-XLA fuses a reduction with two operands only if each has its elements to itself. If they share the
-maximum, it stores arrays of the size of the logits. So the maximum of each few numbers is computed
-twice, in two orders, which XLA does not recognise as the same. (Milakov and Gimelshein, `Online
-normalizer calculation for softmax`, 2018.)
+What two sums share, XLA stores if it is costly; `two_sums` makes one sum of complex numbers of
+them. Of 8192x256000 bfloat16 logits the Brier score with a temperature then takes 0.70 of the time,
+and no memory for 8.4 GB, the Jensen-Shannon divergence 0.87 and 42 MB for 231 MB.
 """
 
 from __future__ import annotations
@@ -54,11 +56,10 @@ def _joined(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Arra
     return row_max, a[1] * jnp.exp(a[0] - row_max) + b[1] * jnp.exp(b[0] - row_max)
 
 
-def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
-    """As `tile.row_sums` of two arrays: one sum, of complex numbers."""
-    (one, a), (other, b) = summands.items()
+def two_sums(a: Array, b: Array) -> tuple[Array, Array]:
+    """Over the last axis, as one sum."""
     total = jnp.sum(jax.lax.complex(a, b), -1)
-    return {one: total.real, other: total.imag}
+    return total.real, total.imag
 
 
 @normaliser.defjvp

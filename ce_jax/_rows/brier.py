@@ -59,8 +59,8 @@ def _squared_distance_jvp(
 def _read(z: Float[Array, "*rows classes"], labels: Integer[Array, "*rows"]) -> _Row:
     row_max = row_maxima(z)
     others = jnp.where(is_label(labels, z), 0, jnp.exp(shift(z, row_max)))
-    of_others = _platform.row_sums({"exp": others, "squares": jnp.square(others)})
+    of_others, of_squares = _platform.two_sums(others, jnp.square(others))
     of_label = jnp.exp(label_logit(z, labels) - row_max)
-    total = of_others["exp"] + of_label
-    missed, squares = of_others["exp"] / total, of_others["squares"] / jnp.square(total)
-    return _Row(row_max, total, of_label / total, missed, squares)
+    total = of_others + of_label
+    squares = of_squares / jnp.square(total)
+    return _Row(row_max, total, of_label / total, of_others / total, squares)

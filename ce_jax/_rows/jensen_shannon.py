@@ -26,7 +26,7 @@ from .. import _platform
 from . import sharded, tile
 from .columns import Form, over_columns, sums_of
 from .divergence import Inputs, Options, Tiles, Used, nothing, parts, tiles
-from .numerics import expm1_less_x, weighted
+from .numerics import expm1_less_small, weighted
 from .order import Counting
 from .picked import First
 from .tile import Partial, merge
@@ -99,10 +99,9 @@ def _start(normalisers: Form, inputs: Inputs, used: Used, counting: Counting) ->
 
 def _fold(options: Options, inputs: Inputs, used: Used, seen: _Sums, first: First) -> _Sums:
     both, _ = tiles(options, inputs, used, first)
-    p, q = _compared(both, seen.of, inputs.share)
-    sums = _platform.row_sums({"p": p.terms, "q": q.terms})
-    mixed = inputs.share * sums["p"] + (1 - inputs.share) * sums["q"]
-    return seen._replace(p=seen.p + sums["p"], q=seen.q + sums["q"], both=seen.both + mixed)
+    p, q = _platform.two_sums(*(x.terms for x in _compared(both, seen.of, inputs.share)))
+    mixed = inputs.share * p + (1 - inputs.share) * q
+    return seen._replace(p=seen.p + p, q=seen.q + q, both=seen.both + mixed)
 
 
 def _added(axis_name: str | None, seen: _Sums) -> _Sums:
@@ -133,29 +132,27 @@ def _compared(
         tile.shift(z, x.base) - jnp.log(x.sum_exp)[..., None] for z, x in zip(both, of, strict=True)
     )
     banned = (log_p == -jnp.inf) & (log_q == -jnp.inf)
-    ratio = jnp.where(banned, 0, log_q) - jnp.where(banned, 0, log_p)
-    ratio = jnp.clip(ratio, -_FARTHEST, _FARTHEST)
-    p, q, more = jnp.exp(log_p), jnp.exp(log_q), jnp.expm1(ratio)
-    q_by_p, p_by_q = jnp.exp(ratio), jnp.exp(-ratio)
-    return (
-        _beside(p, q, q_by_p, more, share, 1 - share),
-        _beside(q, p, p_by_q, -more * p_by_q, 1 - share, share),
-    )
+    ahead = jnp.where(banned, 0, log_q) - jnp.where(banned, 0, log_p)
+    q_larger = ahead > 0
+    apart = jnp.minimum(jnp.where(q_larger, ahead, -ahead), _FARTHEST)
+    # The larger probability over the smaller one, less 1, and the smaller over the larger.
+    more = jnp.expm1(apart)
+    inverse = 1 / (1 + more)
+    less = -more * inverse
+    of_larger = jnp.where(q_larger, 1 - share, share)
+    of_smaller = jnp.where(q_larger, share, 1 - share)
+    log_of_larger = jnp.log(of_larger + of_smaller * inverse)  # of m over the larger
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
 
+    def beside(p: Array, q: Array, q_by_p: Array, other: Array) -> _Compared:
+        excess = other * q_by_p  # m / p - 1
+        precise, near = excess > -0.5, jnp.abs(excess) <= 0.5
+        log_ratio = jnp.where(precise, jnp.log1p(jnp.where(precise, excess, 0)), log_of_larger)
+        of_near = p * expm1_less_small(jnp.where(near, log_ratio, 0))
+        return _Compared(p, -log_ratio, jnp.where(near, of_near, other * (q - p) - p * log_ratio))
 
-def _beside(
-    p: Array, q: Array, q_by_p: Array, more: Array, share: Array, other: Array
-) -> _Compared:
-    """`more` is `q / p - 1`, with all digits."""
-    excess = other * more  # m / p - 1
-    precise, near = excess > -0.5, jnp.abs(excess) <= 0.5
-    log_ratio = jnp.where(
-        precise,
-        jnp.log1p(jnp.where(precise, excess, 0)),
-        jnp.log(jnp.where(precise, 1, share + other * q_by_p)),
-    )
-    of_near = p * expm1_less_x(jnp.where(near, log_ratio, 0))
-    return _Compared(p, -log_ratio, jnp.where(near, of_near, other * (q - p) - p * log_ratio))
+    of_p, of_q = jnp.where(q_larger, more, less), jnp.where(q_larger, less, more)
+    return beside(p, q, of_p, 1 - share), beside(q, p, of_q, share)
 
 
 def _pull(

@@ -179,12 +179,16 @@ def log_complement(p: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(p < 0.25, jnp.log1p(-p), jnp.log(1 - p))
 
 
+def expm1_less_small(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`e^x - 1 - x` for |x| <= 1/2, by its series."""
+    return jnp.square(x) * polynomial(_SECOND, x)
+
+
 def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`e^x - 1 - x`, without the cancellation near 0."""
     near = jnp.abs(x) <= 0.5
     small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)
-    series = jnp.square(small) * polynomial(_SECOND, small)
-    return jnp.where(near, series, -one_minus_exp(large) - large)
+    return jnp.where(near, expm1_less_small(small), -one_minus_exp(large) - large)
 
 
 @jax.custom_jvp
