@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 from jaxtyping import Array
 
 from ._arguments import checks, options, reductions
@@ -100,7 +99,7 @@ def jensen_shannon_loss(
 def beta_option(value: Scalar) -> Array:
     """The teacher's share of the mixture, checked if it is known."""
     share = options.scalar("beta", value, 0.0, 1.0)
-    if not isinstance(share, jax.core.Tracer) and float(share) in (0.0, 1.0):
+    if options.known_value("beta", value) in (0.0, 1.0):
         raise ValueError(
             f"beta must be above 0 and below 1, got {value}; the loss is 0 at 0 and at 1: write "
             "distillation_loss there, with reverse=True in place of 1"

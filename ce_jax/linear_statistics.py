@@ -92,7 +92,7 @@ def linear_softmax_statistics(
         kernel,
         labels,
         bias,
-        checks.soft_cap("logit_soft_cap", logit_soft_cap),
+        options.soft_cap("logit_soft_cap", logit_soft_cap),
         options.temperature(temperature),
         where,
         class_axis=checks.integer_option("class_axis", class_axis),

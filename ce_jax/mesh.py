@@ -24,7 +24,7 @@ from . import (
 )
 from ._arguments import checks, placement, reductions
 from ._arguments.compiled import array
-from ._arguments.options import temperature
+from ._arguments.options import not_zero, soft_cap, temperature
 from ._rows import sharded
 from ._rows.head import with_slope_of
 from ._rows.sharded import psum
@@ -58,12 +58,12 @@ _TRACED = (
 _CHECKS: dict[str, Callable[..., Any]] = {
     "axis": checks.static_axis,
     "reduction_axis": functools.partial(checks.hashable_axes, "reduction_axis"),
-    "label_smoothing": functools.partial(checks.float_option, "label_smoothing", high=1.0),
-    "z_loss": functools.partial(checks.float_option, "z_loss"),
+    "label_smoothing": functools.partial(not_zero, "label_smoothing", high=1.0),
+    "z_loss": functools.partial(not_zero, "z_loss"),
     "temperature": temperature,
     "beta": jensen_shannon.beta_option,
     **{
-        name: functools.partial(checks.soft_cap, name)
+        name: functools.partial(soft_cap, name)
         for name in ("logit_soft_cap", "teacher_logit_soft_cap")
     },
     **{

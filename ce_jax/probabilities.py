@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ._arguments import checks, reductions, targets
+from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled, recomputed
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
@@ -85,7 +85,7 @@ def nll_loss(
         where,
         weight,
         sample_weight,
-        checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        options.not_zero("label_smoothing", label_smoothing, 1.0),
         axis=checks.static_axis(axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reductions.reducer(reduction, reduction_axis),
@@ -208,7 +208,7 @@ def binary_cross_entropy(
         weight,
         sample_weight,
         where,
-        checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        options.not_zero("label_smoothing", label_smoothing, 1.0),
         reduction=reductions.reducer(reduction, reduction_axis),
     )
 

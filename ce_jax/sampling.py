@@ -206,7 +206,7 @@ def linear_sampled_softmax_cross_entropy(
         labels,
         negatives,
         bias,
-        checks.soft_cap("logit_soft_cap", logit_soft_cap),
+        options.soft_cap("logit_soft_cap", logit_soft_cap),
         label_log_expected_count,
         sample_weight,
         where,

@@ -87,7 +87,7 @@ def sigmoid_binary_cross_entropy(
         pos_weight,
         sample_weight,
         where,
-        checks.float_option("label_smoothing", label_smoothing, 0.0, 1.0),
+        options.not_zero("label_smoothing", label_smoothing, 1.0),
         options.temperature(temperature),
         reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ._arguments import checks, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.options import scalar
+from ._arguments.options import known_value, scalar
 from ._arguments.types import ArrayLike, Axes, Scalar
 from ._rows.dtypes import wide
 from ._rows.numerics import relative
@@ -74,8 +74,8 @@ def fit_temperature(
       Guo et al., `On Calibration of Modern Neural Networks`, 2017.
     """
     least, most = scalar("low", low, low=1e-6), scalar("high", high, low=1e-6)
-    known = not any(isinstance(x, jax.core.Tracer) for x in (least, most))
-    if known and float(least) > float(most):
+    bounds = known_value("low", low), known_value("high", high)
+    if None not in bounds and bounds[0] > bounds[1]:
         raise ValueError(f"low must be at most high, got low={low} and high={high}")
     return _fit_temperature(
         logits,

@@ -292,7 +292,7 @@ def linear_top_k_distillation_loss(
         teacher_ids,
         teacher_log_probs,
         bias,
-        checks.soft_cap("logit_soft_cap", logit_soft_cap),
+        options.soft_cap("logit_soft_cap", logit_soft_cap),
         options.temperature(temperature),
         sample_weight,
         where,

@@ -7,8 +7,6 @@ runs. Ranges of options are checked if the value is known; a traced value is not
 
 from __future__ import annotations
 
-import math
-import numbers
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -18,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .compiled import array, numeric, unwrapped
-from .types import ArrayLike, Axes, Reduction, Scalar
+from .compiled import array, numeric
+from .types import ArrayLike, Axes, Reduction
 
 REDUCTIONS = get_args(Reduction)
 
@@ -235,39 +233,6 @@ def integer_option(name: str, value: int | None, wanted: str = "an int or None")
     if isinstance(value, bool | jax.core.Tracer) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be {wanted}, got {value!r}")
     return int(value)
-
-
-def float_option(
-    name: str, value: Scalar | None, low: float = 0.0, high: float = math.inf
-) -> Scalar | None:
-    """The option's value, or None where it is known to be 0 and so has no effect.
-
-    Raises where the value is known and not in `[low, high]`. Any scalar that is not traced is
-    known: outside `jit`, a `jax.Array` is read back for it.
-    """
-    if value is None:
-        return None
-    value = unwrapped(value)
-    if isinstance(value, jax.core.Tracer):
-        if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
-            raise TypeError(f"{name} must be a real scalar, got dtype {value.dtype}")
-    elif not isinstance(value, numbers.Real | jax.Array | np.ndarray) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a real scalar, got {value!r}")
-    if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
-    if isinstance(value, jax.core.Tracer):
-        return value
-    number = float(np.asarray(value))
-    if not low <= number <= high or math.isinf(number):
-        raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
-    return None if number == 0 else value
-
-
-def soft_cap(name: str, value: Scalar | None) -> Scalar | None:
-    """The value of a soft cap, which has no number that means "none"."""
-    if float_option(name, value) is None and value is not None:
-        raise ValueError(f"{name} must be positive, got {value}; write {name}=None for no cap")
-    return value
 
 
 def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from .._rows.dtypes import wide
 from .._rows.numerics import tempered, tempered_rows
 from . import checks
+from .compiled import numeric
 from .types import ArrayLike
 
 # The smallest temperature: below, logits of ordinary size overflow.
@@ -26,12 +27,22 @@ def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
     array = checks.real(name, value)
     if array.dtype == jnp.bool_:
         raise TypeError(f"{name} must be a real number, got {value!r}")
-    if not isinstance(array, jax.core.Tracer):
-        known = np.asarray(array, np.float64)
+    known = known_value(name, value)
+    if known is not None:
+        x = known.astype(array.dtype).astype(np.float64)
         least, most = (_as_stored(bound, array.dtype) for bound in (low, high))
-        if not np.all((known >= least) & (known <= most) & np.isfinite(known)):
+        if not np.all((x >= least) & (x <= most) & np.isfinite(x)):
             raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
     return array
+
+
+def known_value(name: str, value: ArrayLike) -> np.ndarray | None:
+    """The numbers as given, or None if they are traced.
+
+    Not read from an array of JAX: under `jit`, an array made of a number is traced.
+    """
+    given = numeric(name, value)
+    return None if isinstance(given, jax.core.Tracer) else np.asarray(given)
 
 
 def _as_stored(bound: float, dtype: jnp.dtype) -> float:
@@ -47,11 +58,30 @@ def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
     return array
 
 
+def not_zero(name: str, value: ArrayLike, high: float = math.inf) -> Array | None:
+    """A scalar of at least 0; None where it is known to be 0 and so has no effect."""
+    if _is_number(value, 0):
+        return None
+    array = scalar(name, value, 0.0, high)
+    return None if known_value(name, value) == 0 else array
+
+
+def soft_cap(name: str, value: ArrayLike | None) -> Array | None:
+    """The value of a soft cap, which has no number that means "none"."""
+    cap = None if value is None else not_zero(name, value)
+    if cap is None and value is not None:
+        raise ValueError(f"{name} must be positive, got {value}; write {name}=None for no cap")
+    return cap
+
+
 def temperature(value: ArrayLike) -> Array | None:
     """A temperature, or one per row; None where it is known to be 1 and so has no effect."""
-    if isinstance(value, float | int) and not isinstance(value, bool) and value == 1:
-        return None
-    return option("temperature", value, low=_COLDEST)
+    return None if _is_number(value, 1) else option("temperature", value, low=_COLDEST)
+
+
+def _is_number(value: ArrayLike, number: int) -> bool:
+    """Without making an array: defaults are checked in every call."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and value == number
 
 
 def row_temperature(

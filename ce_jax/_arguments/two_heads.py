@@ -13,7 +13,7 @@ from .._rows import class_blocks, sharded
 from .._rows.divergence import Options, Side
 from .._rows.dtypes import wide
 from .._rows.order import Counting, Order, in_order, in_tiles, order_of
-from . import checks, reductions, targets
+from . import checks, options, reductions, targets
 from .compiled import array
 from .layer import head_of
 from .types import ArrayLike
@@ -81,7 +81,7 @@ def given_layers(
     """Both layers, given hidden states, kernel, bias and soft cap; None for a teacher's logits."""
 
     def layer(prefix: str, hidden: Any, kernel: Any, bias: Any, soft_cap: Any) -> GivenLayer:
-        cap = checks.soft_cap(f"{prefix}logit_soft_cap", soft_cap)
+        cap = options.soft_cap(f"{prefix}logit_soft_cap", soft_cap)
         return GivenLayer(
             array(f"{prefix}hidden", hidden),
             array(f"{prefix}kernel", kernel),
