@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from ._arguments import checks
 from ._arguments.types import ArrayLike, Scalar
 from ._rows.dtypes import wide
-from ._rows.numerics import directional, log_complement, polynomial
+from ._rows.numerics import directional, inverse, log_complement, polynomial, pushed
 
 # 1/17, ..., 1/5, 1/3: the series of `_kl_terms`. With |s| <= 1/8 the first term left out is below
 # float64's rounding.
@@ -228,8 +228,7 @@ def kl_divergence(
 @jax.jit
 def _self_information(p: Array, log_base: Array | float) -> Array:
     (p,) = _wide(p)
-    # Here and below: subtracted from 0, not negated, so that certainty is 0, not -0.
-    return _in_base(0.0 - jnp.log(p), log_base)
+    return _in_base(_surprise(p), log_base)
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -257,6 +256,18 @@ def _kl_divergence(p: Array, q: Array, log_base: Array | float, axes: tuple[int,
 
 
 # The rules below give the limits at 0 that plain differentiation turns into NaN (0 * inf).
+# Logarithms are subtracted from 0, not negated, so that certainty is 0, not -0.
+
+
+@jax.custom_jvp
+def _surprise(p: Array) -> Array:
+    return 0.0 - jnp.log(p)
+
+
+@_surprise.defjvp
+def _surprise_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (p,), (dp,) = primals, tangents
+    return _surprise(p), pushed(-inverse(p), dp)
 
 
 @jax.custom_jvp
@@ -267,7 +278,7 @@ def _entropy_terms(p: Array) -> Array:
 @_entropy_terms.defjvp
 def _entropy_terms_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (p,), (dp,) = primals, tangents
-    return _entropy_terms(p), -(jnp.log(p) + 1) * dp
+    return _entropy_terms(p), pushed(_surprise(p) - 1, dp)
 
 
 @jax.custom_jvp
@@ -279,7 +290,7 @@ def _binary_entropy_terms(p: Array) -> Array:
 @_binary_entropy_terms.defjvp
 def _binary_entropy_terms_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (p,), (dp,) = primals, tangents
-    return _binary_entropy_terms(p), (log_complement(p) - jnp.log(p)) * dp
+    return _binary_entropy_terms(p), pushed(log_complement(p) + _surprise(p), dp)
 
 
 @jax.custom_jvp
@@ -293,7 +304,7 @@ def _cross_entropy_terms(p: Array, q: Array) -> Array:
 @functools.partial(_cross_entropy_terms.defjvp, symbolic_zeros=True)
 def _cross_entropy_terms_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     p, q = map(_visible, primals)
-    tangent = directional((-jnp.log(q), -_ratio(p, q)), tangents)
+    tangent = directional((_surprise(q), -_ratio(p, q)), tangents)
     return _cross_entropy_terms(p, q), tangent
 
 
@@ -344,7 +355,7 @@ def _log_ratio(p: Array, q: Array) -> Array:
 @_log_ratio.defjvp
 def _log_ratio_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (p, q), (dp, dq) = primals, tangents
-    return _log_ratio(p, q), dp / p - dq / q
+    return _log_ratio(p, q), pushed(inverse(p), dp) - pushed(inverse(q), dq)
 
 
 def _nearness(p: Array, q: Array) -> tuple[Array, Array]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -247,8 +246,9 @@ def _backward(
 def _known_rows(transition: ArrayLike) -> ArrayLike:
     """The matrix; raises if it is known and a row does not sum to 1, as rows of counts do not."""
     matrix = checks.floating("transition", transition)
-    if not isinstance(matrix, jax.core.Tracer) and matrix.is_fully_addressable:
-        sums = np.sum(np.asarray(matrix, np.float64), -1)
+    known = options.known_value("transition", transition)
+    if known is not None:
+        sums = np.sum(known.astype(np.float64), -1)
         if not np.allclose(sums, 1, atol=1e-2):
             raise ValueError(
                 f"rows of transition must sum to 1, got sums of {sums}; divide counts by their sums"

@@ -51,7 +51,8 @@ def estimate_prior(
     training data, but not the distribution within a class.
 
     Args:
-      logits: logits or log-probabilities of unlabelled data `[N, C]`, floating.
+      logits: logits or log-probabilities of unlabelled data `[N, C]`, floating. An example that has
+        no class with a share in the training data makes the result NaN; give it the weight 0.
       train_prior: share of each class in the training data `[C]`, or the counts. A class without
         examples keeps a share of 0.
       sample_weight: weight :math:`s` of each example, broadcastable to `[N]`.

@@ -18,6 +18,7 @@ from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
 from ._arguments.types import ArrayLike, Axes, Scalar
 from ._rows.dtypes import wide
+from ._rows.numerics import pushed
 
 
 def smooth_labels(
@@ -178,7 +179,7 @@ def _entropy_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     """By the smoothing: log(p / q) times the derivative of the share 1 - p."""
     smoothing, classes = primals
     slope = (classes - 1) / classes * _log_odds(smoothing, classes)
-    return _entropy(smoothing, classes), slope * tangents[0]
+    return _entropy(smoothing, classes), pushed(slope, tangents[0])
 
 
 def _log_odds(smoothing: Array, classes: Array) -> Array:

@@ -184,7 +184,7 @@ def _loss(
         ours, theirs = _harmless(mute, found, log_probs)
         if tail != "renormalize":
             theirs = options.log_probability("teacher_log_probs", theirs)
-        return jnp.where(mute, 0, top_k_divergence(ours, theirs, tail))
+        return jnp.where(mute, 0, top_k_divergence(ours, theirs, teacher.rounding, tail))
 
     mute = ~teacher.counts
     if weights is not None:

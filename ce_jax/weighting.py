@@ -6,13 +6,13 @@ counted among the K classes.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ._arguments import checks
 from ._arguments.compiled import compiled
-from ._arguments.options import option, scalar
+from ._arguments.options import known_value, option, scalar
 from ._arguments.types import ArrayLike, Scalar
 from ._rows.dtypes import wide
 from ._rows.numerics import expm1_ratio, one_minus_exp, power
@@ -173,7 +173,8 @@ def focal_alpha(positives: ArrayLike, total: ArrayLike) -> Float[Array, "..."]:
     """
     n, everything = _floats("positives", positives), _floats("total", total)
     everything = checks.of_rows("total", everything, n.shape, "positives")
-    if not isinstance(n > everything, jax.core.Tracer) and jnp.any(n > everything):
+    some, all_of_them = known_value("positives", positives), known_value("total", total)
+    if some is not None and all_of_them is not None and np.any(some > all_of_them):
         raise ValueError(f"positives must be at most total, got {positives} of {total}")
     return _focal_alpha(n, everything)
 

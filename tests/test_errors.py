@@ -273,6 +273,9 @@ def test_options_are_keywords():
         ce_jax.sigmoid_binary_cross_entropy(LOGITS, LOGITS, ones(4))
 
 
+EVEN, PAIR = np.full((4, 4), 0.25, F32), (ones(5, 3), ones(3, 4))
+
+
 def test_a_traced_option_out_of_range_is_not_checked():
     """Its value is unknown while tracing; the formula holds for any."""
     loss = jax.jit(lambda eps: ce_jax.softmax_cross_entropy(LOGITS, LOGITS, label_smoothing=eps))
@@ -280,12 +283,37 @@ def test_a_traced_option_out_of_range_is_not_checked():
     np.testing.assert_allclose(loss(2), 2 * np.log(4.0), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments", "options"),
+    [
+        (INTEGER, (LOGITS, IDS), {"temperature": 0.0}),
+        (INTEGER, (LOGITS, IDS), {"label_smoothing": 2.0}),
+        (INTEGER, (LOGITS, IDS), {"z_loss": -1}),
+        ("softmax_cross_entropy", (LOGITS, LOGITS), {"temperature": np.float32(-1)}),
+        ("linear_softmax_cross_entropy", (*PAIR, IDS), {"logit_soft_cap": 0}),
+        ("focal_loss", (-np.ones(4, F32),), {"gamma": -1.0}),
+        ("jensen_shannon_loss", (LOGITS, LOGITS), {"beta": 1.0}),
+        ("clip_loss", (LOGITS, LOGITS), {"logit_scale": -1.0}),
+        ("smooth_labels", (LOGITS, 3.0), {}),
+        ("smoothing_over_others", (0.95, 5), {}),
+        ("balanced_weights", (np.array([-1, 2]),), {}),
+        ("focal_alpha", (np.array([5, 2]), 3), {}),
+        ("fit_temperature", (LOGITS, IDS), {"low": 2.0, "high": 1.0}),
+        ("forward_corrected_cross_entropy", (LOGITS, IDS, 4 * EVEN), {}),
+    ],
+)
+def test_a_known_option_out_of_range_is_refused_under_jit_too(function, arguments, options):
+    def call():
+        return getattr(ce_jax, function)(*arguments, **options)
+
+    for run in (call, jax.jit(call)):
+        with pytest.raises(ValueError, match="must"):
+            run()
+
+
 def test_no_batch_to_wrap_in():
     with pytest.raises(ValueError, match="logits"):
         ce_jax.softmax_cross_entropy_with_integer_labels(np.zeros((), F32), np.int32(0))
-
-
-EVEN, PAIR = np.full((4, 4), 0.25, F32), (ones(5, 3), ones(3, 4))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,37 @@ def test_one_hot_targets_have_gradients_in_every_mode():
         )
 
 
+@pytest.mark.parametrize("function", ALL)
+def test_a_zero_that_does_not_move_adds_nothing_to_a_tangent(function, x64):
+    """Its slope may be infinite: the rows of `jax.jacfwd` and the off-diagonals of a Hessian."""
+    one, other = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.75, 0.0])
+    given = (one, other) if function in TWO else (one,)
+    for i, x in enumerate(given):
+
+        def of(x, i=i):
+            return jnp.sum(function(*given[:i], x, *given[i + 1 :]))
+
+        def finite(*arrays):
+            found = function(*arrays)
+            return jnp.sum(found[:2]) if function in ELEMENTWISE else found
+
+        moving = jnp.array([1.0, -2.0, 0.0])
+        want = difference(finite, list(given), i, moving)
+        np.testing.assert_allclose(jax.jvp(of, (x,), (moving,))[1], want, rtol=1e-6)
+        np.testing.assert_array_equal(jax.jacfwd(of)(x), jax.grad(of)(x))
+        hessian = jax.hessian(of)(x)
+        assert np.isfinite(hessian[:2]).all()
+        np.testing.assert_array_equal(hessian[2, :2], 0)
+
+
+def test_a_finite_slope_between_distributions_that_lack_a_class(x64):
+    p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.2, 0.8, 0.0])
+    found = jax.jvp(lambda t: ce_jax.entropy(t * p + (1 - t) * q), (0.3,), (1.0,))[1]
+    np.testing.assert_allclose(found, 0.3 * np.log(0.71 / 0.29), rtol=1e-13)
+    found = jax.jvp(lambda e: ce_jax.smoothed_label_entropy(e, 5), (0.0,), (0.0,))[1]
+    assert found == 0
+
+
 def test_chain_rule_through_a_sigmoid(x64):
     """dE/dp = -c/p + (1-c)/(1-p) and dp/ds = p(1-p) multiply to p - c."""
     draw = np.random.default_rng(11)

@@ -50,7 +50,7 @@ def test_dense(case):
 def test_many_logits_in_blocks(monkeypatch):
     """Of three classes, and of the one that is left, where memory is short."""
     monkeypatch.setattr(two_heads, "_AT_ONCE", 0)
-    monkeypatch.setattr(block_sizes, "default_budget", lambda _: 5 * 3 * 4 * 8)
+    monkeypatch.setattr(block_sizes, "default_budget", lambda _: 5 * 3 * 6 * 8)
     chosen = mock.Mock(wraps=block_sizes.class_block)
     monkeypatch.setattr(block_sizes, "class_block", chosen)
     compare_dense(**CASES[0])

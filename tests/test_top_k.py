@@ -92,6 +92,39 @@ def test_value_and_gradients(case):
     compare(ours, truth, arguments, wrt, dtype=jnp.dtype(dtype), loosen=4.0, **static)
 
 
+@pytest.mark.parametrize("form", [DENSE, LINEAR])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("mask", [-np.inf, -1e9])
+def test_a_rest_that_is_none_but_for_rounding(form, dtype, mask):
+    """The teacher knows all classes that the student allows: no row is infinite, nor its slopes."""
+    draw = np.random.default_rng(11)
+    rows, known, others = 200, 6, 3
+    logits, theirs = 3 * draw.normal(size=(2, rows, known)).astype(np.float32)
+    log_p = jnp.asarray(jax.nn.log_softmax(theirs), dtype)
+    ids = jnp.broadcast_to(jnp.arange(known), (rows, known))
+
+    def loss(logits, log_p):
+        bias = jnp.append(jnp.zeros(known), jnp.full(others, mask))
+        z = jnp.pad(logits, ((0, 0), (0, others)))
+        if form == LINEAR:
+            eye = jnp.eye(known + others)
+            return ce_jax.linear_top_k_distillation_loss(z, eye, ids, log_p, bias=bias)
+        return ce_jax.top_k_distillation_loss(z + bias[None], ids, log_p)
+
+    z, p = np.asarray(logits, np.float64), np.exp(np.asarray(log_p, np.float64))
+    log_q = z - np.log(np.sum(np.exp(z), -1, keepdims=True))
+    want = np.sum(p * (np.asarray(log_p, np.float64) - log_q), -1)
+    found, pull = jax.vjp(loss, logits, log_p)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-6)
+    g = draw.normal(size=rows).astype(np.float32)
+    slopes = pull(g)
+    mass = p.sum(-1, keepdims=True)
+    np.testing.assert_allclose(slopes[0], g[:, None] * (mass * np.exp(log_q) - p), atol=2e-2)
+    assert np.isfinite(np.asarray(slopes[1], np.float32)).all()
+    lacking = jnp.full_like(log_p, np.log(0.95 / known))  # more than rounding explains
+    assert np.min(loss(logits, lacking)) > 1e6
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("tail", ["bucket", *(pytest.param(x, marks=sweep) for x in TAILS[1:])])
 def test_transformations(tail):

@@ -19,12 +19,14 @@ class Entries(NamedTuple):
     Attributes:
       ids: class ids in range; -1 where there is none.
       log_probs: the teacher's, in the loss's dtype; -inf where there is no class.
+      rounding: what their probabilities may lack of 1, as the dtype they came in has few digits.
       counts: which rows count.
       unknown: rows that count and have an id that is not a class, or an id twice.
     """
 
     ids: Integer[Array, "*rows k"]
     log_probs: Float[Array, "*rows k"]
+    rounding: Float[Array, "*rows"]
     counts: Bool[Array, "*rows"]
     unknown: Bool[Array, "*rows"]
 
@@ -61,7 +63,13 @@ def entries(
     there = valid & counts[..., None]
     log_probs = jnp.where(there, log_probs, -jnp.inf)
     dtype = wide(student.dtype, log_probs.dtype)
-    return Entries(jnp.where(there, ids, -1), log_probs.astype(dtype), counts, unknown)
+    given, log_probs = log_probs.dtype, log_probs.astype(dtype)
+    # Twice as much as if each logarithm, and what is computed of it, were rounded to one side.
+    some = log_probs > -jnp.inf
+    entropy = -jnp.sum(jnp.exp(log_probs) * jnp.where(some, log_probs, 0), -1)
+    digits, more = (float(jnp.finfo(x).eps) for x in (given, dtype))
+    rounding = digits * (1 + entropy) + 16 * more
+    return Entries(jnp.where(there, ids, -1), log_probs, rounding, counts, unknown)
 
 
 def _equal(ids: Integer[Array, "*rows k"], value: int | None) -> Bool[Array, "*rows k"]:

@@ -37,12 +37,14 @@ def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
 
 
 def known_value(name: str, value: ArrayLike) -> np.ndarray | None:
-    """The numbers as given, or None if they are traced.
+    """The numbers as given; None if they are traced, or not all on devices of this process.
 
-    Not read from an array of JAX: under `jit`, an array made of a number is traced.
+    Not read from an array made of them: under `jit` that is traced.
     """
     given = numeric(name, value)
-    return None if isinstance(given, jax.core.Tracer) else np.asarray(given)
+    if isinstance(given, jax.core.Tracer):
+        return None
+    return np.asarray(given) if getattr(given, "is_fully_addressable", True) else None
 
 
 def _as_stored(bound: float, dtype: jnp.dtype) -> float:

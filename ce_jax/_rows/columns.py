@@ -98,7 +98,7 @@ def sums_of(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
             found = form.fold(some(of_tile(), form.parts), constants, seen, first)
             return jax.tree.map(lambda x, new: put(x, new, row), sums, found)
 
-        return over_rows(fold, sums, _total(form, inputs), form.tile, counting)
+        return over_rows(fold, sums, _total(form, inputs, counting), form.tile, counting)
 
     start = sharded.like(form.start(inputs, fixed, counting), jax.tree.leaves(inputs)[0])
     return form.across(over_blocks(step, start, form.columns, form.block))
@@ -163,7 +163,7 @@ def pulled_back(form: Form, residuals: Any, g: Any) -> Any:
             return block if part.axis is None else put(d, block, first, part.axis)
 
         d = jax.tree.map(nothing, carry, form.parts)
-        d = over_rows(pull, d, _total(form, inputs), form.tile, counting)
+        d = over_rows(pull, d, _total(form, inputs, counting), form.tile, counting)
         return jax.tree.map(written, carry, d, form.parts)
 
     start = sharded.like(jax.tree.map(zeros, inputs, form.parts), jax.tree.leaves(inputs)[0])
@@ -209,7 +209,9 @@ def _rows(counting: Counting, first: First, size: int, tree: Any, parts: Any = N
     return jax.tree.map(lambda x, part: take(x, first, size) if part.by_row else x, tree, parts)
 
 
-def _total(form: Form, inputs: Any) -> int:
-    """How many rows there are; 0 where no input is by row."""
+def _total(form: Form, inputs: Any, counting: Counting) -> int:
+    """How many rows there are, where they go in tiles; others may have no axis of rows."""
+    if counting is None:
+        return 0
     rows = jax.tree.map(lambda x, part: x.shape[0] if part.by_row else None, inputs, form.parts)
     return next(iter(jax.tree.leaves(rows)), 0)

@@ -23,16 +23,42 @@ _SECOND = tuple(1.0 / math.factorial(k + 2) for k in range(14, -1, -1))
 
 
 def directional(slopes: tuple[Array, ...], tangents: tuple[Any, ...]) -> Array:
-    """The sum of slope * tangent over the arguments that vary: an infinite slope times 0 is NaN.
+    """The sum of slope * tangent over the arguments that vary, where infinity times 0 is 0.
 
     For rules of `jax.custom_jvp` with `symbolic_zeros`.
     """
     terms = [
-        slope * jnp.asarray(tangent).astype(slope.dtype)
+        pushed(slope, jnp.asarray(tangent).astype(slope.dtype))
         for slope, tangent in zip(slopes, tangents, strict=True)
         if not isinstance(tangent, SymbolicZero)
     ]
     return functools.reduce(operator.add, terms)
+
+
+@jax.custom_jvp
+def pushed(slope: Float[Array, "..."], tangent: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`slope * tangent`, linear in the tangent; 0 for a tangent of 0, even if the slope is inf."""
+    most = jnp.finfo(slope.dtype).max
+    return jnp.clip(slope, -most, most) * tangent * jnp.where(jnp.isinf(slope), most, 1)
+
+
+@pushed.defjvp
+def _pushed_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (slope, tangent), (d_slope, d_tangent) = primals, tangents
+    bent = jnp.where(tangent == 0, 0, d_slope) * tangent
+    return pushed(slope, tangent), bent + pushed(slope, d_tangent)
+
+
+@jax.custom_jvp
+def inverse(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`1 / x`, whose derivatives of every order are `pushed`."""
+    return 1 / x
+
+
+@inverse.defjvp
+def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    return inverse(x), pushed(-jnp.square(inverse(x)), dx)
 
 
 def instantiated(tree: _Tree) -> _Tree:
@@ -174,9 +200,16 @@ def _one_minus_exp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[A
     return one_minus_exp(x), -jnp.exp(x) * dx
 
 
+@jax.custom_jvp
 def log_complement(p: Float[Array, "..."]) -> Float[Array, "..."]:
     """log(1 - p). 1 - p would round a small p away; XLA's float64 log1p is coarse below -1/4."""
     return jnp.where(p < 0.25, jnp.log1p(-p), jnp.log(1 - p))
+
+
+@log_complement.defjvp
+def _log_complement_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (p,), (dp,) = primals, tangents
+    return log_complement(p), pushed(-inverse(1 - p), dp)
 
 
 def expm1_less_small(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -25,14 +25,22 @@ from .tile import RowStatistics, finite_maximum
 
 # The sum of probabilities whose logarithms were rounded to bfloat16 exceeds 1 by at most this.
 _SURPLUS = 0.1
+# No dtype holds a probability with a logarithm below this. A class may be masked by a finite logit.
+_IMPOSSIBLE = -1e4
 
 Tail: TypeAlias = Literal["bucket", "renormalize", "drop"]
 
 
 def top_k_divergence(
-    found: RowStatistics, log_p: Float[Array, "*rows k"], tail: Tail
+    found: RowStatistics,
+    log_p: Float[Array, "*rows k"],
+    rounding: Float[Array, "*rows"],
+    tail: Tail,
 ) -> Float[Array, "*rows"]:
-    """The loss of each row, given the student's statistics with these classes picked."""
+    """The loss of each row, given the student's statistics with these classes picked.
+
+    If the student allows no other class, a rest of no more than `rounding` is none.
+    """
     logits = jnp.concatenate([found.picked, found.lse[..., None]], -1)
     log_q = _log_softmax(logits)
     log_q, log_rest_q = log_q[..., :-1], log_q[..., -1]
@@ -42,9 +50,10 @@ def top_k_divergence(
     loss, rest = jnp.sum(_terms(log_p, log_q), -1), one_minus_exp(log_sum)
     if tail == "drop":
         return loss + jnp.exp(log_rest_q) - rest
-    log_rest = jnp.where(rest > 0, jnp.log(jnp.where(rest > 0, rest, 1)), -jnp.inf)
-    surplus = jnp.where(rest < -_SURPLUS, jnp.nan, jnp.minimum(rest, 0))
-    return loss + _terms(log_rest, log_rest_q) - surplus
+    is_none = (rest <= 0) | (log_rest_q < _IMPOSSIBLE) & (rest <= rounding)
+    log_rest = jnp.where(is_none, -jnp.inf, jnp.log(jnp.where(is_none, 1, rest)))
+    missing = jnp.where(rest < -_SURPLUS, jnp.nan, jnp.where(is_none, rest, 0))
+    return loss + _terms(log_rest, log_rest_q) - missing
 
 
 def _terms(log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
