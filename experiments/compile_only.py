@@ -7,6 +7,10 @@ XLA compiles for an NVIDIA H200 and a TPU v6e on any machine that has its plugin
 a CUDA toolkit), and `jax[tpu]`. Expect two minutes. Temporaries are what the program holds at once
 beside its inputs and results; reads and writes are those of arrays of the size of the logits;
 matmuls are of the size of hidden states times kernel.
+
+    python -m experiments.compile_only --target here
+
+does the same for the accelerator of this machine, and also times each program, on random numbers.
 """
 
 import importlib.util
@@ -14,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -31,6 +35,7 @@ from rich.console import Console
 import ce_jax
 from experiments.benchmarking import jax_peers
 from experiments.benchmarking.problems import ARGUMENTS, Problem
+from experiments.benchmarking.timing import Effort, interleave
 from experiments.output.errors import ExperimentError
 
 ROWS, FEATURES, CLASSES = 8192, 2304, 256000
@@ -78,6 +83,10 @@ class Target(StrEnum):
 
     H200 = "h200"
     TPU = "v6e"
+    HERE = "here"
+
+
+_NOT_HERE = [Target.H200, Target.TPU]
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -88,7 +97,8 @@ def main(
     target: Annotated[
         list[Target] | None,
         typer.Option(
-            help="Accelerator to compile for. May be given several times.", show_default="both"
+            help="Accelerator to compile for; `here` is this machine's. May be given several times.",
+            show_default="h200 and v6e",
         ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Number of tokens.")] = ROWS,
@@ -100,25 +110,30 @@ def main(
     Exit status: 0 if all that was asked for could be compiled, 1 if a plugin is missing.
     """
     console = Console()
-    # This process itself needs no accelerator, and kernels cannot be chosen by trying them.
-    jax.config.update("jax_platforms", "cpu")
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
+    targets = target or _NOT_HERE
+    if Target.HERE not in targets:
+        # This process itself needs no accelerator, and kernels cannot be chosen by trying them.
+        jax.config.update("jax_platforms", "cpu")
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
     for name, value in _NO_TPU_HOST.items():
         os.environ.setdefault(name, value)
     failed = False
-    for chosen in target or list(Target):
+    for chosen in targets:
         try:
             sharding = sharding_of(chosen)
         except ExperimentError as error:
             Console(stderr=True, soft_wrap=True).print(f"{chosen}: {error}", markup=False)
             failed = True
             continue
-        console.print(f"\n{chosen}, jax {jax.__version__}, bfloat16, value and gradient\n")
-        console.print("| loss | shape | peer | temporaries | reads | writes | matmuls |")
-        console.print("| --- | --- | --- | ---: | ---: | ---: | ---: |", markup=False)
+        here = chosen is Target.HERE
+        name = jax.devices()[0].device_kind if here else chosen
+        console.print(f"\n{name}, jax {jax.__version__}, bfloat16, value and gradient\n")
+        timed = (" time |", " ---: |") if here else ("", "")
+        console.print(f"| loss | shape | peer | temporaries | reads | writes | matmuls |{timed[0]}")
+        console.print(f"| --- | --- | --- | ---: | ---: | ---: | ---: |{timed[1]}", markup=False)
         for program in programs(rows, features, classes):
-            figures = compiled(program, sharding)
+            figures = compiled(program, sharding, here=here)
             console.print(
                 f"| {program.name} | {program.problem.shape} | {program.peer} | {figures} |",
                 markup=False,
@@ -129,21 +144,25 @@ def main(
 
 
 def sharding_of(target: Target) -> NamedSharding:
-    """A placement of whole arrays on the first device of a machine that is described only.
+    """A placement of whole arrays on the first device, of a machine that is described only or here.
 
     Raises:
       ExperimentError: a plugin is missing.
     """
-    if target is Target.H200:
+    if target is Target.HERE:
+        devices = jax.devices()
+    elif target is Target.H200:
         _require("jax_cuda13_plugin", "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt")
         if shutil.which("ptxas") is None:
             raise ExperimentError("ptxas is not on the PATH: it comes with the CUDA toolkit")
         options: dict[str, Any] = {"topology": "1x1x1", "target_config": _H200}
         topology = topologies.get_topology_desc(platform="cuda", topology_name="", **options)
+        devices = topology.devices
     else:
         _require("libtpu", "pip install jax[tpu]")
         topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2")
-    mesh = Mesh(topology.devices[:1], ("all",), axis_types=(AxisType.Auto,))
+        devices = topology.devices
+    mesh = Mesh(devices[:1], ("all",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -203,8 +222,14 @@ def _mean_of(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda *arrays: jnp.mean(loss(*arrays))
 
 
-def compiled(program: Program, sharding: NamedSharding) -> str:
-    """Compiles value and gradient of a loss and returns the cells of the table."""
+def compiled(program: Program, sharding: NamedSharding, *, here: bool = False) -> str:
+    """Compiles value and gradient of a loss and returns the cells of the table.
+
+    Args:
+      program: the loss.
+      sharding: where its arrays are.
+      here: whether that device is there, and the program is to be timed.
+    """
     problem = program.problem
     others = OTHERS.get(problem.operation)
     names, differentiated = (others, 1) if others else ARGUMENTS[problem.operation]
@@ -232,12 +257,27 @@ def compiled(program: Program, sharding: NamedSharding) -> str:
         with mock.patch.object(jax, "default_backend", return_value=backend):
             traced = jax.jit(step).trace(*args)
             found: Any = traced.lower().compile()
+        time = f" | {_milliseconds(found, args, v):.2f} ms" if here else ""
     except jax.errors.JaxRuntimeError as error:  # a dense form may not fit
-        return f"{str(error).splitlines()[0][:160]} | - | - | -"
+        return f"{str(error).splitlines()[0][:160]} | - | - | -{' | -' if here else ''}"
     size = found.memory_analysis().temp_size_in_bytes
     reads, writes = passes(found.as_text(), n, v)
     matmuls = products(traced.jaxpr.jaxpr) / (n * d * v) if d else 0
-    return f"{size / 1e6:.2f} MB | {reads} | {writes} | {matmuls:.1f}"
+    return f"{size / 1e6:.2f} MB | {reads} | {writes} | {matmuls:.1f}{time}"
+
+
+def _milliseconds(program: Any, args: Sequence[jax.ShapeDtypeStruct], classes: int) -> float:
+    """The median time of a call, on uniform numbers and ids of a row that differ."""
+    arrays = [
+        jax.lax.broadcasted_iota(x.dtype, x.shape, len(x.shape) - 1) % classes
+        if jnp.issubdtype(x.dtype, jnp.integer)
+        else jax.random.uniform(jax.random.key(i), x.shape, x.dtype)
+        for i, x in enumerate(args)
+    ]
+    arrays = jax.device_put(arrays, [x.sharding for x in args])
+    call = {"call": lambda: jax.block_until_ready(program(*arrays))}
+    call["call"]()
+    return 1e3 * interleave(call, Effort(0.1))["call"].median
 
 
 def products(jaxpr: Any) -> int:

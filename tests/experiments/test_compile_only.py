@@ -61,6 +61,9 @@ def test_losses_that_the_benchmark_does_not_time():
     }
     for program in programs:
         assert "MB |" in compile_only.compiled(program, sharding)
+    milliseconds, unit = compile_only.compiled(programs[0], sharding, here=True).split()[-2:]
+    assert float(milliseconds) > 0
+    assert unit == "ms"
 
 
 @pytest.mark.parametrize("module", ["jax_cuda13_plugin", "libtpu"])
