@@ -97,7 +97,7 @@ def main(
     target: Annotated[
         list[Target] | None,
         typer.Option(
-            help="Accelerator to compile for; `here` is this machine's. May be given several times.",
+            help="What to compile for; `here` is this machine's. May be given several times.",
             show_default="h200 and v6e",
         ),
     ] = None,
