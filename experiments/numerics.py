@@ -151,8 +151,7 @@ def _one_hot(inputs: Inputs, dtype: Any) -> jax.Array:
 
 
 def _linear(x: jax.Array, inputs: Inputs) -> jax.Array:
-    loss: Any = ce_jax.linear_softmax_cross_entropy(x, inputs.kernel, inputs.labels)
-    return loss
+    return ce_jax.linear_softmax_cross_entropy(x, inputs.kernel, inputs.labels)
 
 
 _IDS = ce_jax.softmax_cross_entropy_with_integer_labels

@@ -64,20 +64,18 @@ def in_order(order: Order | None, tree: _Tree, fill: int = 0) -> _Tree:
     """Arrays by rows, in this order; places without a row hold `fill`."""
     if order is None:
         return tree
-    ordered: _Tree = jax.tree.map(
+    return jax.tree.map(
         lambda x: x.at[order.rows].get(unique_indices=True, mode="fill", fill_value=fill), tree
     )
-    return ordered
 
 
 def as_given(order: Order | None, tree: _Tree) -> _Tree:
     """The arrays whose rows were brought into this order, as they were before."""
     if order is None:
         return tree
-    given: _Tree = jax.tree.map(
+    return jax.tree.map(
         lambda x: x.at[order.places].get(unique_indices=True, mode="promise_in_bounds"), tree
     )
-    return given
 
 
 def over_rows(

@@ -172,8 +172,7 @@ def one_direction(x: Sides, *, memory_budget: int | None, forward_mode: bool) ->
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 2),
     )
-    losses: Array = over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
-    return losses
+    return over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
 
 
 def _fold_rows(
@@ -222,8 +221,7 @@ def both_directions(
         block=_block(x, memory_budget, 2),
         cotangents=lambda g: tuple(map(tile.cotangents, g)),
     )
-    both: _Directions = over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
-    return both
+    return over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
 
 
 def _fold_both(
@@ -278,8 +276,7 @@ def decisions(
         block=_block(x, memory_budget, 3),
     )
     inputs = (*_inputs(x), bias)
-    losses: Array = over_columns(form, inputs, _fixed(x), forward_mode=forward_mode)
-    return losses
+    return over_columns(form, inputs, _fixed(x), forward_mode=forward_mode)
 
 
 def _pair_losses(
