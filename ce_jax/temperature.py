@@ -74,8 +74,8 @@ def fit_temperature(
       Guo et al., `On Calibration of Modern Neural Networks`, 2017.
     """
     least, most = scalar("low", low, low=1e-6), scalar("high", high, low=1e-6)
-    bounds = known_value("low", low), known_value("high", high)
-    if None not in bounds and bounds[0] > bounds[1]:
+    floor, ceiling = known_value("low", low), known_value("high", high)
+    if floor is not None and ceiling is not None and floor > ceiling:
         raise ValueError(f"low must be at most high, got low={low} and high={high}")
     return _fit_temperature(
         logits,
