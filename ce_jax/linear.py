@@ -229,7 +229,7 @@ def _linear_loss(
     label_weight = None
     if weight is not None:
         label_weight = sharded.take_class(weight, x.label.ids, axis_name)
-    target = Target(labels=x.label.target_ids(statistics=return_statistics))
+    target = Target(labels=x.label.ids)
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, x.options.classes, dtype)
         target = target._replace(classes=spread)

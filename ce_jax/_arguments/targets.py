@@ -36,23 +36,13 @@ class ClassIds(NamedTuple):
     Attributes:
       ids: class ids that are safe to index with; 0 where the label is out of range or the row does
         not count.
-      given: the labels, in 32 bits, for a target that compares them with its classes.
       counts: which rows count; None if nothing excludes any.
       unknown: rows that count and have a label that is not a class.
     """
 
     ids: Integer[Array, "*rows"]
-    given: Integer[Array, "*rows"]
     counts: Bool[Array, "*rows"] | None
     unknown: Bool[Array, "*rows"]
-
-    def target_ids(self, *, statistics: bool) -> Integer[Array, "*rows"]:
-        """The labels of a target.
-
-        Safe ids cost a kernel, and only statistics need them: the derivative of `label_logit` is to
-        be NaN if the label is no class, but 0 if the label is equal to none.
-        """
-        return self.ids if statistics else self.given
 
 
 class Elements(NamedTuple):
@@ -228,8 +218,7 @@ def class_ids(
     valid = (labels >= 0) & (labels < classes)
     unknown = ~valid if counts is None else ~valid & counts
     usable = valid if counts is None else valid & counts
-    ids, given = (x.astype(jnp.int32) for x in (jnp.where(usable, labels, 0), labels))
-    return ClassIds(ids, given, counts, unknown)
+    return ClassIds(jnp.where(usable, labels, 0).astype(jnp.int32), counts, unknown)
 
 
 def maybe_class_ids(
@@ -245,7 +234,7 @@ def maybe_class_ids(
         return class_ids(labels, rows, classes, counts, ignore_index, axis)
     if ignore_index is not None:
         raise ValueError("ignore_index needs labels, but there are none; write where=")
-    return ClassIds(ABSENT, ABSENT, counts, ABSENT)
+    return ClassIds(ABSENT, counts, ABSENT)
 
 
 def nan_if(
