@@ -26,7 +26,7 @@ from ._arguments import checks, placement, reductions
 from ._arguments.compiled import array
 from ._arguments.options import not_zero, soft_cap, temperature
 from ._rows import sharded
-from ._rows.head import with_slope_of
+from ._rows.blocks import with_slope_of
 from ._rows.sharded import psum
 
 # Of overloaded functions this keeps all signatures.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer
 
-from .head import over_blocks
+from .blocks import over_blocks
 from .picked import First
 
 _Tree = TypeVar("_Tree")

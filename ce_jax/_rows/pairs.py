@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Integer
 from .. import _platform
 from .._platform import block_sizes
 from . import logistic, sharded, tile
+from .blocks import over_blocks, put, take
 from .columns import Form, Part, over_columns
 from .dtypes import wide
-from .head import Head, Tokens, over_blocks, put, take
+from .head import Head, Tokens
 from .head import logits as products_of
 from .picked import First, is_label
 from .tile import ABSENT, Partial, RowStatistics, Target, merge

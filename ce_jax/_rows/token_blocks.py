@@ -19,8 +19,9 @@ from jaxtyping import Array, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
+from .blocks import over_blocks, put, read_by_all, take
 from .dtypes import wide
-from .head import Head, Tokens, logits, over_blocks, put, read_by_all, take, take_classes
+from .head import Head, Tokens, logits, take_classes
 from .numerics import instantiated
 from .order import Counting, if_counting
 from .picked import First
