@@ -138,8 +138,7 @@ def effective(
     """
     if sample_weight is None:
         return counts
-    heard = ~_silent(x, sample_weight, axis_name)
-    return heard if counts is None else counts & heard
+    return checks.both(counts, ~_silent(x, sample_weight, axis_name))
 
 
 def _silent(
@@ -216,8 +215,7 @@ def class_ids(
     counts = without_ignored(labels, counts, ignore_index)
     labels = checks.of_32_bits(labels)
     valid = (labels >= 0) & (labels < classes)
-    unknown = ~valid if counts is None else ~valid & counts
-    usable = valid if counts is None else valid & counts
+    unknown, usable = checks.both(counts, ~valid), checks.both(counts, valid)
     return ClassIds(jnp.where(usable, labels, 0).astype(jnp.int32), counts, unknown)
 
 
@@ -251,9 +249,7 @@ def without_ignored(
 ) -> Bool[Array, "*rows"] | None:
     """`counts` less the rows whose label is `ignore_index`."""
     ignored = checks.equal(labels, ignore_index)
-    if ignored is None:
-        return counts
-    return ~ignored if counts is None else ~ignored & counts
+    return counts if ignored is None else checks.both(counts, ~ignored)
 
 
 def class_weight(weight: ArrayLike | None, classes: int, dtype: DTypeLike) -> Array | None:

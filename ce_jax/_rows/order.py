@@ -37,11 +37,6 @@ class Order(NamedTuple):
     places: Integer[Array, " tokens"]
     counting: Integer[Array, ""]
 
-    @property
-    def counts(self) -> Bool[Array, " places"]:
-        """Which places hold a row that counts."""
-        return jnp.arange(self.rows.shape[0], dtype=jnp.int32) < self.counting
-
 
 def in_tiles(total: int, tile: int) -> bool:
     """Whether rows are computed in several tiles, of which some can be left out."""
