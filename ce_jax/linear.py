@@ -260,9 +260,7 @@ def _linear_loss(
             lambda row: row.reshape(x.rows), as_given(x.order, by_row)
         )
         loss = reductions.combined(losses, reduction, counts, *weights)
-    if found is None or not return_statistics:
-        return loss
-    return loss, of_layer(found, x)
+    return (loss, of_layer(found, x)) if return_statistics else loss
 
 
 def _row_loss(

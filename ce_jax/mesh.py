@@ -151,7 +151,7 @@ def on_mesh(
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def sharded(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.arguments["axis_name"] is not None:
@@ -168,7 +168,7 @@ def on_mesh(
             plan = placement.plan(jax.sharding.get_abstract_mesh(), rows, classes, width)
         return _run(_Task(function, plan, static), arrays)
 
-    return cast(_Function, sharded)
+    return cast(_Function, call)
 
 
 class _Task(NamedTuple):

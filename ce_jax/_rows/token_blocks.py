@@ -61,7 +61,7 @@ class Options(NamedTuple):
 
 
 # The sum of the losses and, if they are wanted, the rows' statistics.
-_Result = tuple[Float[Array, ""], tile.RowStatistics | None]
+_Result = tuple[Float[Array, ""], tile.RowStatistics]
 
 
 def loss_sum(
@@ -91,7 +91,7 @@ def _fused(
 ) -> _Result:
     found = class_blocks.row_statistics(options.by_class, tokens, head, target, counting)
     total = jnp.sum(options.row_loss(found, rows))
-    return total, found if options.by_class.statistics else None
+    return total, found if options.by_class.statistics else tile.ABSENT
 
 
 class _Inputs(NamedTuple):
@@ -166,7 +166,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         tokens.hidden.shape[0],
         options.block,
     )
-    found = tile.finish(part) if options.by_class.statistics else None
+    found = tile.finish(part) if options.by_class.statistics else tile.ABSENT
     return (total, found), _Residuals(inputs, grads, target, counting, part)
 
 
