@@ -49,9 +49,9 @@ class Elements(NamedTuple):
     """What an element-wise loss is made of, in the shape of its first input.
 
     Attributes:
-      values: the input, with a harmless value in elements that do not count, or weigh nothing and
-        hold a NaN or an infinite label.
-      labels: binary labels, smoothed, in the loss's dtype; harmless in the same elements.
+      values: the input; 0.5 in elements that do not count, or are NaN and weigh nothing.
+      labels: binary labels, smoothed, in the loss's dtype; 0 (before smoothing) in elements that do
+        not count, or are not finite and weigh nothing.
       counts: which elements count; None if nothing excludes any.
       weights: sample weights; None if there are none.
     """

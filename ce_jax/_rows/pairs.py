@@ -67,9 +67,10 @@ def _fixed(x: Sides) -> Sides:
 
 
 def _block(x: Sides, memory_budget: int | None, tiles: int) -> int:
-    """Columns per block, where a CPU holds so many of its arrays, and its rounded gradient.
+    """Columns per block, if a block takes `tiles` arrays in the dtype of sums, and its gradient.
 
-    All of them in a batch of symbolic size (`jax.export`): of how many blocks is not known.
+    The gradient is in the dtype of the rows. In a batch of symbolic size (`jax.export`) all columns
+    are one block: how many blocks there would be is not known.
     """
     rows, columns = x.rows.shape[0], x.columns.shape[0]
     if not (isinstance(rows, int) and isinstance(columns, int)):
