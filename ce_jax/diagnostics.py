@@ -99,11 +99,8 @@ def _cross_entropy_parts(
     divergence = jnp.where(far, p - q - q * ahead, jnp.where(q == 0, p, near))
     entropy = q * (0 - log_q)  # not -0 where the label is certain
     valid = jnp.where(q < 0, jnp.nan, 1).astype(q.dtype)
-    parts = CrossEntropyParts(entropy * valid, divergence * valid)
-    if rows.counts is None:
-        return parts
-    counts = rows.counts[..., None]
-    return CrossEntropyParts(*(jnp.where(counts, part, 0) for part in parts))
+    parts = (targets.without_excluded(x * valid, rows.counts) for x in (entropy, divergence))
+    return CrossEntropyParts(*parts)
 
 
 class GradientView(NamedTuple):
@@ -185,9 +182,7 @@ def _gradient_view(
     label = targets.class_ids(labels, shape, classes, rows.counts, ignore_index, axis)
     p = jnp.exp(log_softmax(targets.without_excluded(rows.values, label.counts)))
     gradient = p - jax.nn.one_hot(label.ids, classes, dtype=p.dtype)
-    usable = ~label.unknown
-    if label.counts is not None:
-        usable &= label.counts
+    usable = checks.both(label.counts, ~label.unknown)
     kept = jnp.where(usable[..., None], gradient, 0)
     segments = sharded.whole(label.ids).reshape(-1)
     size = bin_counts(sharded.whole(usable).reshape(-1), segments, classes)

@@ -117,7 +117,10 @@ def of_logits(
     reduction: Reducer,
     forward_mode: bool,
 ) -> Loss:
-    """Of two arrays of logits the divergence; with `beta` that of Jensen and Shannon."""
+    """The divergence of two arrays of logits.
+
+    That of Kullback and Leibler or, with `beta`, of Jensen and Shannon.
+    """
     student = targets.rows_of("logits", logits, axis, where, axis_name)
     teacher_logits = checks.floating("teacher_logits", teacher_logits)
     checks.shape_is("teacher_logits", teacher_logits, logits.shape, "that of logits")
@@ -312,7 +315,7 @@ def of_layers(
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Loss:
-    """Of a layer, and another or logits, the divergence; with `beta` that of Jensen and Shannon."""
+    """The same of a student's layer and a teacher's layer or logits."""
     x = two_heads(
         student,
         teacher,

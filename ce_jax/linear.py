@@ -229,7 +229,7 @@ def _linear_loss(
     label_weight = None
     if weight is not None:
         label_weight = sharded.take_class(weight, x.label.ids, axis_name)
-    target = Target(labels=x.label.target_ids(statistics=return_statistics))
+    target = Target(labels=x.label.ids)
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, x.options.classes, dtype)
         target = target._replace(classes=spread)
@@ -260,9 +260,7 @@ def _linear_loss(
             lambda row: row.reshape(x.rows), as_given(x.order, by_row)
         )
         loss = reductions.combined(losses, reduction, counts, *weights)
-    if found is None or not return_statistics:
-        return loss
-    return loss, of_layer(found, x)
+    return (loss, of_layer(found, x)) if return_statistics else loss
 
 
 def _row_loss(

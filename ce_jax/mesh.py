@@ -26,7 +26,7 @@ from ._arguments import checks, placement, reductions
 from ._arguments.compiled import array
 from ._arguments.options import not_zero, soft_cap, temperature
 from ._rows import sharded
-from ._rows.head import with_slope_of
+from ._rows.blocks import with_slope_of
 from ._rows.sharded import psum
 
 # Of overloaded functions this keeps all signatures.
@@ -151,7 +151,7 @@ def on_mesh(
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def sharded(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.arguments["axis_name"] is not None:
@@ -168,7 +168,7 @@ def on_mesh(
             plan = placement.plan(jax.sharding.get_abstract_mesh(), rows, classes, width)
         return _run(_Task(function, plan, static), arrays)
 
-    return cast(_Function, sharded)
+    return cast(_Function, call)
 
 
 class _Task(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._arguments import options, reductions
+from ._arguments import checks, options, reductions
 from ._arguments.compared import compared
 from ._arguments.compiled import compiled
 from ._arguments.options import positive_int, scalar
@@ -94,7 +94,7 @@ def _bpr(
     )
     number = jnp.sum(included, -1)
     loss = jnp.sum(losses, -1) / jnp.maximum(number, 1).astype(losses.dtype)
-    counts = number > 0 if x.counts is None else x.counts & (number > 0)
+    counts = checks.both(x.counts, number > 0)
     return reductions.reduce(loss, counts, x.weights, reduction)
 
 

@@ -201,11 +201,8 @@ def _sequence_log_prob(log_prob: Array, where: Array | None, *, mean: bool) -> A
     if x.ndim == 0:
         raise ValueError(f"log_prob must have shape [..., T], got {x.shape}")
     x = x.astype(wide(x.dtype))
-    counts = jnp.ones_like(x, bool)
-    included = checks.mask(where, x.shape, "log_prob")
-    if included is not None:
-        counts, x = included, jnp.where(included, x, 0)
-    total = jnp.sum(x, -1)
+    counts = checks.included(where, x.shape, "log_prob")
+    total = jnp.sum(jnp.where(counts, x, 0), -1)
     if not mean:
         return total
     return total / jnp.maximum(jnp.sum(counts, -1, dtype=x.dtype), 1)
@@ -241,7 +238,7 @@ def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:
     References:
       Jelinek et al., `Perplexity: a Measure of the Difficulty of Speech Recognition Tasks`, 1977.
     """
-    return _per_item(total, numeric("count", count), name="count", bits=False)
+    return _perplexity(total, numeric("count", count))
 
 
 def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]:
@@ -272,13 +269,21 @@ def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]
     References:
       Gao et al., `The Pile: An 800GB Dataset of Diverse Text for Language Modeling`, 2020.
     """
-    return _per_item(total, numeric("num_bytes", num_bytes), name="num_bytes", bits=True)
+    return _bits_per_byte(total, numeric("num_bytes", num_bytes))
 
 
 @compiled
-def _per_item(total: Array, count: Array, *, name: str, bits: bool) -> Array:
+def _perplexity(total: Array, count: Array) -> Array:
+    return jnp.exp(_mean(total, "count", count))
+
+
+@compiled
+def _bits_per_byte(total: Array, num_bytes: Array) -> Array:
+    return _mean(total, "num_bytes", num_bytes) / math.log(2)
+
+
+def _mean(total: Array, name: str, count: Array) -> Array:
     nats, items = checks.real("total", total), checks.real(name, count)
     nats, items = (x.astype(wide(nats.dtype)) for x in (nats, items))
     items = checks.of_rows(name, items, nats.shape, "total")
-    mean = jnp.where(items == 0, jnp.nan, nats / jnp.where(items == 0, 1, items))
-    return mean / math.log(2) if bits else jnp.exp(mean)
+    return jnp.where(items == 0, jnp.nan, nats / jnp.where(items == 0, 1, items))

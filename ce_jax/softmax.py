@@ -161,7 +161,7 @@ def _integer_loss(
     if label_smoothing is not None:
         spread = smoothing_coefficients(weight, classes, dtype)
     counts = targets.effective(z, label.counts, sample_weight, axis_name)
-    target = Target(labels=label.target_ids(statistics=return_statistics), classes=spread)
+    target = Target(labels=label.ids, classes=spread)
     found = row_statistics(
         z,
         target,

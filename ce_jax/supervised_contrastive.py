@@ -107,5 +107,5 @@ def _supervised_contrastive(
     labels = sharded.like(labels, x.rows)
     x = x._replace(row_group=labels, column_group=gathered(labels, axis_name))
     loss, counts = pairs.against_group(x, memory_budget=memory_budget, forward_mode=forward_mode)
-    counts = counts if x.row_counts is None else counts & x.row_counts
+    counts = checks.both(x.row_counts, counts)
     return reduced(loss, counts, sample_weight, axis_name, reduction)

@@ -108,9 +108,7 @@ def _fit_temperature(
     z = relative(targets.without_excluded(rows.values, label.counts, weight).astype(dtype))
     allowed = z > -jnp.inf
     at_label = label_logit(z, label.ids)
-    usable = at_label > -jnp.inf
-    if label.counts is not None:
-        usable &= label.counts
+    usable = checks.both(label.counts, at_label > -jnp.inf)
     unknown = label.unknown if weight is None else label.unknown & (weight != 0)
     weight = jnp.where(usable, jnp.ones(shape[:-1], dtype) if weight is None else weight, 0)
     # Relative to the label's logit, which the formulas then do not need; 0 if it is masked.

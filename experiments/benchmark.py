@@ -126,7 +126,7 @@ def main(
     Exit status: 0 for a finished run, 1 for a run folder that cannot be used, 2 for wrong options,
     130 for an interrupt.
     """
-    folder = out or Path("runs") / f"benchmark-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = files.folder_of(out, "benchmark", datetime.now())
     # Or JAX would take most of a GPU's memory, and leave torch the rest.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # A compiled program found on disk would make compilation look free.

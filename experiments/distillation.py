@@ -193,27 +193,28 @@ def trained(
 
 def bits_per_byte(graph: nnx.GraphDef[Any], params: Any, text: jax.Array) -> float:
     """Of one model on rows that it did not see."""
+    parts = [cross_entropy(graph, params, text[i : i + 64]) for i in range(0, len(text), 64)]
+    nats = sum(parts[1:], parts[0])
+    return float(ce_jax.bits_per_byte(nats.total, nats.denominator))
 
-    @jax.jit
-    def of_rows(rows: jax.Array) -> ce_jax.Ratio:
-        logits = logits_of(nnx.merge(graph, params), rows[:, :-1])
-        return ce_jax.softmax_cross_entropy_with_integer_labels(
-            logits, rows[:, 1:], reduction="ratio"
-        )
 
-    parts = [of_rows(text[first : first + 64]) for first in range(0, len(text), 64)]
-    return float(sum(parts[1:], parts[0]).mean()) / np.log(2)
+@jax.jit
+def cross_entropy(graph: nnx.GraphDef[Any], params: Any, rows: jax.Array) -> ce_jax.Ratio:
+    """Cross-entropy of one model, in nats, over all bytes of some rows but their first."""
+    logits = logits_of(nnx.merge(graph, params), rows[:, :-1])
+    return ce_jax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:], reduction="ratio")
 
 
 def predictions(graph: nnx.GraphDef[Any], params: Any, text: jax.Array) -> jax.Array:
     """Log-probabilities of the teacher for every byte of the text, `[rows, L, 256]`."""
+    parts = [log_softmax(graph, params, text[i : i + 64]) for i in range(0, len(text), 64)]
+    return jnp.concatenate(parts)
 
-    @jax.jit
-    def of_rows(rows: jax.Array) -> jax.Array:
-        logits = logits_of(nnx.merge(graph, params), rows[:, :-1])
-        return jax.nn.log_softmax(logits)
 
-    return jnp.concatenate([of_rows(text[i : i + 64]) for i in range(0, len(text), 64)])
+@jax.jit
+def log_softmax(graph: nnx.GraphDef[Any], params: Any, rows: jax.Array) -> jax.Array:
+    """Log-probabilities of one model for all bytes of some rows but their first."""
+    return jax.nn.log_softmax(logits_of(nnx.merge(graph, params), rows[:, :-1]))
 
 
 def study(budget: Budget, seeds: int, console: Console) -> Outcome:

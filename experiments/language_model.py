@@ -31,7 +31,7 @@ from rich.console import Console
 
 import ce_jax
 from experiments.output import console as show
-from experiments.output import runs
+from experiments.output import files, runs
 from experiments.output.errors import RunError, reported
 from experiments.processes import group
 from experiments.training.transformer import VOCABULARY, WIDTH, LanguageModel
@@ -262,7 +262,7 @@ def main(
         raise typer.BadParameter("--resume needs the folder of the run: add --out")
     config = Config(steps, length, batch_size, parts, learning_rate, tied, seed)
     started = group.common_time()
-    folder = out or Path("runs") / f"language_model-{started:%Y%m%d-%H%M%S}"
+    folder = files.folder_of(out, "language_model", started)
     cure = f"The same command with --out {folder} --resume goes on from the last checkpoint."
     with reported(folder, cure):
         run(config, text, tensor_parallel, folder, resume)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from experiments.data import datasets
 from experiments.output import console as show
-from experiments.output import plots, runs
+from experiments.output import files, plots, runs
 from experiments.output.errors import RunError, reported
 from experiments.processes import group
 from experiments.training.loop import Settings, Trainer, fit
@@ -184,7 +184,7 @@ def main(
     if data_dir is not None and given.get("dataset") == "digits":
         raise typer.BadParameter("--data-dir is for MNIST: leave it out with --dataset digits")
     started = group.common_time()
-    folder = out or Path("runs") / f"mnist-{started:%Y%m%d-%H%M%S}"
+    folder = files.folder_of(out, "mnist", started)
     with reported(folder, f"--out {folder} --resume goes on from the last finished epoch."):
         run(given, data_dir, folder, resume)
 

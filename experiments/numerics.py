@@ -151,8 +151,7 @@ def _one_hot(inputs: Inputs, dtype: Any) -> jax.Array:
 
 
 def _linear(x: jax.Array, inputs: Inputs) -> jax.Array:
-    loss: Any = ce_jax.linear_softmax_cross_entropy(x, inputs.kernel, inputs.labels)
-    return loss
+    return ce_jax.linear_softmax_cross_entropy(x, inputs.kernel, inputs.labels)
 
 
 _IDS = ce_jax.softmax_cross_entropy_with_integer_labels
@@ -280,7 +279,7 @@ def main(
     Exit status: 0 for finished tables, 1 for a folder that cannot be used, 2 for wrong options,
     130 for an interrupt.
     """
-    folder = out or Path("runs") / f"numerics-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = files.folder_of(out, "numerics", datetime.now())
     with reported(folder, "Tables are written at the end: start again."):
         run(folder, quick=quick)
 

@@ -122,6 +122,11 @@ def included(where: ArrayLike | None, shape: Sequence[int], meaning: str) -> Arr
     return of_rows("where", boolean("where", True if where is None else where), shape, meaning)
 
 
+def both(counts: Array | None, more: Array) -> Array:
+    """Where both masks are True; `counts` is None if it excludes nothing."""
+    return more if counts is None else counts & more
+
+
 def rows_to_include(where: Array, rows: Sequence[int], name: str, shape: Sequence[int]) -> Array:
     """A `where` that does not have the axes of `name`, of this shape, broadcast to the loss."""
     if where.ndim not in (0, len(rows)) or not _fits(where.shape, rows):

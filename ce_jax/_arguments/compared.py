@@ -62,7 +62,7 @@ def compared(
         # is the loss. If label and negative both have -inf, their difference is NaN.
         meets = (label == -jnp.inf) & jnp.any(negatives == -jnp.inf, -1)
         heard = (weights != 0) | (label < jnp.inf) & jnp.all(negatives < jnp.inf, -1) & ~meets
-        kept = heard if counts is None else counts & heard
+        kept = checks.both(counts, heard)
     if kept is not None:
         label = jnp.where(kept, label, 0)
         negatives = jnp.where(kept[..., None], negatives, 0)

@@ -129,7 +129,6 @@ def recomputed(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
     @functools.wraps(function)
     def call(*arrays: Any, **options: Any) -> _Result:
-        result: _Result = jax.checkpoint(functools.partial(function, **options))(*arrays)
-        return result
+        return jax.checkpoint(functools.partial(function, **options))(*arrays)
 
     return call

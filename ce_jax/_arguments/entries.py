@@ -56,7 +56,7 @@ def entries(
     valid = ~absent & (ids >= 0) & (ids < classes)
     ids = jnp.where(valid, jnp.where(valid, ids, 0).astype(jnp.int32), -1)
     has_any = jnp.any(~absent, -1)
-    counts = has_any if counts is None else counts & has_any
+    counts = checks.both(counts, has_any)
     ordered = jnp.sort(ids, -1)
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     unknown = counts & (jnp.any(~valid & ~absent, -1) | jnp.any(twice, -1))

@@ -100,8 +100,7 @@ def layer(
     of_row = options.row_temperature(temperature, rows, dtype, label.counts)
     if of_row is not None:
         tokens = tokens._replace(temperature=of_row)
-    tokens = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), tokens)
-    label = jax.tree.map(lambda x: x.reshape(-1), label)
+    tokens, label = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(rows) :]), (tokens, label))
     count = tokens.hidden.shape[0]
     tile = block_sizes.rows(count)
     local_rows = all(map(sharded.is_local, jax.tree.leaves((tokens, label))))
@@ -130,7 +129,7 @@ def layer(
     if sorted_by is not None:
         order = order_of(sorted_by, tile)
         tokens = Tokens(in_order(order, tokens.hidden), in_order(order, tokens.temperature, fill=1))
-        label = in_order(order, label._replace(counts=None))._replace(counts=order.counts)
+        label = in_order(order, label)
     by_class = class_blocks.Options(
         block=block_sizes.class_block(*work),
         class_axis=class_axis,

@@ -59,8 +59,7 @@ def examples_of(
     keep = counts
     if weights is not None:  # the derivative of a weight of 0 is the loss, if it is finite
         finite = functools.reduce(operator.and_, map(jnp.isfinite, values))
-        heard = (weights != 0) | finite
-        keep = heard if keep is None else keep & heard
+        keep = checks.both(counts, (weights != 0) | finite)
     if keep is not None:
         values = tuple(jnp.where(keep, x, 0) for x in values)
     return Examples(values, counts, weights)

@@ -36,32 +36,22 @@ class ClassIds(NamedTuple):
     Attributes:
       ids: class ids that are safe to index with; 0 where the label is out of range or the row does
         not count.
-      given: the labels, in 32 bits, for a target that compares them with its classes.
       counts: which rows count; None if nothing excludes any.
       unknown: rows that count and have a label that is not a class.
     """
 
     ids: Integer[Array, "*rows"]
-    given: Integer[Array, "*rows"]
     counts: Bool[Array, "*rows"] | None
     unknown: Bool[Array, "*rows"]
-
-    def target_ids(self, *, statistics: bool) -> Integer[Array, "*rows"]:
-        """The labels of a target.
-
-        Safe ids cost a kernel, and only statistics need them: the derivative of `label_logit` is to
-        be NaN if the label is no class, but 0 if the label is equal to none.
-        """
-        return self.ids if statistics else self.given
 
 
 class Elements(NamedTuple):
     """What an element-wise loss is made of, in the shape of its first input.
 
     Attributes:
-      values: the input, with a harmless value in elements that do not count, or weigh nothing and
-        hold a NaN or an infinite label.
-      labels: binary labels, smoothed, in the loss's dtype; harmless in the same elements.
+      values: the input; 0.5 in elements that do not count, or are NaN and weigh nothing.
+      labels: binary labels, smoothed, in the loss's dtype; 0 (before smoothing) in elements that do
+        not count, or are not finite and weigh nothing.
       counts: which elements count; None if nothing excludes any.
       weights: sample weights; None if there are none.
     """
@@ -148,8 +138,7 @@ def effective(
     """
     if sample_weight is None:
         return counts
-    heard = ~_silent(x, sample_weight, axis_name)
-    return heard if counts is None else counts & heard
+    return checks.both(counts, ~_silent(x, sample_weight, axis_name))
 
 
 def _silent(
@@ -226,10 +215,8 @@ def class_ids(
     counts = without_ignored(labels, counts, ignore_index)
     labels = checks.of_32_bits(labels)
     valid = (labels >= 0) & (labels < classes)
-    unknown = ~valid if counts is None else ~valid & counts
-    usable = valid if counts is None else valid & counts
-    ids, given = (x.astype(jnp.int32) for x in (jnp.where(usable, labels, 0), labels))
-    return ClassIds(ids, given, counts, unknown)
+    unknown, usable = checks.both(counts, ~valid), checks.both(counts, valid)
+    return ClassIds(jnp.where(usable, labels, 0).astype(jnp.int32), counts, unknown)
 
 
 def maybe_class_ids(
@@ -245,7 +232,7 @@ def maybe_class_ids(
         return class_ids(labels, rows, classes, counts, ignore_index, axis)
     if ignore_index is not None:
         raise ValueError("ignore_index needs labels, but there are none; write where=")
-    return ClassIds(ABSENT, ABSENT, counts, ABSENT)
+    return ClassIds(ABSENT, counts, ABSENT)
 
 
 def nan_if(
@@ -262,9 +249,7 @@ def without_ignored(
 ) -> Bool[Array, "*rows"] | None:
     """`counts` less the rows whose label is `ignore_index`."""
     ignored = checks.equal(labels, ignore_index)
-    if ignored is None:
-        return counts
-    return ~ignored if counts is None else ~ignored & counts
+    return counts if ignored is None else checks.both(counts, ~ignored)
 
 
 def class_weight(weight: ArrayLike | None, classes: int, dtype: DTypeLike) -> Array | None:

@@ -139,8 +139,7 @@ def two_heads(
     used = None if counts is None else counts.ravel()
     if weights is not None:  # a row of weight 0 that is not finite has no effect
         finite = [_finite(x.side, classes, axis_name) for x in (s, t)]
-        heard = (weights.ravel() != 0) | finite[0] & finite[1]
-        used = heard if used is None else used & heard
+        used = checks.both(used, (weights.ravel() != 0) | finite[0] & finite[1])
 
     if memory_budget is None:
         memory_budget = block_sizes.default_budget(s.kernel_bytes + t.kernel_bytes)
@@ -166,7 +165,7 @@ def two_heads(
     sides = [_without_unused(x.side, used) for x in (s, t)]
     if order is not None:
         sides = [x._replace(hidden=in_order(order, x.hidden)) for x in sides]
-        used = order.counts
+        used = in_order(order, used)
     return TwoHeads(
         student=sides[0],
         teacher=sides[1],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Shaped
 
-# Sums of the same bin, and all of them together.
+# At most so many partial sums of one bin, and so many of all bins together.
 _MOST_PARTS = 512
 _PARTS_OF_BINS = 2**20
 
@@ -53,7 +53,7 @@ def share_of_equals(
 ) -> Float[Array, " n"]:
     """For each entry of a sorted array, the share of those equal to it that is chosen.
 
-    Of entries that count, which come first.
+    Only entries that count are looked at; they come first.
     """
     group = number_of_run(x)
     size, number = (bin_counts(y, group, x.shape[0]) for y in (counts, counts & chosen))
@@ -62,7 +62,7 @@ def share_of_equals(
 
 
 def bin_sums(x: Float[Array, "n ..."], index: Integer[Array, " n"], bins: int) -> Array:
-    """The sum of each bin, from many sums in turn, lest a large one swallow what is added to it."""
+    """The sum of each bin, of partial sums: a small number added to a large sum would be lost."""
     number, *rest = x.shape
     parts = max(1, min(_MOST_PARTS, _PARTS_OF_BINS // (bins * math.prod(rest))))
     part = jax.lax.iota(jnp.int32, number) % parts

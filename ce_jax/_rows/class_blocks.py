@@ -62,10 +62,7 @@ def row_statistics(
     """
     sharded.check_sharded("kernel", head.kernel, options.axis_name)
     form, inputs, by_row = _form(options, tokens, head, target)
-    found: tile.RowStatistics = over_columns(
-        form, inputs, by_row, counting, forward_mode=forward_mode
-    )
-    return found
+    return over_columns(form, inputs, by_row, counting, forward_mode=forward_mode)
 
 
 class _Inputs(NamedTuple):
@@ -85,8 +82,7 @@ def pulled_back(
     """Cotangents of tokens, head and class coefficients, given those of the statistics."""
     tokens, head, target, counting, part = residuals
     form, inputs, by_row = _form(options, tokens, head, target)
-    found: _Inputs = columns.pulled_back(form, (inputs, by_row, counting, part), g)
-    return found
+    return columns.pulled_back(form, (inputs, by_row, counting, part), g)
 
 
 def _form(

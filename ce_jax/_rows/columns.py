@@ -21,8 +21,8 @@ from jaxtyping import Array
 
 from .._platform import block_sizes
 from . import sharded
+from .blocks import over_blocks, put, read_by_all, take
 from .dtypes import wide
-from .head import over_blocks, put, read_by_all, take
 from .numerics import instantiated
 from .order import Counting, over_rows
 from .picked import First

@@ -41,7 +41,7 @@ def row_statistics(
 
     Args:
       logits: the class axis is the last one.
-      target: what the rows are compared with; a class id that is none is equal to no class.
+      target: what the rows are compared with; an id that is not a class matches no column.
       counts: whether the row counts. Others may hold anything: their statistics are 0, and no
         derivative reaches them or comes from them.
       statistics: whether entropy and argmax are wanted, too.

@@ -97,8 +97,7 @@ def divergence(
         block=options.p.block,
         tile=options.p.tile,
     )
-    found: Array = over_columns(form, inputs, used, counting, forward_mode=forward_mode)
-    return found
+    return over_columns(form, inputs, used, counting, forward_mode=forward_mode)
 
 
 def parts(options: Options, inputs: Inputs) -> Any:

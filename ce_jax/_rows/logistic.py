@@ -25,7 +25,10 @@ def loss(
     *,
     forward_mode: bool,
 ) -> Float[Array, "*shape"]:
-    """The loss of each logit, in the dtype of the labels, with the fused derivative."""
+    """The loss of each logit, in the dtype of the labels.
+
+    Its derivative is fused; with `forward_mode` it is one that JAX can also push forward.
+    """
     return (_logistic if forward_mode else _fused)(z, y, pos_weight)
 
 

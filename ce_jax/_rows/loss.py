@@ -50,8 +50,7 @@ def counted(counts: Bool[Array, "*rows"] | None, x: _Tree) -> _Tree:
     """
     if counts is None:
         return x
-    harmless: _Tree = jax.tree.map(lambda x: jnp.where(counts, x, 1), x)
-    return harmless
+    return jax.tree.map(lambda x: jnp.where(counts, x, 1), x)
 
 
 def smoothing_coefficients(

@@ -63,10 +63,9 @@ def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 
 def instantiated(tree: _Tree) -> _Tree:
     """Cotangents, with arrays of zeros for those that JAX knows to be 0."""
-    arrays: _Tree = jax.tree.map(
+    return jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x, tree
     )
-    return arrays
 
 
 def weighted(weight: Float[Array, "..."], loss: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -82,8 +81,7 @@ def silenced(weight: Float[Array, "..."] | None, x: _Tree) -> _Tree:
     """
     if weight is None:
         return x
-    mute: _Tree = jax.tree.map(lambda x: jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x), x)
-    return mute
+    return jax.tree.map(lambda x: jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x), x)
 
 
 @jax.custom_jvp

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer
 
-from .head import over_blocks
+from .blocks import over_blocks
 from .picked import First
 
 _Tree = TypeVar("_Tree")
@@ -37,11 +37,6 @@ class Order(NamedTuple):
     places: Integer[Array, " tokens"]
     counting: Integer[Array, ""]
 
-    @property
-    def counts(self) -> Bool[Array, " places"]:
-        """Which places hold a row that counts."""
-        return jnp.arange(self.rows.shape[0], dtype=jnp.int32) < self.counting
-
 
 def in_tiles(total: int, tile: int) -> bool:
     """Whether rows are computed in several tiles, of which some can be left out."""
@@ -54,7 +49,8 @@ def order_of(counts: Bool[Array, " tokens"], tile: int) -> Order:
     if isinstance(total, int):  # may be symbolic
         counts = jnp.pad(counts, (0, -total % tile))
     every = jnp.arange(counts.shape[0], dtype=jnp.int32)
-    # Rows that do not count by larger numbers: to sort by a key takes three times as long on a CPU.
+    # Rows that do not count get larger numbers and one sort does all: sorting by a key takes three
+    # times as long on a CPU.
     rows = jnp.sort(jnp.where(counts, every, every + counts.shape[0])) % counts.shape[0]
     places = jnp.zeros_like(rows).at[rows].set(every, unique_indices=True)
     return Order(rows, places[:total], jnp.sum(counts, dtype=jnp.int32))
@@ -64,20 +60,18 @@ def in_order(order: Order | None, tree: _Tree, fill: int = 0) -> _Tree:
     """Arrays by rows, in this order; places without a row hold `fill`."""
     if order is None:
         return tree
-    ordered: _Tree = jax.tree.map(
+    return jax.tree.map(
         lambda x: x.at[order.rows].get(unique_indices=True, mode="fill", fill_value=fill), tree
     )
-    return ordered
 
 
 def as_given(order: Order | None, tree: _Tree) -> _Tree:
     """The arrays whose rows were brought into this order, as they were before."""
     if order is None:
         return tree
-    given: _Tree = jax.tree.map(
+    return jax.tree.map(
         lambda x: x.at[order.places].get(unique_indices=True, mode="promise_in_bounds"), tree
     )
-    return given
 
 
 def over_rows(

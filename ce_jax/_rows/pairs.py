@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Integer
 from .. import _platform
 from .._platform import block_sizes
 from . import logistic, sharded, tile
+from .blocks import over_blocks, put, take
 from .columns import Form, Part, over_columns
 from .dtypes import wide
-from .head import Head, Tokens, over_blocks, put, take
+from .head import Head, Tokens
 from .head import logits as products_of
 from .picked import First, is_label
 from .tile import ABSENT, Partial, RowStatistics, Target, merge
@@ -66,9 +67,10 @@ def _fixed(x: Sides) -> Sides:
 
 
 def _block(x: Sides, memory_budget: int | None, tiles: int) -> int:
-    """Columns per block, where a CPU holds so many of its arrays, and its rounded gradient.
+    """Columns per block, if a block takes `tiles` arrays in the dtype of sums, and its gradient.
 
-    All of them in a batch of symbolic size (`jax.export`): of how many blocks is not known.
+    The gradient is in the dtype of the rows. In a batch of symbolic size (`jax.export`) all columns
+    are one block: how many blocks there would be is not known.
     """
     rows, columns = x.rows.shape[0], x.columns.shape[0]
     if not (isinstance(rows, int) and isinstance(columns, int)):
@@ -172,8 +174,7 @@ def one_direction(x: Sides, *, memory_budget: int | None, forward_mode: bool) ->
         columns=x.columns.shape[0],
         block=_block(x, memory_budget, 2),
     )
-    losses: Array = over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
-    return losses
+    return over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
 
 
 def _fold_rows(
@@ -222,8 +223,7 @@ def both_directions(
         block=_block(x, memory_budget, 2),
         cotangents=lambda g: tuple(map(tile.cotangents, g)),
     )
-    both: _Directions = over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
-    return both
+    return over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
 
 
 def _fold_both(
@@ -278,8 +278,7 @@ def decisions(
         block=_block(x, memory_budget, 3),
     )
     inputs = (*_inputs(x), bias)
-    losses: Array = over_columns(form, inputs, _fixed(x), forward_mode=forward_mode)
-    return losses
+    return over_columns(form, inputs, _fixed(x), forward_mode=forward_mode)
 
 
 def _pair_losses(

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Integer
 
 from . import sharded
 from .bins import number_of_run
+from .blocks import with_slope_of
 from .dtypes import wide
-from .head import Head, Tokens, logits, with_slope_of
+from .head import Head, Tokens, logits
 
 
 def layer_logits(

@@ -294,8 +294,7 @@ def _batched_alike(out: RowStatistics, part: Partial) -> RowStatistics:
     """
     of_target = part.label_logit, part.target_sum, part.classes_sum
     zero = sum(((x != x) & False).astype(x.dtype) for x in of_target if x is not None)
-    alike: RowStatistics = jax.tree.map(lambda x: x + zero, out)
-    return alike
+    return jax.tree.map(lambda x: x + zero, out)
 
 
 def pullback(

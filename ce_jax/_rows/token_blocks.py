@@ -19,8 +19,9 @@ from jaxtyping import Array, Float
 
 from .. import _platform
 from . import class_blocks, sharded, tile
+from .blocks import over_blocks, put, read_by_all, take
 from .dtypes import wide
-from .head import Head, Tokens, logits, over_blocks, put, read_by_all, take, take_classes
+from .head import Head, Tokens, logits, take_classes
 from .numerics import instantiated
 from .order import Counting, if_counting
 from .picked import First
@@ -60,7 +61,7 @@ class Options(NamedTuple):
 
 
 # The sum of the losses and, if they are wanted, the rows' statistics.
-_Result = tuple[Float[Array, ""], tile.RowStatistics | None]
+_Result = tuple[Float[Array, ""], tile.RowStatistics]
 
 
 def loss_sum(
@@ -90,7 +91,7 @@ def _fused(
 ) -> _Result:
     found = class_blocks.row_statistics(options.by_class, tokens, head, target, counting)
     total = jnp.sum(options.row_loss(found, rows))
-    return total, found if options.by_class.statistics else None
+    return total, found if options.by_class.statistics else tile.ABSENT
 
 
 class _Inputs(NamedTuple):
@@ -165,7 +166,7 @@ def _fused_fwd(options: Options, *primals: Any) -> tuple[_Result, _Residuals]:
         tokens.hidden.shape[0],
         options.block,
     )
-    found = tile.finish(part) if options.by_class.statistics else None
+    found = tile.finish(part) if options.by_class.statistics else tile.ABSENT
     return (total, found), _Residuals(inputs, grads, target, counting, part)
 
 

@@ -1,11 +1,17 @@
 """Writing into a folder of results: a new one, and each file as a whole."""
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 from experiments.output.errors import RunError
 
 _TEMPORARY_SUFFIX = ".partial"
+
+
+def folder_of(out: Path | None, name: str, started: datetime) -> Path:
+    """The folder for the results of a run: `out`, or one in `runs` with the time of its start."""
+    return out or Path("runs") / f"{name}-{started:%Y%m%d-%H%M%S}"
 
 
 def require_fresh(path: Path, *, resumable: str = "") -> None:

@@ -233,7 +233,7 @@ def _conduct(
 @contextlib.contextmanager
 def results_in(name: str, out: Path | None) -> Iterator[Path]:
     """Gives the folder of a study, and ends the program with one line where it cannot go on."""
-    folder = out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = files.folder_of(out, name, datetime.now())
     with reported(folder, "A study writes its results at its end: start it with another --out."):
         yield folder
 

@@ -88,8 +88,8 @@ class Outcome:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Sample standard deviation; NaN of fewer than two values."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    """Sample standard deviation of at least two values."""
+    return float(np.std(values, ddof=1))
 
 
 def cell(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
