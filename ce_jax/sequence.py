@@ -238,7 +238,7 @@ def perplexity(total: ArrayLike, count: ArrayLike) -> Float[Array, "..."]:
     References:
       Jelinek et al., `Perplexity: a Measure of the Difficulty of Speech Recognition Tasks`, 1977.
     """
-    return _perplexity(total, numeric("count", count))
+    return _perplexity(numeric("total", total), numeric("count", count))
 
 
 def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]:
@@ -269,7 +269,7 @@ def bits_per_byte(total: ArrayLike, num_bytes: ArrayLike) -> Float[Array, "..."]
     References:
       Gao et al., `The Pile: An 800GB Dataset of Diverse Text for Language Modeling`, 2020.
     """
-    return _bits_per_byte(total, numeric("num_bytes", num_bytes))
+    return _bits_per_byte(numeric("total", total), numeric("num_bytes", num_bytes))
 
 
 @compiled

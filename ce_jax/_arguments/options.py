@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,20 @@ _ROUNDING = 1e-3
 
 def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
     """`value` as an array, if it is real and, where it is known, finite and in `[low, high]`."""
-    array = checks.real(name, value)
-    if array.dtype == jnp.bool_:
-        raise TypeError(f"{name} must be a real number, got {value!r}")
-    known = known_value(name, value)
-    if known is not None:
-        x = known.astype(array.dtype).astype(np.float64)
-        least, most = (_as_stored(bound, array.dtype) for bound in (low, high))
-        if not np.all((x >= least) & (x <= most) & np.isfinite(x)):
-            raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
-    return array
+    return jnp.asarray(_checked(name, value, low, high))
+
+
+def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
+    """A scalar `option`."""
+    return jnp.asarray(_checked_scalar(name, value, low, high))
+
+
+def not_zero(name: str, value: ArrayLike, high: float = math.inf) -> ArrayLike | None:
+    """A scalar of at least 0, as given; None where it is known to be 0 and so has no effect."""
+    if _is_number(value, 0):
+        return None
+    given = _checked_scalar(name, value, 0.0, high)
+    return None if known_value(name, given) == 0 else given
 
 
 def known_value(name: str, value: ArrayLike) -> np.ndarray | None:
@@ -47,28 +52,33 @@ def known_value(name: str, value: ArrayLike) -> np.ndarray | None:
     return np.asarray(given) if getattr(given, "is_fully_addressable", True) else None
 
 
-def _as_stored(bound: float, dtype: jnp.dtype) -> float:
+def _checked_scalar(name: str, value: ArrayLike, low: float, high: float) -> Any:
+    given = _checked(name, value, low, high)
+    if jnp.ndim(given) != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(given)}")
+    return given
+
+
+def _checked(name: str, value: ArrayLike, low: float, high: float) -> Any:
+    given = numeric(name, value)
+    dtype = np.dtype(bool) if given is None else jnp.result_type(given)
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    known = known_value(name, given)
+    if known is not None:
+        x = known.astype(dtype).astype(np.float64)
+        least, most = (_as_stored(bound, dtype) for bound in (low, high))
+        if not np.all((x >= least) & (x <= most) & np.isfinite(x)):
+            raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
+    return given
+
+
+def _as_stored(bound: float, dtype: np.dtype) -> float:
     """`bound` rounded to this dtype, so that a value equal to it is within the range."""
     return float(np.asarray(bound, dtype)) if jnp.issubdtype(dtype, jnp.floating) else bound
 
 
-def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
-    """A scalar `option`."""
-    array = option(name, value, low, high)
-    if array.ndim != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {array.shape}")
-    return array
-
-
-def not_zero(name: str, value: ArrayLike, high: float = math.inf) -> Array | None:
-    """A scalar of at least 0; None where it is known to be 0 and so has no effect."""
-    if _is_number(value, 0):
-        return None
-    array = scalar(name, value, 0.0, high)
-    return None if known_value(name, value) == 0 else array
-
-
-def soft_cap(name: str, value: ArrayLike | None) -> Array | None:
+def soft_cap(name: str, value: ArrayLike | None) -> ArrayLike | None:
     """The value of a soft cap, which has no number that means "none"."""
     cap = None if value is None else not_zero(name, value)
     if cap is None and value is not None:
