@@ -89,10 +89,11 @@ def top_k_distillation_loss(
 
     Returns:
       The loss, of shape `[...]` or `[]`, in float32 (float64 if either floating array is float64).
-      It is +inf where the teacher allows a class that the student does not allow. A row is NaN if
-      an id is not a class or occurs twice, or if the log-probabilities are impossible by more than
-      rounding can explain: one is above 0 or, for "bucket", the probabilities add up to more than
-      1.
+      It is +inf where the teacher allows a class that the student does not allow. (With "bucket",
+      a teacher has no other classes if the student has none and rounding, in the dtype of the
+      log-probabilities, explains what their sum lacks of 1.) A row is NaN if an id is not a class
+      or occurs twice, or if the log-probabilities are impossible by more than rounding can explain:
+      one is above 0 or, for "bucket", the probabilities add up to more than 1.
 
     Raises:
       TypeError: for a dtype or type that does not fit.
