@@ -12,7 +12,7 @@ from ._arguments.options import option
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import logistic, sharded
-from ._rows.numerics import silenced, weighted
+from ._rows.numerics import pushed, silenced, weighted
 
 
 @reducible
@@ -228,7 +228,7 @@ def _sigmoid_focal_loss(
     size = jnp.where(denied == 0, 0, jnp.where(z > 0, z, -z))
     if sample_weight is not None:  # an infinite derivative times a weight of 0 would be NaN
         size = jnp.where(infinite & (sample_weight == 0), 0, size)
-    loss = jnp.where(infinite, denied ** (1 + gamma) * size, loss)
+    loss = jnp.where(infinite, pushed(size, denied ** (1 + gamma)), loss)
 
     share = reductions.element_weights("alpha", alpha, y.shape, y.dtype)
     if share is not None:

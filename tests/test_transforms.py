@@ -345,3 +345,21 @@ def test_no_tracer_leaks(problem):
     with jax.checking_leaks():
         jax.jit(jax.grad(problem.scalar))(problem.x)
         jax.vmap(jax.grad(problem.scalar))(repeated(jnp.asarray(problem.x)))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functools.partial(ce_jax.softmax_cross_entropy, forward_mode=True),
+        functools.partial(ce_jax.sigmoid_binary_cross_entropy, forward_mode=True),
+        ce_jax.sigmoid_focal_loss,
+    ],
+)
+def test_what_does_not_move_adds_nothing_to_the_tangent_of_an_infinite_loss(loss):
+    """The slopes by the banned class and by its share are infinite, and both stay where they are."""
+    logits, labels = jnp.array([[0.0, 1.0, -jnp.inf]]), jnp.array([[0.5, 0.3, 0.2]])
+    moves, still = jnp.array([[1.0, 2.0, 0.0]]), jnp.zeros((1, 3))
+    value, found = jax.jvp(lambda *x: loss(*x).sum(), (logits, labels), (moves, still))
+    slope = jax.grad(lambda z: loss(z, labels).sum())(logits)
+    assert value == jnp.inf
+    np.testing.assert_allclose(found, np.sum(slope[:, :2] * moves[:, :2]), rtol=1e-6)

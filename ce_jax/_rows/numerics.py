@@ -103,7 +103,7 @@ def _product_jvp(
 ) -> tuple[Array, Array]:
     (weight, x), (t_weight, t_x) = primals, tangents
     by_weight = jnp.where((weight == 0) & jnp.isinf(x), 0, x)
-    return product(weight, x), by_weight * t_weight + weight * t_x
+    return product(weight, x), pushed(by_weight, t_weight) + weight * t_x
 
 
 @jax.custom_jvp
