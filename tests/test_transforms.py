@@ -356,7 +356,7 @@ def test_no_tracer_leaks(problem):
     ],
 )
 def test_what_does_not_move_adds_nothing_to_the_tangent_of_an_infinite_loss(loss):
-    """The slopes by the banned class and by its share are infinite, and both stay where they are."""
+    """The slopes by the banned class and its share are infinite, and both stay where they are."""
     logits, labels = jnp.array([[0.0, 1.0, -jnp.inf]]), jnp.array([[0.5, 0.3, 0.2]])
     moves, still = jnp.array([[1.0, 2.0, 0.0]]), jnp.zeros((1, 3))
     value, found = jax.jvp(lambda *x: loss(*x).sum(), (logits, labels), (moves, still))

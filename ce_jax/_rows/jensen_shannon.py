@@ -17,8 +17,9 @@ as `1 + (1 - s) (q / p - 1)`, and its logarithm by `log1p`.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -135,10 +136,7 @@ def _compared(
     ahead = jnp.where(banned, 0, log_q) - jnp.where(banned, 0, log_p)
     q_larger = ahead > 0
     apart = jnp.minimum(jnp.where(q_larger, ahead, -ahead), _FARTHEST)
-    # The larger probability over the smaller one, less 1, and the smaller over the larger.
-    more = jnp.expm1(apart)
-    inverse = 1 / (1 + more)
-    less = -more * inverse
+    more, less, inverse = _ratios(apart)
     of_larger = jnp.where(q_larger, 1 - share, share)
     of_smaller = jnp.where(q_larger, share, 1 - share)
     log_of_larger = jnp.log(of_larger + of_smaller * inverse)  # of m over the larger
@@ -153,6 +151,21 @@ def _compared(
 
     of_p, of_q = jnp.where(q_larger, more, less), jnp.where(q_larger, less, more)
     return beside(p, q, of_p, 1 - share), beside(q, p, of_q, share)
+
+
+@jax.custom_jvp
+def _ratios(apart: Array) -> tuple[Array, Array, Array]:
+    """`e^x - 1`, `e^-x - 1` and `e^-x` for x >= 0, with all digits in derivatives, too."""
+    more = jnp.expm1(apart)
+    inverse = 1 / (1 + more)
+    return more, -more * inverse, inverse
+
+
+@_ratios.defjvp
+def _ratios_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    (apart,), (d,) = primals, tangents
+    more, less, inverse = _ratios(apart)
+    return (more, less, inverse), ((1 + more) * d, -inverse * d, -inverse * d)
 
 
 def _pull(
