@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from . import _platform
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled, recomputed
 from ._arguments.reductions import Reducer
@@ -122,9 +123,8 @@ def _nll_loss(
         allowed = log_p > -jnp.inf
         spread = smoothing_coefficients(weight, classes, dtype)
         terms = jnp.broadcast_to(spread, log_p.shape) * jnp.where(allowed, log_p, 0)
-        statistics = statistics._replace(
-            uniform=-jnp.sum(terms, -1), uniform_count=jnp.sum(allowed, -1, dtype=dtype)
-        )
+        uniform, count = _platform.two_sums(-terms, allowed.astype(dtype))
+        statistics = statistics._replace(uniform=uniform, uniform_count=count)
     label_weight = None if weight is None else sharded.take_rows(weight, label.ids)
     statistics = silenced(sample_weight, statistics)
     loss = softmax_loss(statistics, label_weight, label_smoothing, classes=classes)
