@@ -86,7 +86,7 @@ class Target(StrEnum):
     HERE = "here"
 
 
-_NOT_HERE = [Target.H200, Target.TPU]
+_DESCRIBED = [Target.H200, Target.TPU]  # these machines need not be there
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -110,7 +110,7 @@ def main(
     Exit status: 0 if all that was asked for could be compiled, 1 if a plugin is missing.
     """
     console = Console()
-    targets = target or _NOT_HERE
+    targets = target or _DESCRIBED
     if Target.HERE not in targets:
         # This process itself needs no accelerator, and kernels cannot be chosen by trying them.
         jax.config.update("jax_platforms", "cpu")
@@ -129,9 +129,9 @@ def main(
         here = chosen is Target.HERE
         name = jax.devices()[0].device_kind if here else chosen
         console.print(f"\n{name}, jax {jax.__version__}, bfloat16, value and gradient\n")
-        timed = (" time |", " ---: |") if here else ("", "")
-        console.print(f"| loss | shape | peer | temporaries | reads | writes | matmuls |{timed[0]}")
-        console.print(f"| --- | --- | --- | ---: | ---: | ---: | ---: |{timed[1]}", markup=False)
+        columns = ["temporaries", "reads", "writes", "matmuls", *(["time"] if here else [])]
+        console.print(f"| loss | shape | peer | {' | '.join(columns)} |", markup=False)
+        console.print(f"| --- | --- | --- |{' ---: |' * len(columns)}", markup=False)
         for program in programs(rows, features, classes):
             figures = compiled(program, sharding, here=here)
             console.print(
@@ -156,12 +156,10 @@ def sharding_of(target: Target) -> NamedSharding:
         if shutil.which("ptxas") is None:
             raise ExperimentError("ptxas is not on the PATH: it comes with the CUDA toolkit")
         options: dict[str, Any] = {"topology": "1x1x1", "target_config": _H200}
-        topology = topologies.get_topology_desc(platform="cuda", topology_name="", **options)
-        devices = topology.devices
+        devices = topologies.get_topology_desc("", "cuda", **options).devices
     else:
         _require("libtpu", "pip install jax[tpu]")
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2")
-        devices = topology.devices
+        devices = topologies.get_topology_desc("v6e:2x2", "tpu").devices
     mesh = Mesh(devices[:1], ("all",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec())
 
@@ -262,8 +260,8 @@ def compiled(program: Program, sharding: NamedSharding, *, here: bool = False) -
         return f"{str(error).splitlines()[0][:160]} | - | - | -{' | -' if here else ''}"
     size = found.memory_analysis().temp_size_in_bytes
     reads, writes = passes(found.as_text(), n, v)
-    matmuls = products(traced.jaxpr.jaxpr) / (n * d * v) if d else 0
-    return f"{size / 1e6:.2f} MB | {reads} | {writes} | {matmuls:.1f}{time}"
+    matmuls = f"{products(traced.jaxpr.jaxpr) / (n * d * v):.1f}" if d else "-"
+    return f"{size / 1e6:.2f} MB | {reads} | {writes} | {matmuls}{time}"
 
 
 def _milliseconds(program: Any, args: Sequence[jax.ShapeDtypeStruct], classes: int) -> float:

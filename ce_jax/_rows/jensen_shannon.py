@@ -71,8 +71,7 @@ def jensen_shannon(
         fold=functools.partial(_fold, options),
         across=functools.partial(_added, axis_name),
     )
-    found: Array = over_columns(form, inputs, used, counting, forward_mode=forward_mode)
-    return found
+    return over_columns(form, inputs, used, counting, forward_mode=forward_mode)
 
 
 def _no_classes(inputs: Inputs, used: Used, _: Counting) -> _Normalisers:
