@@ -120,7 +120,7 @@ def _nll_loss(
     cross = -_of_label(log_p, label.ids)
     statistics = RowStatistics(lse=jnp.zeros_like(cross), cross=cross)
     if label_smoothing is not None:
-        allowed = log_p > -jnp.inf
+        allowed = log_p != -jnp.inf  # so is NaN, which is to be seen
         spread = smoothing_coefficients(weight, classes, dtype)
         terms = jnp.broadcast_to(spread, log_p.shape) * jnp.where(allowed, log_p, 0)
         uniform, count = _platform.two_sums(-terms, allowed.astype(dtype))
@@ -174,7 +174,8 @@ def binary_cross_entropy(
     `sigmoid_binary_cross_entropy`, which is more accurate.
 
     Args:
-      probs: numbers in [0, 1], floating, of any shape. Outside that range the loss is NaN.
+      probs: numbers in [0, 1], floating, of any shape. Outside that range loss and gradient are
+        NaN.
       labels: numbers in [0, 1], of any real dtype; broadcastable to `probs`.
       weight: weight of each element, broadcastable to the loss.
       sample_weight: weight of each element, a scalar or an array with the axes of the loss (size 1
@@ -229,8 +230,11 @@ def _binary_cross_entropy(
         "probs", probs, labels, where, label_smoothing, sample_weight
     )
     p = p.astype(y.dtype)
-    if sample_weight is not None:  # 0 times the NaN of what is no probability would be NaN
-        p = jnp.where((sample_weight == 0) & ~((p >= 0) & (p <= 1)), 0.5, p)
+    impossible = ~((p >= 0) & (p <= 1))
+    if sample_weight is not None:  # 0 times NaN would be NaN
+        silent = impossible & (sample_weight == 0)
+        p, impossible = jnp.where(silent, 0.5, p), impossible & ~silent
+    p = p * jnp.where(impossible, jnp.nan, 1)  # as a factor, so that the gradient is NaN too
     certain = p == 1
     log_complement_p = jnp.where(certain, -100, log_complement(jnp.where(certain, 0, p)))
     loss = -(y * _clamped_log(p) + (1 - y) * log_complement_p)
@@ -241,5 +245,5 @@ def _binary_cross_entropy(
 
 
 def _clamped_log(p: Float[Array, "..."]) -> Float[Array, "..."]:
-    held = (p >= 0) & (p <= math.exp(-100))
+    held = p <= math.exp(-100)
     return jnp.where(held, -100, jnp.log(jnp.where(held, 1, p)))

@@ -79,7 +79,7 @@ def balanced_weights(counts: ArrayLike) -> Float[Array, "..."]:
 
 @compiled
 def _balanced_weights(counts: Array) -> Array:
-    present = counts > 0
+    present = counts != 0
     classes = jnp.sum(present, dtype=counts.dtype)
     share = _normalised(counts)
     return jnp.where(present, 1 / (classes * jnp.where(present, share, 1)), 0)
@@ -122,7 +122,7 @@ def effective_number_weights(counts: ArrayLike, *, beta: Scalar = 0.999) -> Floa
 
 @compiled
 def _effective_number_weights(counts: Array, rest: Array) -> Array:
-    present, rest = counts > 0, jnp.asarray(rest).astype(counts.dtype)
+    present, rest = counts != 0, jnp.asarray(rest).astype(counts.dtype)
     counts = jnp.where(present, counts, 1)
     # `1 - beta^n`, as the denominator is the same for all; near beta = 1, where that is 0, over
     # `-log beta`.
@@ -249,7 +249,7 @@ def prediction_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Arr
 
 @compiled
 def _logit_offset(prior: Array, scale: Array) -> Array:
-    present = prior > 0
+    present = prior != 0
     log_prior = jnp.log(jnp.where(present, _normalised(prior), 1))
     return jnp.where(present, scale.astype(prior.dtype) * log_prior, -jnp.inf)
 
@@ -292,14 +292,14 @@ def prior_shift_weights(train_prior: ArrayLike, target_prior: ArrayLike) -> Floa
 
 @compiled
 def _prior_shift_weights(train: Array, target: Array) -> Array:
-    present = train > 0
+    present = train != 0
     share = jnp.where(present, _normalised(train), 1)
     return jnp.where(present, _normalised(target) / share, 0)
 
 
 def _floats(name: str, x: ArrayLike) -> Float[Array, "..."]:
     """Non-negative numbers in a dtype to calculate with."""
-    x = option(name, x, low=0.0)
+    x = jnp.asarray(option(name, x, low=0.0))
     return x.astype(wide(x.dtype))
 
 

@@ -64,12 +64,12 @@ def probabilities(z: Float[Array, "*shape"]) -> tuple[Array, Array]:
     """The sigmoids `p` of z and `q` of -z, as `p = 1 / (1 + e)` and `q = e p`.
 
     So neither loses digits to a subtraction. The exponent is bounded, as `inf * 0` would be NaN and
-    `p` has to stay a normal number; a factor of 0 removes what is left of `p` at -inf.
+    `p` has to stay a normal number; what is left of `p` at -inf is removed.
     """
     most = float(jnp.finfo(z.dtype).max)
     e = jnp.exp(-jnp.maximum(z, -0.98 * math.log(most)))
     p = 1 / (1 + e)
-    return (z > -jnp.inf).astype(p.dtype) * p, e * p
+    return jnp.where(z == -jnp.inf, 0, p), e * p
 
 
 # JAX's own derivative of the quotient divides by (1 + e)**2, which overflows long before e does.
