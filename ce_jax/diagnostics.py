@@ -15,7 +15,7 @@ from ._arguments.types import ArrayLike, Axes
 from ._rows import sharded
 from ._rows.bins import bin_counts, bin_sums
 from ._rows.dtypes import wide
-from ._rows.numerics import expm1_less_x, log_softmax
+from ._rows.numerics import divergence_terms, log_softmax
 
 
 class CrossEntropyParts(NamedTuple):
@@ -92,11 +92,7 @@ def _cross_entropy_parts(
     q = targets.without_excluded(q, rows.counts)
     likely = q > 0
     log_q = jnp.log(jnp.where(likely, q, 1))
-    # q (p/q - 1 - log(p/q)), and what is left of it for q -> 0. A negative label is NaN.
-    ahead, p = jnp.where(likely, log_p, 0) - log_q, jnp.exp(log_p)
-    far = ahead > 1  # then p - q has all digits, and the exponential fewer
-    near = q * expm1_less_x(jnp.where(far, 0, ahead))
-    divergence = jnp.where(far, p - q - q * ahead, jnp.where(q == 0, p, near))
+    divergence = divergence_terms(q, log_q, log_p)
     entropy = q * (0 - log_q)  # not -0 where the label is certain
     valid = jnp.where(q < 0, jnp.nan, 1).astype(q.dtype)
     parts = (targets.without_excluded(x * valid, rows.counts) for x in (entropy, divergence))

@@ -124,6 +124,7 @@ def of_logits(
     student = targets.rows_of("logits", logits, axis, where, axis_name)
     teacher_logits = checks.floating("teacher_logits", teacher_logits)
     checks.shape_is("teacher_logits", teacher_logits, logits.shape, "that of logits")
+    teacher_logits = sharded.with_sharding_of(teacher_logits, logits)
     teacher = targets.rows_of("teacher_logits", teacher_logits, axis, where, axis_name)
     *rows, local = student.values.shape
     dtype = wide(student.values.dtype, teacher.values.dtype)
@@ -131,7 +132,7 @@ def of_logits(
     for name, x in (("logits", student), ("teacher_logits", teacher)):
         sharded.check_sharded(name, x.values, axis_name)
     of_student, of_teacher = (
-        Side(logits=targets.without_excluded(x.values, x.counts, weights, axis_name))
+        Side(targets.without_excluded(x.values, x.counts, weights, axis_name))
         for x in (student, teacher)
     )
     block = local
@@ -285,8 +286,8 @@ def linear_distillation_loss(
         None,
         sample_weight,
         where,
-        class_axis=checks.integer_option("class_axis", class_axis),
-        teacher_class_axis=checks.integer_option("teacher_class_axis", teacher_class_axis),
+        class_axis=checks.int_option("class_axis", class_axis),
+        teacher_class_axis=checks.int_option("teacher_class_axis", teacher_class_axis),
         num_classes=checks.integer_option("num_classes", num_classes),
         reverse=reverse,
         axis_name=axis_name,

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from ._arguments import checks
-from ._arguments.types import ArrayLike, Scalar
+from ._arguments.compiled import compiled
+from ._arguments.options import known_value, scalar
+from ._arguments.types import ArrayLike, Axes, Scalar
 from ._rows.dtypes import wide
 from ._rows.numerics import directional, inverse, log_complement, polynomial, pushed
 
@@ -53,7 +54,7 @@ def self_information(p: ArrayLike, *, base: Scalar = math.e) -> Float[Array, "..
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
     """
-    return _self_information(checks.floating("p", p), _log_base(base))
+    return _self_information(p, _log_base(base))
 
 
 def entropy(
@@ -94,8 +95,7 @@ def entropy(
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
     """
-    p = checks.floating("p", p)
-    return _entropy(p, _log_base(base), checks.axes(axis, p.ndim))
+    return _entropy(p, _log_base(base), axis=checks.static_axis(axis))
 
 
 def binary_entropy(p: ArrayLike, *, base: Scalar = math.e) -> Float[Array, "..."]:
@@ -128,7 +128,7 @@ def binary_entropy(p: ArrayLike, *, base: Scalar = math.e) -> Float[Array, "..."
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
     """
-    return _binary_entropy(checks.floating("p", p), _log_base(base))
+    return _binary_entropy(p, _log_base(base))
 
 
 def cross_entropy(
@@ -172,9 +172,7 @@ def cross_entropy(
     References:
       C. E. Shannon, A Mathematical Theory of Communication, 1948.
     """
-    p, q = checks.floating("p", p), checks.floating("q", q)
-    checks.shape_is("q", q, p.shape, "that of p")
-    return _cross_entropy(p, q, _log_base(base), checks.axes(axis, p.ndim))
+    return _cross_entropy(p, q, _log_base(base), axis=checks.static_axis(axis))
 
 
 def kl_divergence(
@@ -220,39 +218,39 @@ def kl_divergence(
     References:
       S. Kullback and R. A. Leibler, On Information and Sufficiency, 1951.
     """
-    p, q = checks.floating("p", p), checks.floating("q", q)
-    checks.shape_is("q", q, p.shape, "that of p")
-    return _kl_divergence(p, q, _log_base(base), checks.axes(axis, p.ndim))
+    return _kl_divergence(p, q, _log_base(base), axis=checks.static_axis(axis))
 
 
-@jax.jit
-def _self_information(p: Array, log_base: Array | float) -> Array:
-    (p,) = _wide(p)
-    return _in_base(_surprise(p), log_base)
+@compiled
+def _self_information(p: Array, log_base: Array) -> Array:
+    (p,) = _wide(p=p)
+    return _surprise(p) / log_base.astype(p.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def _entropy(p: Array, log_base: Array | float, axes: tuple[int, ...]) -> Array:
-    (p,) = _wide(p)
-    return _in_base(jnp.sum(_entropy_terms(p), axis=axes), log_base)
+@compiled
+def _entropy(p: Array, log_base: Array, *, axis: Axes) -> Array:
+    (p,) = _wide(p=p)
+    terms = _entropy_terms(p)
+    return jnp.sum(terms, checks.axes(axis, p.ndim)) / log_base.astype(p.dtype)
 
 
-@jax.jit
-def _binary_entropy(p: Array, log_base: Array | float) -> Array:
-    (p,) = _wide(p)
-    return _in_base(_binary_entropy_terms(p), log_base)
+@compiled
+def _binary_entropy(p: Array, log_base: Array) -> Array:
+    (p,) = _wide(p=p)
+    return _binary_entropy_terms(p) / log_base.astype(p.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def _cross_entropy(p: Array, q: Array, log_base: Array | float, axes: tuple[int, ...]) -> Array:
-    p, q = _wide(p, q)
-    return _in_base(jnp.sum(_cross_entropy_terms(p, q), axis=axes), log_base)
+@compiled
+def _cross_entropy(p: Array, q: Array, log_base: Array, *, axis: Axes) -> Array:
+    p, q = _wide(p=p, q=q)
+    terms = _cross_entropy_terms(p, q)
+    return jnp.sum(terms, checks.axes(axis, p.ndim)) / log_base.astype(p.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def _kl_divergence(p: Array, q: Array, log_base: Array | float, axes: tuple[int, ...]) -> Array:
-    p, q = _wide(p, q)
-    return _in_base(_kl_sum(p, q, axes), log_base)
+@compiled
+def _kl_divergence(p: Array, q: Array, log_base: Array, *, axis: Axes) -> Array:
+    p, q = _wide(p=p, q=q)
+    return _kl_sum(p, q, checks.axes(axis, p.ndim)) / log_base.astype(p.dtype)
 
 
 # The rules below give the limits at 0 that plain differentiation turns into NaN (0 * inf).
@@ -375,24 +373,18 @@ def _ratio(p: Array, q: Array) -> Array:
     return jnp.where(both_zero, 0.0, p / jnp.where(both_zero, 1.0, q))
 
 
-def _wide(*arrays: Array) -> tuple[Array, ...]:
-    return tuple(x.astype(wide(*(x.dtype for x in arrays))) for x in arrays)
-
-
-def _in_base(nats: Array, log_base: Array | float) -> Array:
-    return nats / jnp.asarray(log_base).astype(nats.dtype)
+def _wide(**arrays: Array) -> list[Array]:
+    """The arrays, checked, in the dtype of the result."""
+    found = [checks.floating(name, x) for name, x in arrays.items()]
+    checks.shape_is("q", found[-1], found[0].shape, "that of p")
+    return [x.astype(wide(*(y.dtype for y in found))) for x in found]
 
 
 def _log_base(base: Scalar) -> Array | float:
-    # On the host: log(e) is 1 exactly, and no base is rounded to float32 before its logarithm.
-    x = base if isinstance(base, jax.core.Tracer) else np.asarray(base)
-    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
-        raise TypeError(f"base must be a real number, got {base!r}")
-    if x.shape != ():
-        raise ValueError(f"base must be a scalar, got shape {x.shape}")
-    if isinstance(x, jax.core.Tracer):
-        return jnp.log(x)
-    value = float(x)
-    if not 0 < value < math.inf or value == 1:
+    """On the host if it is known: log(e) is then 1, and no base is rounded before its logarithm."""
+    checked, known = scalar("base", base), known_value("base", base)
+    if known is None:
+        return jnp.log(checked)
+    if known <= 0 or known == 1:
         raise ValueError(f"base must be a positive number other than 1, got {base}")
-    return math.log(value)
+    return math.log(known)

@@ -46,7 +46,7 @@ def init_log_variances(losses: PyTree, *, value: Scalar = 0.0) -> PyTree:
       and Semantics`, 2018.
     """
     start = scalar("value", value)
-    return jax.tree.map(lambda loss: start.astype(_scalar("losses", loss).dtype), losses)
+    return jax.tree.map(lambda loss: jnp.asarray(start, _scalar("losses", loss).dtype), losses)
 
 
 def uncertainty_weighted_loss(log_variances: PyTree, losses: PyTree) -> Float[Array, ""]:

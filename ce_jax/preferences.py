@@ -17,8 +17,11 @@ from ._arguments.log_probs import examples_of, reduced
 from ._arguments.options import scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
+from ._rows import sharded
 from ._rows.logistic import probabilities, softplus
 from ._rows.numerics import weighted
+
+_ANSWERS = "chosen", "rejected", "reference_chosen", "reference_rejected"
 
 
 @reducible
@@ -108,8 +111,8 @@ def _dpo(
     *,
     reduction: Reducer,
 ) -> Loss:
-    four = _four(chosen, rejected, reference_chosen, reference_rejected)
-    examples = examples_of(four, where, sample_weight)
+    answers = chosen, rejected, reference_chosen, reference_rejected
+    examples = examples_of(dict(zip(_ANSWERS, answers, strict=True)), where, sample_weight)
 
     def loss(*values: Array) -> Array:
         margin = _margin(*values)
@@ -198,8 +201,8 @@ def _ipo(
     *,
     reduction: Reducer,
 ) -> Loss:
-    four = _four(chosen, rejected, reference_chosen, reference_rejected)
-    examples = examples_of(four, where, sample_weight)
+    answers = chosen, rejected, reference_chosen, reference_rejected
+    examples = examples_of(dict(zip(_ANSWERS, answers, strict=True)), where, sample_weight)
 
     def loss(*values: Array) -> Array:
         margin = _margin(*values)
@@ -302,6 +305,7 @@ def _kto(
     shape, dtype = examples.values[0].shape, examples.values[0].dtype
     desirable = checks.boolean("desirable", desirable)
     checks.shape_is("desirable", desirable, shape, "the shape of log_prob")
+    desirable = sharded.with_sharding_of(desirable, examples.values[0])
     good, bad, beta = (x.astype(dtype) for x in (desirable_weight, undesirable_weight, beta))
 
     def loss(ours: Array, reference: Array, kl: Array) -> Array:
@@ -310,17 +314,6 @@ def _kto(
         return jnp.where(desirable, good, bad) * wrong
 
     return reduced(loss, examples, reduction)
-
-
-def _four(
-    chosen: Array, rejected: Array, reference_chosen: Array, reference_rejected: Array
-) -> dict[str, Array]:
-    return {
-        "chosen": chosen,
-        "rejected": rejected,
-        "reference_chosen": reference_chosen,
-        "reference_rejected": reference_rejected,
-    }
 
 
 def _margin(

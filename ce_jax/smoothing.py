@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ._arguments import checks
 from ._arguments.compiled import compiled
-from ._arguments.options import positive_int, scalar
+from ._arguments.options import scalar
 from ._arguments.types import ArrayLike, Axes, Scalar
 from ._rows.dtypes import wide
 from ._rows.numerics import pushed
@@ -71,7 +71,7 @@ def _smooth_labels(
     labels = checks.floating("labels", labels)
     axes = checks.axes(axis, labels.ndim)
     included = checks.included(where, labels.shape, "labels")
-    alpha = jnp.asarray(alpha, wide(labels.dtype))
+    alpha = alpha.astype(wide(labels.dtype))
     count = jnp.sum(included, axes, keepdims=True, dtype=alpha.dtype)
     share = alpha / jnp.maximum(count, 1)
     smoothed = (1 - alpha) * labels.astype(alpha.dtype) + jnp.where(included, share, 0)
@@ -108,7 +108,7 @@ def smoothing_over_others(eps: Scalar, num_classes: int) -> Float[Array, ""]:
       Szegedy et al., `Rethinking the Inception Architecture for Computer Vision`, 2016; over the
       others: Vaswani et al., `Attention Is All You Need`, 2017, in its code.
     """
-    classes = positive_int("num_classes", num_classes)
+    classes = checks.positive_int("num_classes", num_classes)
     most = 1 - 1 / classes if classes > 1 else 1.0
     return _over_others(scalar("eps", eps, 0.0, most), classes=classes)
 
@@ -152,7 +152,7 @@ def smoothed_label_entropy(label_smoothing: Scalar, num_classes: int) -> Float[A
     References:
       Shannon, `A Mathematical Theory of Communication`, 1948.
     """
-    classes = positive_int("num_classes", num_classes)
+    classes = checks.positive_int("num_classes", num_classes)
     return _entropy_of(scalar("label_smoothing", label_smoothing, 0.0, 1.0), classes=classes)
 
 

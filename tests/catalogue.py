@@ -166,7 +166,7 @@ def _fit_temperature(logits, labels):
 
 def _with_temperature(logits, labels, **options):
     """Labels without any relation to the logits would ask for the highest temperature."""
-    logits = logits + jnp.eye(logits.shape[-1], dtype=logits.dtype)[labels]
+    logits = logits + jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return ce_jax.fit_temperature(logits, labels, **options)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._rows import sharded
 from .._rows.dtypes import wide
 from . import checks, reductions
 from .types import ArrayLike
@@ -45,7 +46,8 @@ def compared(
             f"more, of the negatives; got {negatives.shape}"
         )
     dtype = wide(label.dtype, negatives.dtype)
-    label, negatives = label.astype(dtype), negatives.astype(dtype)
+    label = label.astype(dtype)
+    negatives = sharded.rows_like(negatives.astype(dtype), label[..., None])
     counts = included = None
     if where is not None:
         where = checks.boolean("where", where)

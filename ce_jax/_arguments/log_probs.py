@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._rows import sharded
 from .._rows.dtypes import wide
 from . import checks, reductions
 from .reductions import Reducer
@@ -53,7 +54,7 @@ def examples_of(
             found[name] = checks.of_rows(name, x, shape, first)
         else:
             checks.shape_is(name, x, shape, f"the shape of {first}")
-    values = tuple(found.values())
+    values = tuple(sharded.with_sharding_of(x, found[first]) for x in found.values())
     weights = reductions.weights(sample_weight, shape, dtype)
     counts = checks.mask(where, shape, "the loss")
     keep = counts

@@ -23,21 +23,37 @@ _COLDEST = 1e-6
 _ROUNDING = 1e-3
 
 
-def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
-    """`value` as an array, if it is real and, where it is known, finite and in `[low, high]`."""
-    return jnp.asarray(_checked(name, value, low, high))
+def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Any:
+    """`value` as given, if it is real and, where it is known, finite and in `[low, high]`."""
+    if isinstance(value, float) and low <= value <= high and math.isfinite(value):
+        return value  # without NumPy: defaults are checked in every call
+    given = numeric(name, value)
+    dtype = np.dtype(bool) if given is None else jnp.result_type(given)
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    known = known_value(name, given)
+    if known is not None:
+        x = known.astype(dtype).astype(np.float64)
+        least, most = (_as_stored(bound, dtype) for bound in (low, high))
+        if not np.all((x >= least) & (x <= most) & np.isfinite(x)):
+            within = "" if (low, high) == (-math.inf, math.inf) else f" and in [{low}, {high}]"
+            raise ValueError(f"{name} must be finite{within}, got {value}")
+    return given
 
 
-def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Array:
+def scalar(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Any:
     """A scalar `option`."""
-    return jnp.asarray(_checked_scalar(name, value, low, high))
+    given = option(name, value, low, high)
+    if jnp.ndim(given) != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(given)}")
+    return given
 
 
 def not_zero(name: str, value: ArrayLike, high: float = math.inf) -> ArrayLike | None:
     """A scalar of at least 0, as given; None where it is known to be 0 and so has no effect."""
     if _is_number(value, 0):
         return None
-    given = _checked_scalar(name, value, 0.0, high)
+    given = scalar(name, value, 0.0, high)
     return None if known_value(name, given) == 0 else given
 
 
@@ -50,27 +66,6 @@ def known_value(name: str, value: ArrayLike) -> np.ndarray | None:
     if isinstance(given, jax.core.Tracer):
         return None
     return np.asarray(given) if getattr(given, "is_fully_addressable", True) else None
-
-
-def _checked_scalar(name: str, value: ArrayLike, low: float, high: float) -> Any:
-    given = _checked(name, value, low, high)
-    if jnp.ndim(given) != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(given)}")
-    return given
-
-
-def _checked(name: str, value: ArrayLike, low: float, high: float) -> Any:
-    given = numeric(name, value)
-    dtype = np.dtype(bool) if given is None else jnp.result_type(given)
-    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
-    known = known_value(name, given)
-    if known is not None:
-        x = known.astype(dtype).astype(np.float64)
-        least, most = (_as_stored(bound, dtype) for bound in (low, high))
-        if not np.all((x >= least) & (x <= most) & np.isfinite(x)):
-            raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
-    return given
 
 
 def _as_stored(bound: float, dtype: np.dtype) -> float:
@@ -125,14 +120,6 @@ def tempered_elements(
     """The same where each logit is a row of its own."""
     given = row_temperature(temperature, z.shape, z.dtype, counts)
     return z if given is None else tempered(z[..., None], given)[..., 0]
-
-
-def positive_int(name: str, value: int) -> int:
-    """`value`, if it is an int of at least 1."""
-    number = checks.integer_option(name, value, "an int")
-    if number is None or number < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-    return number
 
 
 def log_probability(name: str, x: ArrayLike) -> Float[Array, "..."]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -9,7 +11,6 @@ from jaxtyping import Array, Bool, Float
 from .._rows import sharded
 from .._rows.dtypes import wide
 from .._rows.pairs import Sides
-from ..ratio import Ratio
 from . import checks, reductions, targets
 from .reductions import Reducer
 from .types import ArrayLike, Loss
@@ -96,12 +97,8 @@ def reduced(
 ) -> Loss:
     """Masks, weights and reduces this device's losses; all but "none" is over all devices."""
     weights = reductions.weights(sample_weight, loss.shape, loss.dtype)
-    loss = reductions.masked(loss, counts, weights)
-    if reducer.kind == "none":
-        return loss
-    total = sharded.sum_over(jnp.sum(loss), axis_name)
-    if reducer.kind == "sum":
-        return total
-    by = reductions.denominator(loss.shape, loss.dtype, counts, weights)
-    by = sharded.sum_over(sharded.like(by, loss), axis_name)
-    return reductions.finish(Ratio(total, by), reducer)
+    if axis_name is None or reducer.kind == "none":
+        return reductions.reduce(loss, counts, weights, reducer)
+    parts: Any = reductions.reduce(loss, counts, weights, reducer._replace(kind="ratio"))
+    ratio = sharded.psum(sharded.like(parts, loss), axis_name)
+    return ratio.total if reducer.kind == "sum" else reductions.finish(ratio, reducer)

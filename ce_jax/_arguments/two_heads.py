@@ -133,7 +133,7 @@ def two_heads(
         )
     classes = checks.class_count(num_classes, min(held))
 
-    dtype = wide(*(_leaf(x.side).dtype for x in (s, t)))
+    dtype = wide(*(x.side.rows.dtype for x in (s, t)))
     counts = checks.mask(where, s.rows, "the rows of hidden")
     weights = reductions.weights(sample_weight, s.rows, dtype)
     used = None if counts is None else counts.ravel()
@@ -143,10 +143,10 @@ def two_heads(
 
     if memory_budget is None:
         memory_budget = block_sizes.default_budget(s.kernel_bytes + t.kernel_bytes)
-    tokens, local = _leaf(s.side).shape[0], s.local if axis_name is not None else classes
+    tokens, local = s.side.rows.shape[0], s.local if axis_name is not None else classes
     order, tile = None, block_sizes.rows(tokens)
     if counts is not None and used is not None and teacher is not None and in_tiles(tokens, tile):
-        local_rows = map(sharded.is_local, (_leaf(s.side), _leaf(t.side), used))
+        local_rows = map(sharded.is_local, (s.side.rows, t.side.rows, used))
         order = order_of(used, tile) if all(local_rows) else None
     at_once = tokens if order is None else -(-tokens // 2)
     pair_bytes = s.logit_bytes + t.logit_bytes
@@ -162,10 +162,11 @@ def two_heads(
         )
         for x in (t, s)
     )
-    sides = [_without_unused(x.side, used) for x in (s, t)]
-    if order is not None:
-        sides = [x._replace(hidden=in_order(order, x.hidden)) for x in sides]
-        used = in_order(order, used)
+    sides = [
+        x.side._replace(rows=in_order(order, targets.without_excluded(x.side.rows, used)))
+        for x in (s, t)
+    ]
+    used = in_order(order, used)
     return TwoHeads(
         student=sides[0],
         teacher=sides[1],
@@ -185,7 +186,7 @@ def _layer(prefix: str, x: GivenLayer, class_axis: int, axis_name: str | None) -
     sharded.check_sharded(f"{prefix}kernel", kernel, axis_name)
     steps = (x.bias is not None) + (x.soft_cap is not None)
     logit_bytes = dtype.itemsize * (2 + steps) + hidden.dtype.itemsize
-    side = Side(hidden=hidden.reshape(-1, hidden.shape[-1]), head=head)
+    side = Side(hidden.reshape(-1, hidden.shape[-1]), head)
     kernel_bytes = kernel.size * hidden.dtype.itemsize
     return _Checked(side, rows, kernel.shape[class_axis], class_axis, logit_bytes, kernel_bytes)
 
@@ -196,8 +197,9 @@ def _teacher_logits(x: Any, axis_name: str | None) -> _Checked:
         raise ValueError(f"teacher_logits must have shape [..., V] with V > 0, got {z.shape}")
     sharded.check_sharded("teacher_logits", z, axis_name)
     rows, local = z.shape[:-1], z.shape[-1]
-    side = Side(logits=z.reshape(-1, local))
-    return _Checked(side, rows, local, 1, 2 * wide(z.dtype).itemsize + z.dtype.itemsize, 0)
+    return _Checked(
+        Side(z.reshape(-1, local)), rows, local, 1, 2 * wide(z.dtype).itemsize + z.dtype.itemsize, 0
+    )
 
 
 def block_of_logits(student: Array, teacher: Array) -> int:
@@ -215,20 +217,9 @@ def block_of_logits(student: Array, teacher: Array) -> int:
     return block_sizes.class_block(math.prod(rows), local, logit_bytes, budget)
 
 
-def _leaf(side: Side) -> Array:
-    return side.hidden if side.logits is None else side.logits
-
-
 def _finite(side: Side, classes: int, axis_name: str | None) -> Bool[Array, " tokens"]:
     """Where there is a softmax; logits may be -inf, and padding may be anything."""
-    if side.logits is not None:
-        local = side.logits.shape[-1]
-        z = sharded.without_padding(side.logits, 0, classes, local, axis_name)
-        return jnp.isfinite(sharded.max_over(targets.largest(z), axis_name))
-    return jnp.all(jnp.isfinite(side.hidden), -1)
-
-
-def _without_unused(side: Side, used: Bool[Array, " tokens"] | None) -> Side:
-    if side.logits is not None:
-        return side._replace(logits=targets.without_excluded(side.logits, used))
-    return side._replace(hidden=targets.without_excluded(side.hidden, used))
+    if side.head is not None:
+        return jnp.all(jnp.isfinite(side.rows), -1)
+    z = sharded.without_padding(side.rows, 0, classes, side.rows.shape[-1], axis_name)
+    return jnp.isfinite(sharded.max_over(targets.largest(z), axis_name))

@@ -103,6 +103,7 @@ def _form(
         ),
         columns=options.local,
         block=options.block,
+        rows=tokens.hidden.shape[0],
         tile=options.tile,
         cotangents=tile.cotangents,
     )

@@ -49,25 +49,27 @@ class Form(NamedTuple):
       start: `start(inputs, fixed, counting)`, the sums over no columns.
       fold: `fold(inputs, fixed, sums, first)`, the sums with the columns of a block more, of which
         `first` is the first. The inputs are what the block reads of them.
-      across: joins the sums of all devices, if the columns' or rows' are to be joined.
-      finish: turns the sums into the result.
       pull: `pull(inputs, fixed, sums, g, first)`, what a block gives to the cotangents of what it
         reads.
       parts: what it reads; a pytree of `Part` like the inputs.
       columns: how many columns there are.
       block: how many at a time.
+      across: joins the sums of all devices, if the columns' or rows' are to be joined.
+      finish: turns the sums into the result.
+      rows: how many rows there are, and
       tile: rows at a time, if not all count. Constants, sums and result then are by row.
       cotangents: makes arrays of the result's cotangents, where JAX knows some to be 0.
     """
 
     start: Callable[[Any, Any, Counting], Any]
     fold: Callable[[Any, Any, Any, First], Any]
-    across: Callable[[Any], Any]
-    finish: Callable[[Any], Any]
     pull: Callable[[Any, Any, Any, Any, First], Any]
     parts: Any
     columns: int
     block: int
+    across: Callable[[Any], Any] = lambda sums: sums
+    finish: Callable[[Any], Any] = lambda sums: sums
+    rows: int = 0
     tile: int = 0
     cotangents: Callable[[Any], Any] = instantiated
 
@@ -98,7 +100,7 @@ def sums_of(form: Form, inputs: Any, fixed: Any, counting: Counting) -> Any:
             found = form.fold(some(of_tile(), form.parts), constants, seen, first)
             return jax.tree.map(lambda x, new: put(x, new, row), sums, found)
 
-        return over_rows(fold, sums, _total(form, inputs, counting), form.tile, counting)
+        return over_rows(fold, sums, form.rows, form.tile, counting)
 
     start = sharded.like(form.start(inputs, fixed, counting), jax.tree.leaves(inputs)[0])
     return form.across(over_blocks(step, start, form.columns, form.block))
@@ -163,7 +165,7 @@ def pulled_back(form: Form, residuals: Any, g: Any) -> Any:
             return block if part.axis is None else put(d, block, first, part.axis)
 
         d = jax.tree.map(nothing, carry, form.parts)
-        d = over_rows(pull, d, _total(form, inputs, counting), form.tile, counting)
+        d = over_rows(pull, d, form.rows, form.tile, counting)
         return jax.tree.map(written, carry, d, form.parts)
 
     start = sharded.like(jax.tree.map(zeros, inputs, form.parts), jax.tree.leaves(inputs)[0])
@@ -207,11 +209,3 @@ def _rows(counting: Counting, first: First, size: int, tree: Any, parts: Any = N
     if parts is None:
         return jax.tree.map(lambda x: take(x, first, size), tree)
     return jax.tree.map(lambda x, part: take(x, first, size) if part.by_row else x, tree, parts)
-
-
-def _total(form: Form, inputs: Any, counting: Counting) -> int:
-    """How many rows there are, where they go in tiles; others may have no axis of rows."""
-    if counting is None:
-        return 0
-    rows = jax.tree.map(lambda x, part: x.shape[0] if part.by_row else None, inputs, form.parts)
-    return next(iter(jax.tree.leaves(rows)), 0)

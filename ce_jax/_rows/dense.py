@@ -49,6 +49,11 @@ def row_statistics(
       forward_mode: leave the derivative to JAX, which then can also push tangents forward.
     """
     sharded.check_sharded("logits", logits, axis_name)
+    labels, picked, counts = jax.tree.map(
+        lambda x: sharded.rows_like(x, logits), (target.labels, target.picked, counts)
+    )
+    probs = jax.tree.map(lambda x: sharded.with_sharding_of(x, logits), target.probs)
+    target = target._replace(labels=labels, picked=picked, probs=probs)
     # Not `counts` itself: statistics depend on it, and are alike on all devices of `axis_name`.
     logits = logits if counts is None else sharded.like(logits, counts)
     logits, target = sharded.align((logits, target))

@@ -37,10 +37,9 @@ Used = Bool[Array, "*rows"] | None
 
 
 class Side(NamedTuple):
-    """One of the two softmaxes: its logits, or the layer that they come from."""
+    """One of the two softmaxes: its logits, or hidden states and the head that they go through."""
 
-    logits: Float[Array, "*rows classes"] = ABSENT
-    hidden: Float[Array, "tokens width"] = ABSENT
+    rows: Float[Array, "*rows _"]
     head: Head = ABSENT
 
 
@@ -95,6 +94,7 @@ def divergence(
         parts=parts(options, inputs),
         columns=options.p.local,
         block=options.p.block,
+        rows=inputs.p.rows.shape[0],
         tile=options.p.tile,
     )
     return over_columns(form, inputs, used, counting, forward_mode=forward_mode)
@@ -105,10 +105,9 @@ def parts(options: Options, inputs: Inputs) -> Any:
     by_row: Any = Part(by_row=True)
 
     def of(side: Side, class_axis: int) -> Side:
-        if side.logits is not None:
-            return Side(logits=by_row._replace(axis=side.logits.ndim - 1))
-        head = class_blocks.head_parts(side.head, class_axis, side.hidden.dtype)
-        return Side(hidden=by_row, head=head)
+        if side.head is None:
+            return Side(by_row._replace(axis=side.rows.ndim - 1))
+        return Side(by_row, class_blocks.head_parts(side.head, class_axis, side.rows.dtype))
 
     sides = of(inputs.p, options.p.class_axis), of(inputs.q, options.q.class_axis)
     temperature = None if inputs.temperature is None else by_row
@@ -138,18 +137,17 @@ def tiles(
 def _tile_of(
     options: class_blocks.Options, side: Side, first: First
 ) -> tuple[Array, Callable[[Array], Side]]:
-    if side.logits is None:
-        tokens = Tokens(side.hidden)
-        z, pull = class_blocks.block_logits(options, tokens, side.head, first)
+    if side.head is None:
+        z = side.rows.astype(wide(side.rows.dtype))
+        z = sharded.without_padding(z, first, options.classes, options.local, options.axis_name)
+        return z, Side
+    z, pull = class_blocks.block_logits(options, Tokens(side.rows), side.head, first)
 
-        def pull_layer(dz: Array) -> Side:
-            d_tokens, d_head = pull(dz)
-            return Side(hidden=d_tokens.hidden, head=d_head)
+    def pull_layer(dz: Array) -> Side:
+        d_tokens, d_head = pull(dz)
+        return Side(d_tokens.hidden, d_head)
 
-        return z, pull_layer
-    z = side.logits.astype(wide(side.logits.dtype))
-    z = sharded.without_padding(z, first, options.classes, options.local, options.axis_name)
-    return z, lambda dz: Side(logits=dz)
+    return z, pull_layer
 
 
 def _both(dtype: DTypeLike, used: Used, u: Array, v: Array, temperature: Array | None) -> Tiles:
@@ -167,7 +165,7 @@ def nothing(inputs: Inputs, used: Used) -> Partial:
     In a row that is not used, that of one class with the logit 0: if no block visits the row, its
     divergence is 0.
     """
-    p, q = (side.hidden if side.logits is None else side.logits for side in inputs[:2])
+    p, q = inputs.p.rows, inputs.q.rows
     base, sum_exp = no_classes(p.shape[:-1], wide(p.dtype, q.dtype))
     if used is None:
         return Partial(base, sum_exp)

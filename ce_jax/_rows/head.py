@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +57,7 @@ def logits(
     products = _dot(hidden, 1, kernel, 1 - class_axis)
     if head.bias is not None:
         products = products + head.bias.astype(products.dtype)[None]
-    undo: Callable[[Array], tuple[Any, ...]]
-    if head.soft_cap is None and tokens.temperature is None:
-        z, undo = products, lambda dz: (dz, ABSENT, ABSENT)
-    else:
-        z, undo = jax.vjp(_capped_and_tempered, products, head.soft_cap, tokens.temperature)
+    z, undo = jax.vjp(_capped_and_tempered, products, head.soft_cap, tokens.temperature)
 
     def pull(dz: Float[Array, "tokens classes"]) -> tuple[Tokens, Head]:
         dz, d_cap, d_temperature = undo(dz)

@@ -64,6 +64,7 @@ def jensen_shannon(
         parts=parts(options, inputs),
         columns=options.p.local,
         block=options.p.block,
+        rows=inputs.p.rows.shape[0],
         tile=options.p.tile,
     )
     form = normalisers._replace(

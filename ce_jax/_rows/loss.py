@@ -17,8 +17,8 @@ _Tree = TypeVar("_Tree")
 
 def softmax_loss(
     statistics: RowStatistics,
-    label_weight: Float[Array, "*rows"] | None = None,
-    label_smoothing: ArrayLike | None = None,
+    label_weight: Float[Array, "*rows"] | None,
+    label_smoothing: ArrayLike | None,
     z_loss: ArrayLike | None = None,
     *,
     classes: int,

@@ -215,6 +215,17 @@ def expm1_less_small(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.square(x) * polynomial(_SECOND, x)
 
 
+def divergence_terms(
+    p: Float[Array, "..."], log_p: Float[Array, "..."], log_q: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """`p log(p / q) - p + q`, which is never negative and keeps its digits where p and q agree."""
+    q, wanted = jnp.exp(log_q), p > 0
+    log_ratio = jnp.where(wanted, log_p, 0) - jnp.where(wanted, log_q, 0)
+    near = jnp.abs(log_ratio) <= 0.5
+    small, large = jnp.where(near, log_ratio, 0), jnp.where(near, 0, log_ratio)
+    return jnp.where(near & wanted, p * expm1_less_small(-small), p * large + (q - p))
+
+
 def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`e^x - 1 - x`, without the cancellation near 0."""
     near = jnp.abs(x) <= 0.5

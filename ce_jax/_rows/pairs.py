@@ -164,15 +164,22 @@ def _pulled_back(view: _View, part: Partial, g: RowStatistics) -> Float[Array, "
 
 def one_direction(x: Sides, *, memory_budget: int | None, forward_mode: bool) -> Float[Array, " n"]:
     """Cross-entropy of each row with its column: row `i` is paired with column `first + i`."""
+    return _over_rows(x, _by_row, _block(x, memory_budget, 2), forward_mode=forward_mode)
+
+
+def _over_rows(
+    x: Sides, view: _ViewOf, block: int, *, probs: bool = False, forward_mode: bool
+) -> Float[Array, " n"]:
+    """The cross-entropy of each row, whose target is a label or a distribution."""
     form = Form(
-        start=lambda inputs, *_: _nothing(inputs[0]),
-        fold=functools.partial(_fold_rows, _by_row),
+        start=lambda inputs, *_: _nothing(inputs[0], probs=probs),
+        fold=functools.partial(_fold_rows, view),
         across=_not_empty,
         finish=lambda part: tile.finish(part).cross,
-        pull=functools.partial(_pull_rows, _by_row),
+        pull=functools.partial(_pull_rows, view),
         parts=_PARTS,
         columns=x.columns.shape[0],
-        block=_block(x, memory_budget, 2),
+        block=block,
     )
     return over_columns(form, _inputs(x), _fixed(x), forward_mode=forward_mode)
 
@@ -270,8 +277,6 @@ def decisions(
     form = Form(
         start=lambda inputs, *_: jnp.zeros(inputs[0].shape[0], wide(inputs[0].dtype)),
         fold=_fold_decisions,
-        across=lambda sums: sums,
-        finish=lambda sums: sums,
         pull=_pull_decisions,
         parts=(*_PARTS, Part()),
         columns=x.columns.shape[0],
@@ -327,18 +332,8 @@ def against_group(
 
     nobody = sharded.like(jnp.zeros(x.row_group.shape, jnp.int32), x.row_group)
     positives = over_blocks(count, nobody, columns, block)
-    form = Form(
-        start=lambda inputs, *_: _nothing(inputs[0], probs=True),
-        fold=functools.partial(_fold_rows, _against_others),
-        across=_not_empty,
-        finish=lambda part: tile.finish(part).cross,
-        pull=functools.partial(_pull_rows, _against_others),
-        parts=_PARTS,
-        columns=columns,
-        block=block,
-    )
-    fixed = fixed._replace(positives=jnp.maximum(positives, 1).astype(wide(x.rows.dtype)))
-    losses: Array = over_columns(form, _inputs(x), fixed, forward_mode=forward_mode)
+    x = x._replace(positives=jnp.maximum(positives, 1).astype(wide(x.rows.dtype)))
+    losses = _over_rows(x, _against_others, block, probs=True, forward_mode=forward_mode)
     return losses, positives > 0
 
 

@@ -35,12 +35,6 @@ def varying(x: Array) -> frozenset[Any]:
     return frozenset(kind.vma)  # before jax 0.10
 
 
-def vary_over(x: Array, axes: tuple[Any, ...]) -> Array:
-    """`x`, varying over these axes too; it must not vary over any of them yet."""
-    lax: Any = jax.lax  # no version's annotations know both names
-    return lax.pcast(x, axes, to="varying") if _SINCE_0_9 else lax.pvary(x, axes)
-
-
 def psum(tree: _Tree, axes: str | tuple[str, ...]) -> _Tree:
     """The sums over devices of several arrays, not all of which need have a derivative."""
     if _SINCE_0_9:
@@ -67,7 +61,10 @@ def vary(tree: _Tree, axes: Iterable[Any]) -> _Tree:
 
     def cast(x: Array) -> Array:
         missing = tuple(wanted - varying(x))
-        return vary_over(x, missing) if missing else x
+        if not missing:
+            return x
+        lax: Any = jax.lax  # no version's annotations know both names
+        return lax.pcast(x, missing, to="varying") if _SINCE_0_9 else lax.pvary(x, missing)
 
     return jax.tree.map(cast, tree) if wanted else tree
 
@@ -79,8 +76,8 @@ def with_sharding_of(d: Array, x: Array) -> Array:
 
 
 def rows_like(x: Array, z: Array) -> Array:
-    """`x`, which has another last axis than `z`, with its rows sharded as those of `z` are."""
-    spec = P(*jax.typeof(z).sharding.spec[:-1], None)
+    """`x`, which has the rows of `z` and perhaps a last axis, sharded as these rows are."""
+    spec = P(*jax.typeof(z).sharding.spec[:-1], *[None] * (x.ndim - z.ndim + 1))
     return x if jax.typeof(x).sharding.spec == spec else reshard(x, spec)
 
 
@@ -92,10 +89,14 @@ def is_own(z: Array) -> bool:
     return all(isinstance(size, int) for size in z.shape) and is_local(z)
 
 
+def is_spread(x: Array) -> bool:
+    """Whether an array is sharded over explicit mesh axes."""
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
+
+
 def is_local(z: Array) -> bool:
     """Whether all of an array is known to be on one device."""
-    spread = any(axis is not None for axis in jax.typeof(z).sharding.spec)
-    return not spread and not _may_be_sharded()
+    return not is_spread(z) and not _may_be_sharded()
 
 
 def _may_be_sharded() -> bool:
@@ -150,8 +151,7 @@ def merge_across(part: Partial, axis_name: str | None) -> Partial:
 
 def whole(x: Array) -> Array:
     """`x` on every device; it may be sharded over explicit mesh axes."""
-    spread = any(axis is not None for axis in jax.typeof(x).sharding.spec)
-    return reshard(x, P()) if spread else x
+    return reshard(x, P()) if is_spread(x) else x
 
 
 def take_rows(table: Float[Array, "classes ..."], ids: Integer[Array, "..."]) -> Array:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .numerics import expm1_less_small, one_minus_exp
+from .numerics import divergence_terms, one_minus_exp
 from .tile import RowStatistics, finite_maximum
 
 # The sum of probabilities whose logarithms were rounded to bfloat16 exceeds 1 by at most this.
@@ -57,13 +57,7 @@ def top_k_divergence(
 
 
 def _terms(log_p: Float[Array, "..."], log_q: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`p log(p / q) - p + q` for each class."""
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    wanted = p > 0
-    ahead = jnp.where(wanted, log_p, 0) - jnp.where(wanted, log_q, 0)
-    near = jnp.abs(ahead) <= 0.5
-    small, large = jnp.where(near, ahead, 0), jnp.where(near, 0, ahead)
-    return jnp.where(near & wanted, p * expm1_less_small(-small), p * large + (q - p))
+    return divergence_terms(jnp.exp(log_p), log_p, log_q)
 
 
 def _largest(
