@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.options import positive_int
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, reducible
 from ._rows import sharded
@@ -92,7 +91,7 @@ def reliability_bins(
       Guo et al., `On Calibration of Modern Neural Networks`, 2017; Nixon et al., `Measuring
       Calibration in Deep Learning`, 2019 (adaptive).
     """
-    bins = positive_int("bins", bins)
+    bins = checks.positive_int("bins", bins)
     return _reliability_bins(confidence, correct, where, bins=bins, adaptive=adaptive)
 
 
@@ -193,7 +192,7 @@ def expected_calibration_error(
     References:
       Naeini et al., `Obtaining Well Calibrated Probabilities Using Bayesian Binning`, 2015.
     """
-    bins = positive_int("bins", bins)
+    bins = checks.positive_int("bins", bins)
     return _expected_calibration_error(confidence, correct, where, bins=bins, adaptive=adaptive)
 
 

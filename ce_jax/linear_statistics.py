@@ -95,7 +95,7 @@ def linear_softmax_statistics(
         options.soft_cap("logit_soft_cap", logit_soft_cap),
         options.temperature(temperature),
         where,
-        class_axis=checks.integer_option("class_axis", class_axis),
+        class_axis=checks.int_option("class_axis", class_axis),
         num_classes=checks.integer_option("num_classes", num_classes),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,

@@ -23,7 +23,7 @@ from . import (
     top_k,
 )
 from ._arguments import checks, placement, reductions
-from ._arguments.compiled import array
+from ._arguments.compiled import array, check_constant
 from ._arguments.options import not_zero, soft_cap, temperature
 from ._rows import sharded
 from ._rows.blocks import with_slope_of
@@ -67,9 +67,14 @@ _CHECKS: dict[str, Callable[..., Any]] = {
         for name in ("logit_soft_cap", "teacher_logit_soft_cap")
     },
     **{
-        name: functools.partial(checks.integer_option, name)
-        for name in ("ignore_index", "num_classes", "memory_budget")
+        name: functools.partial(checks.int_option, name)
+        for name in ("class_axis", "teacher_class_axis")
     },
+    **{
+        name: functools.partial(checks.integer_option, name)
+        for name in ("ignore_index", "num_classes")
+    },
+    "memory_budget": checks.memory_budget,
 }
 
 
@@ -161,6 +166,8 @@ def on_mesh(
             for name, value in bound.arguments.items()
             if name != "axis_name"
         }
+        for name, value in options.items():
+            check_constant(name, signature.parameters[name].annotation, value)
         arrays = {k: array(k, x) for k, x in options.items() if k in _TRACED and x is not None}
         static = tuple((k, x) for k, x in options.items() if k not in _TRACED)
         plan = fixed

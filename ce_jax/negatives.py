@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from ._arguments import checks, targets
 from ._arguments.compiled import compiled
-from ._arguments.options import positive_int
 from ._arguments.types import ArrayLike
 from ._rows.dtypes import wide
 
@@ -48,7 +47,7 @@ def uniform_negatives(
       The ids `[*shape, S]`, int32, and their log expected counts :math:`\log (S q_k)`.
 
     Raises:
-      TypeError: for a number that is not an int.
+      TypeError: for a number that is not an int, or a `key` that is not one key.
       ValueError: for a number below 1, or a `num_items` of 2^31 or more.
 
     Example:
@@ -62,7 +61,7 @@ def uniform_negatives(
       2003.
     """
     samples, items = _sizes(num_samples, num_items)
-    return _uniform_negatives(key, samples, items, _shape(shape))
+    return _uniform_negatives(checks.random_key("key", key), samples, items, _shape(shape))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
@@ -94,7 +93,7 @@ def log_uniform_negatives(
       The ids `[*shape, S]`, int32, and their log expected counts :math:`\log (S q_k)`.
 
     Raises:
-      TypeError: for a number that is not an int.
+      TypeError: for a number that is not an int, or a `key` that is not one key.
       ValueError: for a number below 1, or a `num_items` of 2^31 or more.
 
     Example:
@@ -108,7 +107,7 @@ def log_uniform_negatives(
       softmax: Jozefowicz et al., `Exploring the Limits of Language Modeling`, 2016.
     """
     samples, items = _sizes(num_samples, num_items)
-    return _log_uniform_negatives(key, samples, items, _shape(shape))
+    return _log_uniform_negatives(checks.random_key("key", key), samples, items, _shape(shape))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
@@ -232,11 +231,11 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _sizes(num_samples: int, num_items: int) -> tuple[int, int]:
-    return positive_int("num_samples", num_samples), _items(num_items)
+    return checks.positive_int("num_samples", num_samples), _items(num_items)
 
 
 def _items(num_items: int) -> int:
-    items = positive_int("num_items", num_items)
+    items = checks.positive_int("num_items", num_items)
     if items >= 2**31:
         raise ValueError(f"num_items must be below 2^31, as ids have 32 bits, got {num_items}")
     return items

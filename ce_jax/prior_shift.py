@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Integer
 
 from ._arguments import checks, reductions
 from ._arguments.compiled import compiled
-from ._arguments.options import option, positive_int, scalar
+from ._arguments.options import option, scalar
 from ._arguments.types import ArrayLike, Scalar
 from ._rows.dtypes import wide
 
@@ -83,7 +83,7 @@ def estimate_prior(
         option("train_prior", train_prior, low=0.0),
         sample_weight,
         scalar("tolerance", tolerance, low=0.0),
-        max_steps=positive_int("max_steps", max_steps),
+        max_steps=checks.positive_int("max_steps", max_steps),
     )
 
 

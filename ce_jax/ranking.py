@@ -8,7 +8,7 @@ from jaxtyping import Array
 from ._arguments import checks, options, reductions
 from ._arguments.compared import compared
 from ._arguments.compiled import compiled
-from ._arguments.options import positive_int, scalar
+from ._arguments.options import scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.numerics import silenced, tempered, weighted
@@ -161,7 +161,7 @@ def gbce_loss(
       Petrov and Macdonald, `gSASRec: Reducing Overconfidence in Sequential Recommendation Trained
       with Negative Sampling`, 2023, with the same default of `calibration`.
     """
-    items = positive_int("num_items", num_items)
+    items = checks.positive_int("num_items", num_items)
     if items < 2:
         raise ValueError(f"num_items must be at least 2, got {num_items}")
     return _gbce(

@@ -211,7 +211,7 @@ def linear_sampled_softmax_cross_entropy(
         sample_weight,
         where,
         options.temperature(temperature),
-        class_axis=checks.integer_option("class_axis", class_axis),
+        class_axis=checks.int_option("class_axis", class_axis),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         reduction=reductions.reducer(reduction, reduction_axis),
         forward_mode=forward_mode,

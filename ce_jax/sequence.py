@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from ._arguments import checks
 from ._arguments.compiled import compiled, numeric
-from ._arguments.options import positive_int
 from ._arguments.types import ArrayLike
 from ._rows.dtypes import wide
 
@@ -101,7 +100,7 @@ def next_tokens(
         tokens,
         segment_ids,
         where,
-        shift=positive_int("shift", shift),
+        shift=checks.positive_int("shift", shift),
         keep_length=keep_length,
         pad_id=checks.integer_option("pad_id", pad_id),
     )

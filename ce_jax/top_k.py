@@ -57,9 +57,9 @@ def top_k_distillation_loss(
     teacher. :math:`p_r` is computed as a sum over the other classes, so loss and gradient are
     accurate also if the k classes have nearly all the probability.
 
-    Loss and gradient take memory for a copy of the logits, or for two in the dtype of the loss:
-    with a temperature, and of narrow logits on a CPU. `linear_top_k_distillation_loss` never holds
-    more than a block of them.
+    Loss and gradient take memory for a copy of the logits. With a temperature, or of narrow logits
+    on a CPU, they take two copies in the dtype of the loss. `linear_top_k_distillation_loss` never
+    holds more than a block of them.
 
     Gradients of the logits are :math:`T (p_c - p'_c)` for a stored class and, for "bucket",
     :math:`T p_c (1 - p'_r / p_r)` for another class. `teacher_log_probs` gets its true gradient as
@@ -298,7 +298,7 @@ def linear_top_k_distillation_loss(
         sample_weight,
         where,
         tail=tail,
-        class_axis=checks.integer_option("class_axis", class_axis),
+        class_axis=checks.int_option("class_axis", class_axis),
         num_classes=checks.integer_option("num_classes", num_classes),
         ignore_index=checks.integer_option("ignore_index", ignore_index),
         axis_name=axis_name,

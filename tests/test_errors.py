@@ -162,6 +162,11 @@ MORE_OF_IDS = ("brier_score", "fit_temperature", "gradient_view")
 RIGHT |= dict.fromkeys(MORE_OF_IDS, RIGHT[INTEGER])
 NOISY = ("forward_corrected_cross_entropy", "backward_corrected_cross_entropy")
 RIGHT |= dict.fromkeys(NOISY, RIGHT[INTEGER] | {"transition": np.eye(4, dtype=F32)})
+FOCAL, OTHER_SOFT = "sigmoid_focal_loss", ("poly_loss_cross_entropy", "cross_entropy_parts")
+RIGHT |= dict.fromkeys(OTHER_SOFT, RIGHT[SOFT]) | {FOCAL: RIGHT[SIGMOID]}
+SAMPLERS = "uniform_negatives", "log_uniform_negatives"
+DRAW = {"key": jax.random.key(0), "num_samples": 2, "num_items": 9}
+RIGHT |= dict.fromkeys(SAMPLERS, DRAW)
 SOFT_FORM = "softmax_cross_entropy"
 IDS_FORM = "softmax_cross_entropy_with_integer_labels"
 # (function, the argument changed, its value, what the message says to write).
@@ -185,9 +190,21 @@ CURES = [
     (LINEAR, "kernel", np.zeros((4, 2), F32), "class_axis=0 for a kernel of shape [V, D]"),
     (LINEAR, "logit_soft_cap", 0.0, "logit_soft_cap=None"),
     *((name, "axis", "mean", "reduction='mean'") for name in (INTEGER, SOFT, NLL)),
-    *((name, "logits", INTEGERS, "logits.astype(float)") for name in (INTEGER, SOFT, SIGMOID)),
+    *(
+        (name, "logits", INTEGERS, "jnp.asarray(logits, float)")
+        for name in (INTEGER, SOFT, SIGMOID)
+    ),
     (INTEGER, "logits", IDS, "class ids as labels"),
-    ("focal_loss", "log_prob", IDS, "log_prob.astype(float)"),
+    ("focal_loss", "log_prob", IDS, "jnp.asarray(log_prob, float)"),
+    *((name, "labels", IDS, "jax.nn.one_hot(labels, 4)") for name in (SIGMOID, BINARY, FOCAL)),
+    *((name, "labels", IDS, "jax.nn.one_hot") for name in (SOFT, *OTHER_SOFT, "smooth_labels")),
+    (INTEGER, "logits", ones(5), "sigmoid_binary_cross_entropy"),
+    (INTEGER, "axis", None, "sigmoid_binary_cross_entropy"),
+    (INTEGER, "where", np.ones(5, bool)[:, None, None], "where[:, 0, 0]"),
+    (LINEAR, "log_prob_loss", ones(5), "functools.partial"),
+    (LINEAR, "log_prob_loss", [1], "functools.partial"),
+    *((name, "key", 0, "jax.random.key(0)") for name in SAMPLERS),
+    *((name, "key", jax.random.split(jax.random.key(0)), "one key") for name in SAMPLERS),
     *((name, "axis", ones(5), "sample_weight=") for name in (INTEGER, SOFT, NLL, STATISTICS)),
 ]
 
@@ -199,6 +216,16 @@ def test_the_message_says_what_to_write(function, argument, value, cure):
     if not only_type_checked(raised):
         assert argument in str(raised.value)
         assert cure in str(raised.value)
+
+
+@pytest.mark.parametrize("option", [{"axis": 1}, {"ignore_index": -1}, {"return_statistics": True}])
+def test_a_traced_constant(option):
+    """Options of a function that was given to `jax.jit` itself are traced."""
+    loss = ce_jax.softmax_cross_entropy_with_integer_labels
+    with pytest.raises(TypeError, match=r"functools\.partial.*static_argnames"):
+        jax.jit(loss)(**RIGHT[INTEGER], **option)
+    run = jax.jit(loss, static_argnames=list(option))
+    assert jax.tree.leaves(run(**RIGHT[INTEGER], **option))[0].shape == (5,)
 
 
 def test_the_message_speaks_of_what_was_given():
@@ -343,8 +370,14 @@ def test_no_batch_to_wrap_in():
         ("focal_alpha", (100, 30), {}, ValueError, "positives must be at most total"),
         ("balanced_weights", (5,), {}, ValueError, r"counts .* \[C\], .* \(\)"),
         ("smooth_labels", (LOGITS, None), {}, TypeError, "alpha .* None"),
-        ("next_tokens", (IDS,), {"shift": None}, ValueError, "shift must be an int .* None"),
-        ("uniform_negatives", (0, 3, 10), {"shape": 4}, TypeError, "shape must be a tuple"),
+        ("next_tokens", (IDS,), {"shift": None}, TypeError, "shift must be an int, got None"),
+        (
+            "uniform_negatives",
+            (jax.random.key(0), 3, 10),
+            {"shape": 4},
+            TypeError,
+            "shape must be a tuple",
+        ),
         (
             "forward_corrected_cross_entropy",
             (LOGITS, IDS, 4 * EVEN),

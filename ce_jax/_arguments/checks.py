@@ -8,16 +8,20 @@ runs. Ranges of options are checked if the value is known; a traced value is not
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
-from .compiled import array, numeric
+from .._rows import sharded
+from .compiled import array, compiled_in, numeric
 from .types import ArrayLike, Axes, Reduction
+
+_Function = TypeVar("_Function", bound=Callable[..., Any] | None)
 
 REDUCTIONS = get_args(Reduction)
 
@@ -26,10 +30,12 @@ def floating(name: str, x: ArrayLike) -> Array:
     """`x` as an array, if its dtype is floating."""
     x = _asarray(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        cure = f"; write {name}.astype(float)"
+        cure = f"write jnp.asarray({name}, float)"
         if name in ("logits", "probs", "log_probs"):
             cure += ", or give class ids as labels"
-        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}{cure}")
+        elif name == "labels":
+            cure += " for a number per class; of class ids jax.nn.one_hot makes these"
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}; {cure}")
     return x
 
 
@@ -77,12 +83,12 @@ def shape_is(name: str, x: Array, shape: Sequence[int], meaning: str, cure: str 
         )
 
 
-def broadcast(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
+def broadcast(name: str, x: Array, shape: Sequence[int], meaning: str, cure: str = "") -> Array:
     """`x` broadcast to `shape`; `x` must not have more axes or larger ones."""
     if not _fits(x.shape, shape):
         raise ValueError(
             f"{name} must be broadcastable to {tuple(shape)} ({meaning}), got {x.shape}"
-            + indexing(name, x.shape, shape)
+            + (cure or indexing(name, x.shape, shape))
         )
     return jnp.broadcast_to(x, shape)
 
@@ -102,8 +108,8 @@ def of_rows(name: str, x: Array, shape: Sequence[int], meaning: str) -> Array:
 
 def not_spread(name: str, x: Array, cure: str) -> None:
     """Raises where an array is sharded over explicit mesh axes: it is to be read in blocks."""
-    spec = jax.typeof(x).sharding.spec
-    if any(entry is not None for entry in spec):
+    if sharded.is_spread(x):
+        spec = jax.typeof(x).sharding.spec
         raise ValueError(
             f"{name} must not be sharded over explicit mesh axes, as it is read in blocks; got "
             f"{spec}: {cure}"
@@ -135,7 +141,7 @@ def rows_to_include(where: Array, rows: Sequence[int], name: str, shape: Sequenc
             f"where must have the axes of the loss, {tuple(rows)}, or of {name}, {tuple(shape)}, "
             f"each of that size or 1, or be a scalar, got {where.shape}"
             + by_row.replace("write", "for rows write")
-            + by_class.replace("write", f"for the last axis of {name} write")
+            + by_class.replace("write", f"for an axis of {name} write")
         )
     return jnp.broadcast_to(where, rows)
 
@@ -203,6 +209,7 @@ def hashable_axes(name: str, axis: Any, cure: str = "") -> int | tuple[int, ...]
     given = tuple(axis) if several else (axis,)
     if not all(map(_is_index, given)):
         got = f"an array of shape {axis.shape}" if hasattr(axis, "shape") else repr(axis)
+        cure = compiled_in(axis) or cure
         raise TypeError(f"{name} must be an int or a tuple of ints, got {got}{cure}")
     return tuple(map(operator.index, given)) if several else operator.index(axis)
 
@@ -231,13 +238,34 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def integer_option(name: str, value: int | None, wanted: str = "an int or None") -> int | None:
+def integer_option(name: str, value: int | None) -> int | None:
+    """None, or an `int_option`."""
+    return None if value is None else int_option(name, value, "an int or None")
+
+
+def int_option(name: str, value: int, wanted: str = "an int") -> int:
     """`value` as a Python int: it takes part in the compiled function as a constant."""
-    if value is None:
-        return None
     if isinstance(value, bool | jax.core.Tracer) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+        raise TypeError(f"{name} must be {wanted}, got {value!r}{compiled_in(value)}")
     return int(value)
+
+
+def random_key(name: str, key: PRNGKeyArray) -> PRNGKeyArray:
+    """`key`, if it is one key of `jax.random`, typed or as an array of integers."""
+    dtype = getattr(key, "dtype", np.dtype(bool))
+    typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed or dtype == jnp.uint32) or key.ndim != (0 if typed else 1):
+        got = f"{dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
+        raise TypeError(f"{name} must be one key, such as jax.random.key(0), got {got}")
+    return key
+
+
+def positive_int(name: str, value: int) -> int:
+    """An `int_option` of at least 1."""
+    number = int_option(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    return number
 
 
 def kernel_axis(hidden: Array, kernel: Array, axis: int, prefix: str = "") -> int:
@@ -283,16 +311,21 @@ def class_count(value: int | None, held: int) -> int:
 
 def memory_budget(value: int | None) -> int | None:
     """The value of `memory_budget`, in bytes."""
-    value = integer_option("memory_budget", value)
-    if value is not None and value < 1:
-        raise ValueError(f"memory_budget must be at least 1 byte, got {value}")
-    return value
+    return None if value is None else positive_int("memory_budget", value)
+
+
+def maybe_function(name: str, x: _Function) -> _Function:
+    """`x`, if it is a function or None."""
+    if x is not None and not callable(x):
+        raise TypeError(
+            f"{name} must be a function or None, got {reprlib.repr(x)}; give the function itself, "
+            "with its options by functools.partial"
+        )
+    return x
 
 
 def log_prob_loss(function: Callable[[Array], Array], one: Array) -> None:
     """Raises unless `function` turns one number into one number of the same dtype."""
-    if not callable(function):
-        raise TypeError(f"log_prob_loss must be a function or None, got {function!r}")
     out = jax.eval_shape(function, one)
     if getattr(out, "shape", None) != ():
         raise ValueError(

@@ -81,10 +81,22 @@ def _arrays(name: str, x: Any) -> Any:
     return type(x)(*(_arrays(f"{name}.{f}", y) for f, y in zip(x._fields, x, strict=True)))
 
 
-def _check_constant(name: str, kind: Any, value: Any) -> None:
+def compiled_in(value: Any) -> str:
+    """Advice for a traced number in place of a constant of the program, or nothing."""
+    if not isinstance(value, jax.core.Tracer) or value.ndim:
+        return ""
+    return (
+        "; it is a constant of the program: set it by functools.partial inside jax.jit, or name it "
+        "in static_argnames"
+    )
+
+
+def check_constant(name: str, kind: Any, value: Any) -> None:
     """Raises for an option that is compiled in and does not fit. Others are checked by name."""
     if kind == "bool" and not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {reprlib.repr(value)}")
+        raise TypeError(
+            f"{name} must be True or False, got {reprlib.repr(value)}{compiled_in(value)}"
+        )
     if name != "axis_name" or value is None:
         return
     if not isinstance(value, str):
@@ -110,7 +122,7 @@ def compiled(function: Callable[..., _Result]) -> Callable[..., _Result]:
     @functools.wraps(function)
     def call(*arrays: Any, **options: Any) -> _Result:
         for name, value in options.items():
-            _check_constant(name, constants[name], value)
+            check_constant(name, constants[name], value)
         # JAX traces the rule of a derivative with a mesh set, be it an empty one. Where one is set
         # for the function too, what both compute is traced once, in up to a third less time.
         with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):

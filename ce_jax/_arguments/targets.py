@@ -17,6 +17,12 @@ from .._rows.tile import ABSENT
 from . import checks, reductions
 from .types import ArrayLike, Axes
 
+# Advice for class ids in place of a distribution.
+_OF_IDS = (
+    "; of class ids jax.nn.one_hot makes such labels, or they go to "
+    "softmax_cross_entropy_with_integer_labels"
+)
+
 
 class Rows(NamedTuple):
     """Logits (or log-probabilities, or labels) by rows.
@@ -165,7 +171,7 @@ def distributions(
     if jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape != shape:
         raise ValueError(
             f"labels of an integer dtype must have the shape of logits, {shape}, a number for each "
-            f"class, got {labels.shape}; class ids go to softmax_cross_entropy_with_integer_labels"
+            f"class, got {labels.shape}{_OF_IDS}"
         )
     whole = (1,) * (len(shape) - labels.ndim) + labels.shape
     rows = tuple(n for a, n in enumerate(shape) if a not in axes)
@@ -175,8 +181,7 @@ def distributions(
     ):
         raise ValueError(
             f"labels must have a number for every class of logits, {shape} with the class axis "
-            f"{axis}, got {labels.shape}; class ids go, as integers of the loss's shape, to "
-            "softmax_cross_entropy_with_integer_labels"
+            f"{axis}, got {labels.shape}{_OF_IDS}"
         )
     labels = checks.broadcast("labels", labels.astype(dtype), shape, "the shape of logits")
     return classes_last(labels, axes)
@@ -195,9 +200,14 @@ def class_ids(
     `axis` is the argument of this name, if there is one, for advice.
     """
     per_class = (
-        "; labels that give each class a number, such as one-hot ones, go to softmax_cross_entropy,"
-        " or through jnp.argmax"
+        "; of one-hot labels jnp.argmax makes class ids; other labels that give each class a number"
+        " go to softmax_cross_entropy"
     )
+    if not rows:
+        per_class = (
+            f"; logits without an axis of rows are one row of {classes} classes; labels that say "
+            "yes or no for each logit go to sigmoid_binary_cross_entropy"
+        )
     shape: tuple[int, ...] = getattr(labels, "shape", ())
     too_many = len(shape) == len(rows) + 1 and not checks.indexing("labels", shape, rows)
     cure = per_class if too_many else "; write labels.astype(int)"
@@ -271,9 +281,13 @@ def elements(
 ) -> Elements:
     """Checks the arguments of an element-wise loss; an element is a row of its own."""
     x, labels = checks.floating(name, x), checks.real("labels", labels)
+    labels_are_ids = jnp.issubdtype(labels.dtype, jnp.integer)
     shape = x.shape
     labels = labels.astype(wide(x.dtype))
-    labels = checks.broadcast("labels", labels, shape, f"the shape of {name}")
+    cure = ""
+    if labels_are_ids and shape[:-1] == labels.shape:
+        cure = f"; of class ids jax.nn.one_hot(labels, {shape[-1]}) makes a label for each class"
+    labels = checks.broadcast("labels", labels, shape, f"the shape of {name}", cure)
     labels = sharded.with_sharding_of(labels, x)
     counts = checks.mask(where, shape, "the loss")
     if counts is not None:

@@ -24,7 +24,8 @@ def default_budget(kernel_bytes: int, logits: tuple[int, int] | None = None) -> 
 
     Blocks of tokens save a matmul, but need 2.4 GB to add up the gradient of a bfloat16 kernel of
     2304x256000. A float32 kernel's is added up in the result. Then `logits` are the tokens and the
-    bytes of each one's logits, and it is a quarter of them within 1.3 GB, or 1024 tokens' in 2 GB.
+    bytes of each one's logits: of a quarter of all, at most 1.3 GB, but at least of 1024 tokens. If
+    those take over 2 GB, it is as for a bfloat16 kernel.
     """
     if jax.default_backend() == "cpu":
         mesh = jax.sharding.get_abstract_mesh()
@@ -69,7 +70,7 @@ def rows(tokens: int) -> int:
 def _block(most: int, total: int) -> int:
     """The size of blocks of at most so many, rounded for the hardware.
 
-    One that leaves no ragged block, if that takes at most a quarter off; or of nearly equal blocks.
+    The largest down to three quarters of `most` that divides the total; or of nearly equal blocks.
     """
     if most >= total:
         return total

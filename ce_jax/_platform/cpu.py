@@ -43,7 +43,7 @@ def shares(z: Float[Array, "*rows classes"], target: tile.Target) -> bool:
 
 
 def stores_wide(z: Float[Array, "*rows classes"]) -> bool:
-    """Whether a bfloat16 tile would be stored in float32, outside the cache. float16 always is."""
+    """Whether a bfloat16 tile would be stored in float32, outside the cache."""
     return z.dtype == jnp.bfloat16 and 4 * z.size > _CACHED_BYTES
 
 
@@ -97,7 +97,8 @@ def first_of(reached: Bool[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
 @jax.custom_jvp
 def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
     """The sums over the last axis of arrays of one shape."""
-    # `jax.checkpoint` loses the rule below, and JAX's own needs a tangent of each.
+    # `jax.checkpoint` loses the rule below, and JAX's own needs a tangent of each array: so each
+    # is made to depend on all.
     tied: Any = sum(summands.values())
     summands = {name: jnp.where(False, tied, x) for name, x in summands.items()}
     *rows, classes = tied.shape

@@ -83,8 +83,8 @@ def over_blocks(
 
     def one(carry: _Carry, first: First, size: int) -> _Carry:
         run = jax.checkpoint(lambda c, f: step(c, f, size), prevent_cse=False)
-        # If a mask is batched, JAX turns `cond` into a select, and all that a block reads then
-        # varies over the devices.
+        # `first` varies over the devices as the carry does: if a mask is batched, JAX turns `cond`
+        # into a select, and all that a block reads then varies over them.
         first = sharded.like(jnp.asarray(first, jnp.int32), jax.tree.leaves(carry)[0])
         return run(carry, first)
 
