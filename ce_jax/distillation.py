@@ -61,7 +61,8 @@ def distillation_loss(
         covering all modes.
       sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
         broadcasts).
-      axis_name: mapped mesh axis over which the class axis of both arrays is sharded.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis of both arrays
+        is sharded.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the rows that count (0 if that is 0).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
@@ -245,7 +246,8 @@ def linear_distillation_loss(
       where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): rows to
         include, such as `next_tokens(...).where`. If the teacher is a layer, other rows take almost
         no time.
-      axis_name: mapped mesh axis over which the classes of all arrays are sharded in the same way.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which the classes of all arrays are
+        sharded in the same way.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the rows that count (0 if that is 0).
       reduction_axis: the axis or axes of the loss to reduce; all by default.

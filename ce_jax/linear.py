@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
-from ._arguments.layer import layer
+from ._arguments.layer import head_of, layer
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, with_statistics
 from ._rows import class_blocks, sharded, token_blocks
@@ -192,7 +192,7 @@ def _linear_loss(
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Loss | tuple[Loss, SoftmaxStatistics]:
-    hidden = checks.floating("hidden", hidden)
+    hidden, head, class_axis = head_of(hidden, kernel, bias, logit_soft_cap, class_axis)
     if len(reduction.axes(hidden.ndim - 1)) == hidden.ndim - 1:
         reduction = reduction._replace(axis=None)
     over_all = reduction.kind != "none" and reduction.axis is None
@@ -209,13 +209,11 @@ def _linear_loss(
             log_prob_loss = converted
     x = layer(
         hidden,
-        kernel,
+        head,
+        class_axis,
         labels,
-        bias,
-        logit_soft_cap,
         temperature,
         where,
-        class_axis=class_axis,
         num_classes=num_classes,
         ignore_index=ignore_index,
         axis_name=axis_name,

@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from ._arguments import checks, options
 from ._arguments.compiled import compiled
-from ._arguments.layer import Layer, layer
+from ._arguments.layer import Layer, head_of, layer
 from ._arguments.types import ArrayLike, Scalar
 from ._rows import class_blocks
 from ._rows.order import as_given
@@ -56,15 +56,18 @@ def linear_softmax_statistics(
         are None.
       bias: `[V]`.
       class_axis: the axis of `kernel` that holds the classes.
-      num_classes: number of classes; further classes of `kernel` are padding.
+      num_classes: number of classes; further classes of `kernel` are padding, which is ignored. By
+        default there is no padding.
       logit_soft_cap: positive bound of the logits. May be traced.
       temperature: divides the logits, in float32, after bias and soft cap. A scalar or an array
         with the axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
       where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): rows to
         include.
       ignore_index: label of rows that do not count.
-      axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes.
-      memory_budget: bytes that a block of logits and its gradient may take.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `kernel` and `bias` are
+        sharded by classes.
+      memory_budget: bytes that a block of logits and its gradient may take, by default as in
+        `linear_softmax_cross_entropy`.
       forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
         custom gradient; JAX then differentiates by its own rules.
 
@@ -122,14 +125,10 @@ def _linear_statistics(
     forward_mode: bool,
 ) -> SoftmaxStatistics:
     x = layer(
-        hidden,
-        kernel,
+        *head_of(hidden, kernel, bias, logit_soft_cap, class_axis),
         labels,
-        bias,
-        logit_soft_cap,
         temperature,
         where,
-        class_axis=class_axis,
         num_classes=num_classes,
         ignore_index=ignore_index,
         axis_name=axis_name,

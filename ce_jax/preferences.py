@@ -19,7 +19,7 @@ from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import sharded
 from ._rows.logistic import probabilities, softplus
-from ._rows.numerics import weighted
+from ._rows.numerics import pushed, weighted
 
 _ANSWERS = "chosen", "rejected", "reference_chosen", "reference_rejected"
 
@@ -116,7 +116,7 @@ def _dpo(
 
     def loss(*values: Array) -> Array:
         margin = _margin(*values)
-        x, eps = beta.astype(margin.dtype) * margin, label_smoothing.astype(margin.dtype)
+        x, eps = pushed(margin, beta.astype(margin.dtype)), label_smoothing.astype(margin.dtype)
         return weighted(1 - eps, softplus(-x)) + weighted(eps, softplus(x))
 
     return reduced(loss, examples, reduction)
@@ -309,7 +309,8 @@ def _kto(
     good, bad, beta = (x.astype(dtype) for x in (desirable_weight, undesirable_weight, beta))
 
     def loss(ours: Array, reference: Array, kl: Array) -> Array:
-        ahead = beta * (ours - reference - jax.lax.stop_gradient(jnp.maximum(kl, 0)))
+        margin = ours - reference - jax.lax.stop_gradient(jnp.maximum(kl, 0))
+        ahead = pushed(margin, beta)
         wrong, _ = probabilities(jnp.where(desirable, -ahead, ahead))
         return jnp.where(desirable, good, bad) * wrong
 

@@ -57,7 +57,8 @@ def nll_loss(
       sample_weight: weight of each example, a scalar or an array with the axes of the loss (size 1
         broadcasts).
       ignore_index: label of rows that do not count.
-      label_smoothing: share of the target that is spread over the allowed classes, in [0, 1].
+      label_smoothing: share of the target that is spread evenly over the allowed classes, in [0,
+        1]. May be traced.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight * weight[label])` of the rows that count (0 if that is 0, where torch
         gives NaN).
@@ -182,7 +183,8 @@ def binary_cross_entropy(
         broadcasts). The mean divides by their sum.
       where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): elements to
         include.
-      label_smoothing: share of the label that is spread evenly over both classes, in [0, 1].
+      label_smoothing: share of the label that is spread evenly over both classes, in [0, 1]. May be
+        traced.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the elements that count (0 if that is 0).
       reduction_axis: the axis or axes of the loss to reduce; all by default.

@@ -191,11 +191,11 @@ def _gbce(
     forward_mode: bool,
 ) -> Loss:
     x = compared(label_logits, negative_logits, where, sample_weight)
-    x = x._replace(
-        label=options.tempered_elements(x.label, temperature, x.counts),
-        negatives=options.tempered_logits(x.negatives, temperature, x.counts),
-    )
     dtype = x.label.dtype
+    given = options.row_temperature(temperature, x.label.shape, dtype, x.counts)
+    if given is not None:
+        label, negatives = (tempered(z, given) for z in (x.label[..., None], x.negatives))
+        x = x._replace(label=label[..., 0], negatives=negatives)
     number = jnp.full(x.label.shape, x.negatives.shape[-1], dtype)
     if x.included is not None:
         number = jnp.sum(x.included, -1, dtype=dtype)

@@ -17,6 +17,7 @@ from ._arguments.options import log_probability, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.logistic import softplus
+from ._rows.numerics import pushed, quotient
 
 
 @reducible
@@ -94,7 +95,7 @@ def _simpo(
     examples = examples_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
 
     def loss(better: Array, worse: Array) -> Array:
-        x = beta.astype(better.dtype) * (better - worse) - gamma.astype(better.dtype)
+        x = pushed(better - worse, beta.astype(better.dtype)) - gamma.astype(better.dtype)
         return softplus(-x)
 
     return reduced(loss, examples, reduction)
@@ -187,7 +188,7 @@ def _log1p_odds_ratio(better: Array, worse: Array) -> Array:
     better, worse = (jnp.where(both, -1, x) for x in (better, worse))
     ahead = better > worse
     high, low = jnp.where(ahead, better, -1), jnp.where(ahead, worse, -2)
-    ratio = jnp.exp(low - high) * (jnp.expm1(high) / jnp.expm1(low))
+    ratio = jnp.exp(low - high) * quotient(jnp.expm1(high), jnp.expm1(low))
     better, worse = (jnp.where(ahead, -1, x) for x in (better, worse))
     log_ratio = (worse - better) + (_log1mexp(better) - _log1mexp(worse))
     return jnp.where(ahead, jnp.log1p(ratio), softplus(log_ratio))

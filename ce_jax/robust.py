@@ -64,7 +64,7 @@ def _focal_loss(log_prob: Array, gamma: Array) -> Array:
     small = jnp.where(near, x, 0)
     close = power(-small, 1 + gamma) * expm1_ratio(small) ** gamma
     large = jnp.where(near | far, -1, x)
-    apart = -large * (1 - jnp.exp(large)) ** gamma
+    apart = -large * jnp.exp(gamma * jnp.log1p(-jnp.exp(large)))
     return jnp.where(near, close, jnp.where(far, -x, apart))
 
 

@@ -16,7 +16,6 @@ from ._arguments.layer import head_of
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.dtypes import wide
-from ._rows.numerics import relative
 from ._rows.sampled import layer_logits
 from .negatives import Negatives
 from .softmax import softmax_cross_entropy_with_integer_labels
@@ -163,8 +162,8 @@ def linear_sampled_softmax_cross_entropy(
       class_axis: the axis of `kernel` that holds the classes.
       logit_soft_cap: positive bound of the logits. May be traced.
       label_log_expected_count: as in `sampled_softmax_cross_entropy`.
-      temperature: divides the logits, in the dtype of the loss. A scalar or an array with the axes
-        of the loss (size 1 broadcasts). At least 1e-6. May be traced.
+      temperature: divides the logits, in the dtype of the loss, after bias and soft cap. A scalar
+        or an array with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
       sample_weight: weight of each row, a scalar or an array with the axes of `labels` (size 1
         broadcasts).
       where: bool, a scalar or an array with the axes of `labels` (size 1 broadcasts): rows to
@@ -313,7 +312,7 @@ def _loss(
 
     label, negatives = x.label, included(x.negatives)
     if temperature is not None:  # their differences lose digits if they are divided before
-        logits = relative(jnp.concatenate([label[..., None], negatives], -1))
+        logits = jnp.concatenate([label[..., None], negatives], -1)
         logits = options.tempered_logits(logits, temperature, x.counts)
         label, negatives = logits[..., 0], logits[..., 1:]
     label = _corrected(label, "label_log_expected_count", label_log_expected_count)

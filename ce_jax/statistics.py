@@ -68,8 +68,8 @@ def softmax_statistics(
       ignore_index: label of rows that do not count.
       temperature: divides the logits, in the dtype of the result. A scalar or an array with the
         axes of `labels` (size 1 broadcasts). At least 1e-6. May be traced.
-      axis_name: mapped mesh axis over which the class axis is sharded; labels and `argmax` are ids
-        among all classes.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded;
+        labels and `argmax` are ids among all classes.
       forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, which cannot use the
         custom gradient; JAX then differentiates by its own rules.
 

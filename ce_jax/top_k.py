@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from ._arguments import checks, options, reductions, targets
 from ._arguments.compiled import compiled
 from ._arguments.entries import Entries, entries
-from ._arguments.layer import layer
+from ._arguments.layer import head_of, layer
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import class_blocks, sharded, tempered
@@ -80,7 +80,8 @@ def top_k_distillation_loss(
       sample_weight: weight of each row, a scalar or an array with the axes of the loss (size 1
         broadcasts).
       ignore_index: another id of absent entries. A row without any entry does not count.
-      axis_name: mapped mesh axis over which the class axis is sharded; ids are among all classes.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which the class axis is sharded; ids
+        are among all classes.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the rows that count (0 if that is 0).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
@@ -249,7 +250,8 @@ def linear_top_k_distillation_loss(
       tail: "bucket", "renormalize" or "drop", as in `top_k_distillation_loss`.
       bias: `[V]`. A bias of -inf bans a class.
       class_axis: the axis of `kernel` that holds the classes.
-      num_classes: number of classes; further classes of `kernel` are padding.
+      num_classes: number of classes; further classes of `kernel` are padding, which is ignored. By
+        default there is no padding.
       logit_soft_cap: positive bound of the logits. May be traced.
       temperature: T, which divides the logits, in float32, after bias and soft cap. A scalar or an
         array with the axes of the loss (size 1 broadcasts). At least 1e-6. May be traced.
@@ -258,8 +260,8 @@ def linear_top_k_distillation_loss(
       where: bool, a scalar or an array with the axes of the loss (size 1 broadcasts): rows to
         include, such as `next_tokens(...).where`.
       ignore_index: another id of absent entries. A row without any entry does not count.
-      axis_name: mapped mesh axis over which `kernel` and `bias` are sharded by classes; ids are
-        among all classes.
+      axis_name: mapped mesh axis (inside `jax.shard_map`) over which `kernel` and `bias` are
+        sharded by classes; ids are among all classes.
       reduction: "none"; "sum"; "ratio", which gives a `Ratio`; or "mean", the sum divided by
         `sum(sample_weight)` of the rows that count (0 if that is 0).
       reduction_axis: the axis or axes of the loss to reduce; all by default.
@@ -329,21 +331,18 @@ def _linear_top_k(
     memory_budget: int | None,
     forward_mode: bool,
 ) -> Loss:
-    hidden, kernel = checks.floating("hidden", hidden), checks.floating("kernel", kernel)
-    axis, rows = checks.kernel_axis(hidden, kernel, class_axis), hidden.shape[:-1]
-    held = sharded.all_classes(kernel.shape[axis], axis_name)
+    hidden, head, class_axis = head_of(hidden, kernel, bias, logit_soft_cap, class_axis)
+    rows, held = hidden.shape[:-1], sharded.all_classes(head.kernel.shape[class_axis], axis_name)
     where = checks.mask(where, rows, "the rows of hidden")
     classes = checks.class_count(num_classes, held)
     teacher = entries(teacher_ids, teacher_log_probs, hidden, classes, where, ignore_index)
     x = layer(
         hidden,
-        kernel,
+        head,
+        class_axis,
         None,
-        bias,
-        logit_soft_cap,
         temperature,
         teacher.counts,
-        class_axis=class_axis,
         num_classes=num_classes,
         ignore_index=None,
         axis_name=axis_name,

@@ -88,6 +88,13 @@ def test_divergence(case):
     compare(estimate, truth, arguments, dtype=jnp.dtype(case["dtype"]), loosen=2.0)
 
 
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_a_token_that_the_policy_cannot_make(kind):
+    estimate = functools.partial(ce_jax.kl_estimate, kind=kind)
+    assert estimate(jnp.float32(-jnp.inf), jnp.float32(-1.0)) == jnp.inf
+    assert estimate(jnp.float32(-1.0), jnp.float32(-jnp.inf)) == jnp.inf
+
+
 @pytest.mark.usefixtures("usual_programs")
 def test_ratios_that_overflow():
     """Clipped ones are bounds and have no slope; others are as large as they are."""

@@ -103,6 +103,8 @@ EXTREMES = {
         ((-1e4, -9.99e3), {}),
         ((-1.0, -40.0), {}),
         ((-0.4, -0.4), {}),
+        ((-1e-20, -8e-20), {}),
+        ((-8e-20, -1e-20), {}),
     ],
     "kto_loss": [
         ((-1e4, -9e3), {"beta": 0.05, "kl": 2.0}),
@@ -179,6 +181,18 @@ def test_an_answer_that_is_impossible(name):
     np.testing.assert_allclose(value, [most, 0], rtol=1e-6)
     for slope in slopes.values():
         assert np.isfinite(slope).all()
+    if "beta" in options:
+        by_beta = jax.jacrev(lambda beta: loss(**at, beta=beta))(options["beta"])
+        assert by_beta[1] == 0
+        assert not np.isnan(by_beta[0])
+
+
+def test_an_answer_that_is_impossible_without_a_beta():
+    """A beta of 0 makes all answers alike."""
+    at = [jnp.float32(x) for x in (-np.inf, -1, -1, -1)]
+    value, slopes = jax.value_and_grad(functools.partial(ce_jax.dpo_loss, beta=0.0), (0, 1))(*at)
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+    np.testing.assert_array_equal(slopes, [0, 0])
 
 
 def test_smoothing_is_the_chance_of_exchanged_answers():

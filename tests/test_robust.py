@@ -32,7 +32,7 @@ CASES = [
     )
 ]
 LOG_PROBS = np.array(
-    [-1e-9, -1e-4, -0.1, -0.49, -0.51, -1.0, -3.0, -20.0, -50.0, -99.9, -100.1, -1e3]
+    [-1e-9, -1e-4, -0.1, -0.49, -0.51, -1.0, -3.0, -16.0, -20.0, -50.0, -99.9, -100.1, -1e3]
 )
 # The same in the terms of mpmath, for derivatives of any order.
 EXACT = {

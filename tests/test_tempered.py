@@ -15,6 +15,19 @@ from tests.catalogue import CATALOGUE
 pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 
+OF_SOFT_LABELS = "softmax_cross_entropy", "poly_loss_cross_entropy", "cross_entropy_parts"
+OF_DIFFERENCES = (
+    *OF_SOFT_LABELS,
+    "softmax_cross_entropy_with_integer_labels",
+    "brier_score",
+    "forward_corrected_cross_entropy",
+    "backward_corrected_cross_entropy",
+    "distillation_loss",
+    "jensen_shannon_loss",
+    "top_k_distillation_loss",
+)
+
+
 def normal(*shape, scale=1.0, seed=0):
     return np.random.default_rng(seed).normal(size=shape) * scale
 
@@ -60,6 +73,28 @@ def test_huge_logits_keep_what_they_differ_by():
         np.testing.assert_allclose(function(logits, jnp.array([0])), np.log(2), rtol=1e-6)
     slope = jax.grad(lambda z: jnp.sum(loss(z, jnp.array([0]))))(logits)
     np.testing.assert_allclose(slope, [[-0.5 / 0.7, 0.5 / 0.7]], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("usual_programs")
+@pytest.mark.parametrize("name", OF_DIFFERENCES)
+def test_an_offset_of_all_logits_costs_no_digit(name):
+    """What depends on their differences alone is the same, to the last digits."""
+    draw = np.random.default_rng(0)
+    arrays = {
+        "logits": draw.integers(-9, 9, (8, 6)).astype(np.float32),
+        "teacher_logits": draw.integers(-9, 9, (8, 6)).astype(np.float32),
+        "labels": np.arange(8) % 6,
+        "transition": np.float32(np.eye(6) / 2 + 1 / 12),
+    }
+    if name in OF_SOFT_LABELS:
+        arrays["labels"] = draw.dirichlet(np.ones(6), 8).astype(np.float32)
+    if "top_k" in name:
+        order = np.argsort(arrays["teacher_logits"])[:, :3]
+        arrays |= {"teacher_ids": order, "teacher_log_probs": np.full((8, 3), -2, np.float32)}
+    taken = {key: x for key, x in arrays.items() if takes(name, key)}
+    run = jax.jit(lambda logits: call(name, taken | {"logits": logits}, temperature=1.25))
+    for found, wanted in zip(run(arrays["logits"] + 4096), run(arrays["logits"]), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.usefixtures("usual_programs")
@@ -134,6 +169,35 @@ def test_banned_classes_and_rows_that_do_not_count_leave_no_nan(form, masked):
         assert np.all(np.isfinite(x))
     if masked:
         assert slopes[1][1] == 0
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_a_label_that_is_banned_has_no_slope_by_the_temperature(forward_mode):
+    """Whatever the blocks: its logit is infinite at any temperature, and the loss is lse."""
+    hidden, labels = jnp.array([[1.0, 2.0]]), jnp.array([1])
+    kernel, bias = jnp.array([[1.0, 0, 1, 3], [0, 1, 2, 1]]), jnp.array([0, -jnp.inf, 0, 0])
+    z, t = np.array([1.0, 5.0, 5.0]), 1.5
+    p = np.exp(z / t) / np.exp(z / t).sum()
+    options = {"bias": bias, "forward_mode": forward_mode}
+    for budget in (None, 1):
+
+        def both(t, budget=budget):
+            given = options | {"temperature": t, "memory_budget": budget}
+            found = ce_jax.linear_softmax_statistics(hidden, kernel, labels, **given)
+            loss = ce_jax.linear_softmax_cross_entropy(hidden, kernel, labels, **given)
+            return jnp.concatenate([found.label_logit, loss])
+
+        by_label, by_loss = jax.jacrev(both)(t)
+        assert by_label == 0
+        np.testing.assert_allclose(by_loss, -np.sum(p * z) / t**2, rtol=1e-5)
+    slope = jax.jacrev(
+        lambda t: (
+            ce_jax.softmax_statistics(
+                hidden @ kernel + bias[None], labels, temperature=t, forward_mode=forward_mode
+            ).label_logit
+        )
+    )(t)
+    assert slope == 0
 
 
 @pytest.mark.usefixtures("usual_programs")

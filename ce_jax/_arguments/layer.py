@@ -72,15 +72,13 @@ def head_of(
 
 
 def layer(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
+    hidden: Array,
+    head: Head,
+    class_axis: int,
     labels: ArrayLike | None,
-    bias: ArrayLike | None,
-    logit_soft_cap: ArrayLike | None,
     temperature: Array | None,
     where: ArrayLike | None,
     *,
-    class_axis: int,
     num_classes: int | None,
     ignore_index: int | None,
     axis_name: str | None,
@@ -89,8 +87,7 @@ def layer(
     statistics: bool,
     picked: bool = False,
 ) -> Layer:
-    """Checks the arguments and divides the work."""
-    hidden, head, class_axis = head_of(hidden, kernel, bias, logit_soft_cap, class_axis)
+    """Checks the arguments, but for those of `head_of`, and divides the work."""
     dtype, rows, local = wide(hidden.dtype), hidden.shape[:-1], head.kernel.shape[class_axis]
     held = sharded.all_classes(local, axis_name)
     classes = checks.class_count(num_classes, held)
@@ -108,7 +105,7 @@ def layer(
 
     # Bytes of a logit, of its gradient in the dtype of hidden, and of what a CPU stores for each
     # step from the matmul to the logit.
-    steps = (bias is not None) + (logit_soft_cap is not None) + (classes < held)
+    steps = (head.bias is not None) + (head.soft_cap is not None) + (classes < held)
     steps += (temperature is not None) + picked
     logit_bytes = dtype.itemsize * (1 + steps) + hidden.dtype.itemsize
     visited = local if axis_name is not None else classes

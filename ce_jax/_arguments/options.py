@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from .._rows.dtypes import wide
-from .._rows.numerics import tempered, tempered_rows
+from .._rows.numerics import relative, tempered
 from . import checks
 from .compiled import numeric
 from .types import ArrayLike
@@ -109,9 +109,12 @@ def tempered_logits(
     temperature: Array | None,
     counts: Bool[Array, "*rows"] | None,
 ) -> Float[Array, "*rows classes"]:
-    """Logits in the dtype of the loss, over the temperature of their rows."""
+    """Logits in the dtype of the loss, over the temperature of their rows.
+
+    With one, relative to the largest of the row: for what depends on their differences alone.
+    """
     given = row_temperature(temperature, z.shape[:-1], z.dtype, counts)
-    return z if given is None else tempered_rows(z, given)
+    return z if given is None else tempered(relative(z), given)
 
 
 def tempered_elements(

@@ -281,12 +281,11 @@ def elements(
 ) -> Elements:
     """Checks the arguments of an element-wise loss; an element is a row of its own."""
     x, labels = checks.floating(name, x), checks.real("labels", labels)
-    labels_are_ids = jnp.issubdtype(labels.dtype, jnp.integer)
-    shape = x.shape
-    labels = labels.astype(wide(x.dtype))
-    cure = ""
-    if labels_are_ids and shape[:-1] == labels.shape:
+    shape, cure = x.shape, ""
+    several = shape[-1:] > (1,) and labels.shape == shape[:-1]
+    if several and jnp.issubdtype(labels.dtype, jnp.integer):
         cure = f"; of class ids jax.nn.one_hot(labels, {shape[-1]}) makes a label for each class"
+    labels = labels.astype(wide(x.dtype))
     labels = checks.broadcast("labels", labels, shape, f"the shape of {name}", cure)
     labels = sharded.with_sharding_of(labels, x)
     counts = checks.mask(where, shape, "the loss")

@@ -197,9 +197,8 @@ def _teacher_logits(x: Any, axis_name: str | None) -> _Checked:
         raise ValueError(f"teacher_logits must have shape [..., V] with V > 0, got {z.shape}")
     sharded.check_sharded("teacher_logits", z, axis_name)
     rows, local = z.shape[:-1], z.shape[-1]
-    return _Checked(
-        Side(z.reshape(-1, local)), rows, local, 1, 2 * wide(z.dtype).itemsize + z.dtype.itemsize, 0
-    )
+    logit_bytes = 2 * wide(z.dtype).itemsize + z.dtype.itemsize
+    return _Checked(Side(z.reshape(-1, local)), rows, local, 1, logit_bytes, 0)
 
 
 def block_of_logits(student: Array, teacher: Array) -> int:

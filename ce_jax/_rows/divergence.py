@@ -27,7 +27,7 @@ from . import class_blocks, sharded
 from .columns import Form, Part, over_columns
 from .dtypes import wide
 from .head import Head, Tokens
-from .numerics import not_negative, tempered_rows, weighted
+from .numerics import not_negative, relative, tempered, tempered_rows, weighted
 from .order import Counting
 from .picked import First
 from .tile import ABSENT, Partial, merge, no_classes, shift
@@ -125,7 +125,10 @@ def tiles(
     u, pull_u = _tile_of(options.p, inputs.p, first)
     v, pull_v = _tile_of(options.q, inputs.q, first)
     dtype = jnp.promote_types(u.dtype, v.dtype)
-    both, pull_both = jax.vjp(functools.partial(_both, dtype, used), u, v, inputs.temperature)
+    whole = all(x.axis_name is None and x.block >= x.local for x in options)
+    both, pull_both = jax.vjp(
+        functools.partial(_both, dtype, used, whole), u, v, inputs.temperature
+    )
 
     def pull(d: Tiles) -> Inputs:
         du, dv, d_temperature = pull_both(d)
@@ -150,12 +153,16 @@ def _tile_of(
     return z, pull_layer
 
 
-def _both(dtype: DTypeLike, used: Used, u: Array, v: Array, temperature: Array | None) -> Tiles:
+def _both(
+    dtype: DTypeLike, used: Used, whole: bool, u: Array, v: Array, temperature: Array | None
+) -> Tiles:
     u, v = u.astype(dtype), v.astype(dtype)
     if used is not None:
         u, v = (jnp.where(used[..., None], z, 0) for z in (u, v))
     if temperature is None:
         return u, v
+    if whole:  # no other block is to be merged: the divergence needs no more than differences
+        return tempered(relative(u), temperature), tempered(relative(v), temperature)
     return tempered_rows(u, temperature), tempered_rows(v, temperature)
 
 

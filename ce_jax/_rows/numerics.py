@@ -168,7 +168,9 @@ def tempered_rows(
     """
     row_max = jax.lax.stop_gradient(jnp.max(z, -1))
     row_max = jnp.where(jnp.isfinite(row_max), row_max, 0)
-    return tempered(z - row_max[..., None], temperature) + (row_max / temperature)[..., None]
+    back = (row_max / temperature)[..., None]
+    # An infinite logit has no part in the slope of that either.
+    return tempered(z - row_max[..., None], temperature) + jnp.where(jnp.isinf(z), 0, back)
 
 
 def polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -184,6 +186,21 @@ def polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float
 def expm1_ratio(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`(e^x - 1) / x` for |x| <= 1/2, by its series: it and its derivatives hold at 0 too."""
     return polynomial(_FIRST, x)
+
+
+@jax.custom_jvp
+def quotient(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x / y` for |x| <= |y|, with derivatives in which no square of `y` underflows."""
+    return x / y
+
+
+@quotient.defjvp
+def _quotient_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, y), (dx, dy) = primals, tangents
+    found = quotient(x, y)
+    return found, quotient(dx - found * dy, y)
 
 
 @jax.custom_jvp
@@ -230,7 +247,8 @@ def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`e^x - 1 - x`, without the cancellation near 0."""
     near = jnp.abs(x) <= 0.5
     small, large = jnp.where(near, x, 0), jnp.where(near, 1, x)
-    return jnp.where(near, expm1_less_small(small), -one_minus_exp(large) - large)
+    far = -one_minus_exp(large) - jnp.minimum(large, jnp.finfo(x.dtype).max)
+    return jnp.where(near, expm1_less_small(small), far)
 
 
 @jax.custom_jvp

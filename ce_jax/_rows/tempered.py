@@ -43,5 +43,6 @@ def row_statistics(
     ahead = row_max / temperature
     found = found._replace(lse=found.lse + ahead)
     if found.label_logit is not None:
-        found = found._replace(label_logit=found.label_logit + ahead)
+        finite = jnp.where(jnp.isinf(found.label_logit), 0, ahead)
+        found = found._replace(label_logit=found.label_logit + finite)
     return found

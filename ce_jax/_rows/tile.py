@@ -87,10 +87,10 @@ class Partial(NamedTuple):
     The normaliser is `lse = base + log(sum_exp)`, where `base` is the `finite_maximum` of the row
     and `sum_exp` is `sum exp(z - base)`. `label_logit` is 0 as long as the label was not seen.
     `cross`, `uniform` and `entropy`, which is `<exp(z - base), lse - z>`, are relative to this
-    `lse`, or to near `base` if that is larger: it may be the maximum of more classes. `target_sum`,
-    `classes_sum`, `classes_count` are `sum(t)`, and `sum(a)` and the number of the classes with
-    `z > -inf`. `argmax` counts from the first class of the whole row. `picked` is 0 as long as the
-    class was not seen, and -inf if there is none.
+    `lse`, but to no less than `base + log 0.7`: `base` may be the maximum of more classes.
+    `target_sum`, `classes_sum`, `classes_count` are `sum(t)`, and `sum(a)` and the number of the
+    classes with `z > -inf`. `argmax` counts from the first class of the whole row. `picked` is 0 as
+    long as the class was not seen, and -inf if there is none.
     """
 
     base: Float[Array, "*rows"]
