@@ -24,8 +24,7 @@ def default_budget(kernel_bytes: int, logits: tuple[int, int] | None = None) -> 
 
     Blocks of tokens save a matmul, but need 2.4 GB to add up the gradient of a bfloat16 kernel of
     2304x256000. A float32 kernel's is added up in the result. Then `logits` are the tokens and the
-    bytes of each one's logits: of a quarter of all, at most 1.3 GB, but at least of 1024 tokens. If
-    those take over 2 GB, it is as for a bfloat16 kernel.
+    bytes of each one's: the budget is a quarter of all within 1.3 GB, or 1024 tokens' within 2 GB.
     """
     if jax.default_backend() == "cpu":
         mesh = jax.sharding.get_abstract_mesh()

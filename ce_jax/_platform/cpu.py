@@ -97,8 +97,7 @@ def first_of(reached: Bool[Array, "*rows classes"]) -> Integer[Array, "*rows"]:
 @jax.custom_jvp
 def row_sums(summands: dict[str, Array]) -> dict[str, Array]:
     """The sums over the last axis of arrays of one shape."""
-    # `jax.checkpoint` loses the rule below, and JAX's own needs a tangent of each array: so each
-    # is made to depend on all.
+    # `jax.checkpoint` loses the rule below; JAX's own wants a tangent of each: each depends on all.
     tied: Any = sum(summands.values())
     summands = {name: jnp.where(False, tied, x) for name, x in summands.items()}
     *rows, classes = tied.shape
