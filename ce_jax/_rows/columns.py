@@ -56,7 +56,7 @@ class Form(NamedTuple):
       block: how many at a time.
       across: joins the sums of all devices, if the columns' or rows' are to be joined.
       finish: turns the sums into the result.
-      rows: how many rows there are, and
+      rows: how many rows there are, if they go in tiles.
       tile: rows at a time, if not all count. Constants, sums and result then are by row.
       cotangents: makes arrays of the result's cotangents, where JAX knows some to be 0.
     """

@@ -49,6 +49,7 @@ def row_statistics(
       forward_mode: leave the derivative to JAX, which then can also push tangents forward.
     """
     sharded.check_sharded("logits", logits, axis_name)
+    # Over explicit mesh axes, all goes where the logits are.
     labels, picked, counts = jax.tree.map(
         lambda x: sharded.rows_like(x, logits), (target.labels, target.picked, counts)
     )
