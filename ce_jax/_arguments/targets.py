@@ -282,8 +282,8 @@ def elements(
     """Checks the arguments of an element-wise loss; an element is a row of its own."""
     x, labels = checks.floating(name, x), checks.real("labels", labels)
     shape, cure = x.shape, ""
-    several = shape[-1:] > (1,) and labels.shape == shape[:-1]
-    if several and jnp.issubdtype(labels.dtype, jnp.integer):
+    of_ids = jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == shape[:-1]
+    if of_ids and shape and shape[-1] != 1:
         cure = f"; of class ids jax.nn.one_hot(labels, {shape[-1]}) makes a label for each class"
     labels = labels.astype(wide(x.dtype))
     labels = checks.broadcast("labels", labels, shape, f"the shape of {name}", cure)
