@@ -94,7 +94,7 @@ def _cross_entropy_parts(
     log_q = jnp.log(jnp.where(likely, q, 1))
     divergence = divergence_terms(q, log_q, log_p)
     entropy = q * (0 - log_q)  # not -0 where the label is certain
-    valid = jnp.where(q < 0, jnp.nan, 1).astype(q.dtype)
+    valid = jnp.where(q >= 0, 1, jnp.nan).astype(q.dtype)
     parts = (targets.without_excluded(x * valid, rows.counts) for x in (entropy, divergence))
     return CrossEntropyParts(*parts)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtyping import Array
-
 from ._arguments import checks, options, reductions
 from ._arguments.two_heads import given_layers
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
@@ -97,7 +95,7 @@ def jensen_shannon_loss(
     )
 
 
-def beta_option(value: Scalar) -> Array:
+def beta_option(value: Scalar) -> ArrayLike:
     """The teacher's share of the mixture, checked if it is known."""
     share = options.scalar("beta", value, 0.0, 1.0)
     if options.known_value("beta", value) in (0.0, 1.0):

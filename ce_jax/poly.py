@@ -114,7 +114,7 @@ def _poly_loss_cross_entropy(
     probs = targets.distributions(labels, logits.shape, axis, dtype)
     probs = targets.without_excluded(probs, rows.counts, sample_weight)
     # Neither part depends on the row's maximum, and without it lse keeps the digits of log p.
-    z = options.tempered_logits(relative(z), temperature, rows.counts)
+    z = relative(z) if temperature is None else options.tempered_logits(z, temperature, rows.counts)
     statistics = row_statistics(z, Target(probs=probs), forward_mode=forward_mode)
     loss = statistics.cross + epsilon.astype(dtype) * _missed(z, probs, statistics.lse)
     return reductions.reduce(loss, rows.counts, sample_weight, reduction)

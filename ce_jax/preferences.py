@@ -19,7 +19,7 @@ from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows import sharded
 from ._rows.logistic import probabilities, softplus
-from ._rows.numerics import pushed, weighted
+from ._rows.numerics import signed_product, weighted
 
 _ANSWERS = "chosen", "rejected", "reference_chosen", "reference_rejected"
 
@@ -116,7 +116,8 @@ def _dpo(
 
     def loss(*values: Array) -> Array:
         margin = _margin(*values)
-        x, eps = pushed(margin, beta.astype(margin.dtype)), label_smoothing.astype(margin.dtype)
+        factor, eps = (x.astype(margin.dtype) for x in (beta, label_smoothing))
+        x = signed_product(factor, margin)
         return weighted(1 - eps, softplus(-x)) + weighted(eps, softplus(x))
 
     return reduced(loss, examples, reduction)
@@ -310,7 +311,7 @@ def _kto(
 
     def loss(ours: Array, reference: Array, kl: Array) -> Array:
         margin = ours - reference - jax.lax.stop_gradient(jnp.maximum(kl, 0))
-        ahead = pushed(margin, beta)
+        ahead = signed_product(beta, margin)
         wrong, _ = probabilities(jnp.where(desirable, -ahead, ahead))
         return jnp.where(desirable, good, bad) * wrong
 

@@ -232,15 +232,16 @@ def _binary_cross_entropy(
         "probs", probs, labels, where, label_smoothing, sample_weight
     )
     p = p.astype(y.dtype)
+    weight = reductions.element_weights("weight", weight, p.shape, p.dtype)
     impossible = ~((p >= 0) & (p <= 1))
-    if sample_weight is not None:  # 0 times NaN would be NaN
-        silent = impossible & (sample_weight == 0)
-        p, impossible = jnp.where(silent, 0.5, p), impossible & ~silent
+    for given in (weight, sample_weight):
+        if given is not None:  # 0 times NaN would be NaN
+            silent = impossible & (given == 0)
+            p, impossible = jnp.where(silent, 0.5, p), impossible & ~silent
     p = p * jnp.where(impossible, jnp.nan, 1)  # as a factor, so that the gradient is NaN too
     certain = p == 1
     log_complement_p = jnp.where(certain, -100, log_complement(jnp.where(certain, 0, p)))
     loss = -(y * _clamped_log(p) + (1 - y) * log_complement_p)
-    weight = reductions.element_weights("weight", weight, loss.shape, loss.dtype)
     if weight is not None:
         loss = weighted(weight, loss)
     return reductions.reduce(loss, counts, sample_weight, reduction)

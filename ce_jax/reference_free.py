@@ -17,7 +17,7 @@ from ._arguments.options import log_probability, scalar
 from ._arguments.reductions import Reducer
 from ._arguments.types import ArrayLike, Axes, Loss, Reduction, Scalar, reducible
 from ._rows.logistic import softplus
-from ._rows.numerics import pushed, quotient
+from ._rows.numerics import quotient, signed_product
 
 
 @reducible
@@ -95,7 +95,7 @@ def _simpo(
     examples = examples_of({"chosen": chosen, "rejected": rejected}, where, sample_weight)
 
     def loss(better: Array, worse: Array) -> Array:
-        x = pushed(better - worse, beta.astype(better.dtype)) - gamma.astype(better.dtype)
+        x = signed_product(beta.astype(better.dtype), better - worse) - gamma.astype(better.dtype)
         return softplus(-x)
 
     return reduced(loss, examples, reduction)

@@ -213,7 +213,7 @@ def training_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Array
     References:
       Menon et al., `Long-Tail Learning via Logit Adjustment`, 2021.
     """
-    return _logit_offset(_shares("prior", prior), scalar("tau", tau, low=0.0))
+    return _logit_offset(_shares("prior", prior), scalar("tau", tau, low=0.0), sign=1)
 
 
 def prediction_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Array, "..."]:
@@ -244,14 +244,14 @@ def prediction_logit_offset(prior: ArrayLike, *, tau: Scalar = 1.0) -> Float[Arr
     References:
       Menon et al., `Long-Tail Learning via Logit Adjustment`, 2021.
     """
-    return _logit_offset(_shares("prior", prior), -scalar("tau", tau, low=0.0))
+    return _logit_offset(_shares("prior", prior), scalar("tau", tau, low=0.0), sign=-1)
 
 
 @compiled
-def _logit_offset(prior: Array, scale: Array) -> Array:
+def _logit_offset(prior: Array, tau: Array, *, sign: int) -> Array:
     present = prior != 0
     log_prior = jnp.log(jnp.where(present, _normalised(prior), 1))
-    return jnp.where(present, scale.astype(prior.dtype) * log_prior, -jnp.inf)
+    return jnp.where(present, sign * tau.astype(prior.dtype) * log_prior, -jnp.inf)
 
 
 def prior_shift_weights(train_prior: ArrayLike, target_prior: ArrayLike) -> Float[Array, "..."]:

@@ -198,8 +198,6 @@ CURES = [
     ("focal_loss", "log_prob", IDS, "jnp.asarray(log_prob, float)"),
     *((name, "labels", IDS, "jax.nn.one_hot(labels, 4)") for name in (SIGMOID, BINARY, FOCAL)),
     *((name, "labels", IDS, "jax.nn.one_hot") for name in (SOFT, *OTHER_SOFT, "smooth_labels")),
-    (INTEGER, "logits", ones(5), "sigmoid_binary_cross_entropy"),
-    (INTEGER, "axis", None, "sigmoid_binary_cross_entropy"),
     (INTEGER, "where", np.ones(5, bool)[:, None, None], "where[:, 0, 0]"),
     (LINEAR, "log_prob_loss", ones(5), "functools.partial"),
     (LINEAR, "log_prob_loss", [1], "functools.partial"),
@@ -226,6 +224,12 @@ def test_a_traced_constant(option):
         jax.jit(loss)(**RIGHT[INTEGER], **option)
     run = jax.jit(loss, static_argnames=list(option))
     assert jax.tree.leaves(run(**RIGHT[INTEGER], **option))[0].shape == (5,)
+
+
+@pytest.mark.parametrize("given", [{"logits": ones(5)}, {"axis": None}])
+def test_a_label_for_each_logit(given):
+    with pytest.raises(ValueError, match=r"labels must have shape \(\).*sigmoid_binary"):
+        ce_jax.softmax_cross_entropy_with_integer_labels(**RIGHT[INTEGER] | given)
 
 
 def test_the_message_speaks_of_what_was_given():
@@ -317,6 +321,10 @@ def test_a_traced_option_out_of_range_is_not_checked():
         (INTEGER, (LOGITS, IDS), {"label_smoothing": 2.0}),
         (INTEGER, (LOGITS, IDS), {"z_loss": -1}),
         ("softmax_cross_entropy", (LOGITS, LOGITS), {"temperature": np.float32(-1)}),
+        # Infinite in float32.
+        (INTEGER, (LOGITS, IDS), {"temperature": 1e39}),
+        (INTEGER, (LOGITS, IDS), {"z_loss": np.float64(1e300)}),
+        ("linear_softmax_cross_entropy", (*PAIR, IDS), {"logit_soft_cap": 1e39}),
         ("linear_softmax_cross_entropy", (*PAIR, IDS), {"logit_soft_cap": 0}),
         ("focal_loss", (-np.ones(4, F32),), {"gamma": -1.0}),
         ("jensen_shannon_loss", (LOGITS, LOGITS), {"beta": 1.0}),

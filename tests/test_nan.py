@@ -89,6 +89,24 @@ def test_what_is_no_probability(labels):
         np.testing.assert_array_equal(found, 0)
 
 
+def test_a_class_weight_of_zero_too():
+    p = np.float32([-0.5, 0.2])
+    loss = functools.partial(
+        ce_jax.binary_cross_entropy, labels=jnp.ones(2), weight=jnp.array([0.0, 1.0])
+    )
+    np.testing.assert_allclose(loss(p), [0, -np.log(0.2)], rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda p: loss(p).sum())(p), [0, -5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_an_answer_without_a_probability(beta):
+    log_prob, desirable = jnp.array([jnp.nan, -1.0]), jnp.array([True, False])
+    loss = functools.partial(ce_jax.kto_loss, desirable=desirable, kl=0.1, beta=beta)
+    slope = jax.grad(lambda x: loss(x, -jnp.ones(2)).sum())(log_prob)
+    for found in (loss(log_prob, -jnp.ones(2)), slope):
+        np.testing.assert_array_equal(np.isnan(found), [True, False])
+
+
 def test_log_probabilities_with_smoothing():
     """-inf is a class that is not allowed; NaN is none."""
     log_probs = np.float32([[-1, np.nan, -1], [-1, -np.inf, -1]])

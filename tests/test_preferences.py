@@ -187,6 +187,24 @@ def test_an_answer_that_is_impossible(name):
         assert not np.isnan(by_beta[0])
 
 
+@pytest.mark.parametrize("name", ["dpo_loss", "simpo_loss", "kto_loss"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_second_derivatives_by_beta(name, beta):
+    """`f(beta m)` has the mixed derivative `f' + beta m f''`, also where beta is 0."""
+    more = {"dpo_loss": (-1.5, -1.7), "simpo_loss": (), "kto_loss": (True, 0.1)}[name]
+    options = {"gamma": 0.0} if name == "simpo_loss" else {}
+    offset = {"dpo_loss": -0.2, "simpo_loss": 0.0, "kto_loss": -0.1}[name]
+    loss = functools.partial(getattr(ce_jax, name), **options)
+    found = jax.hessian(lambda x: loss(x[0], x[1], *more, beta=x[2]))(jnp.array([-1.0, -2.0, beta]))
+    np.testing.assert_allclose(found, found.T, rtol=1e-5, atol=1e-7)
+    margin = 1.0 + offset
+    p = 1 / (1 + np.exp(beta * margin))  # of -log(1 - p); kto's loss is p itself
+    first, second = (-p, p * (1 - p))
+    if name == "kto_loss":
+        first, second = -p * (1 - p), p * (1 - p) * (1 - 2 * p)
+    np.testing.assert_allclose(found[0, 2], first + beta * margin * second, rtol=1e-5)
+
+
 def test_an_answer_that_is_impossible_without_a_beta():
     """A beta of 0 makes all answers alike."""
     at = [jnp.float32(x) for x in (-np.inf, -1, -1, -1)]

@@ -311,6 +311,7 @@ def class_count(value: int | None, held: int) -> int:
 
 def memory_budget(value: int | None) -> int | None:
     """The value of `memory_budget`, in bytes."""
+    value = integer_option("memory_budget", value)
     return None if value is None else positive_int("memory_budget", value)
 
 

@@ -69,7 +69,7 @@ def _wraps(x: Any) -> bool:
         return False
     given = np.asarray(x)
     if given.dtype.kind not in "iu":
-        return False
+        return given.dtype.kind == "O"  # a number of more than 64 bits
     dtype = jax.dtypes.canonicalize_dtype(given.dtype)
     return dtype != given.dtype and not np.array_equal(given.astype(dtype), given)
 

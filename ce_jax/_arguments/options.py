@@ -19,13 +19,15 @@ from .types import ArrayLike
 
 # The smallest temperature: below, logits of ordinary size overflow.
 _COLDEST = 1e-6
+# A number below this is finite in float32.
+_LARGE = 1e38
 # A log-probability this little above 0 is one that was rounded.
 _ROUNDING = 1e-3
 
 
 def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = math.inf) -> Any:
     """`value` as given, if it is real and, where it is known, finite and in `[low, high]`."""
-    if isinstance(value, float) and low <= value <= high and math.isfinite(value):
+    if isinstance(value, float) and low <= value <= high and abs(value) < _LARGE:
         return value  # without NumPy: defaults are checked in every call
     given = numeric(name, value)
     dtype = np.dtype(bool) if given is None else jnp.result_type(given)
@@ -33,7 +35,8 @@ def option(name: str, value: ArrayLike, low: float = -math.inf, high: float = ma
         raise TypeError(f"{name} must be a real number, got {value!r}")
     known = known_value(name, given)
     if known is not None:
-        x = known.astype(dtype).astype(np.float64)
+        with np.errstate(over="ignore"):  # to inf, which is refused
+            x = known.astype(dtype).astype(np.float64)
         least, most = (_as_stored(bound, dtype) for bound in (low, high))
         if not np.all((x >= least) & (x <= most) & np.isfinite(x)):
             within = "" if (low, high) == (-math.inf, math.inf) else f" and in [{low}, {high}]"
@@ -81,7 +84,7 @@ def soft_cap(name: str, value: ArrayLike | None) -> ArrayLike | None:
     return cap
 
 
-def temperature(value: ArrayLike) -> Array | None:
+def temperature(value: ArrayLike) -> ArrayLike | None:
     """A temperature, or one per row; None where it is known to be 1 and so has no effect."""
     return None if _is_number(value, 1) else option("temperature", value, low=_COLDEST)
 

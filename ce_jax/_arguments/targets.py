@@ -204,10 +204,7 @@ def class_ids(
         " go to softmax_cross_entropy"
     )
     if not rows:
-        per_class = (
-            f"; logits without an axis of rows are one row of {classes} classes; labels that say "
-            "yes or no for each logit go to sigmoid_binary_cross_entropy"
-        )
+        per_class += "; labels that say yes or no, to sigmoid_binary_cross_entropy"
     shape: tuple[int, ...] = getattr(labels, "shape", ())
     too_many = len(shape) == len(rows) + 1 and not checks.indexing("labels", shape, rows)
     cure = per_class if too_many else "; write labels.astype(int)"

@@ -27,10 +27,10 @@ from . import class_blocks, sharded
 from .columns import Form, Part, over_columns
 from .dtypes import wide
 from .head import Head, Tokens
-from .numerics import not_negative, relative, tempered, tempered_rows, weighted
+from .numerics import not_negative, tempered, tempered_rows, weighted
 from .order import Counting
 from .picked import First
-from .tile import ABSENT, Partial, merge, no_classes, shift
+from .tile import ABSENT, Partial, merge, no_classes, row_maxima, shift
 
 # Which rows are used; None for all.
 Used = Bool[Array, "*rows"] | None
@@ -125,9 +125,12 @@ def tiles(
     u, pull_u = _tile_of(options.p, inputs.p, first)
     v, pull_v = _tile_of(options.q, inputs.q, first)
     dtype = jnp.promote_types(u.dtype, v.dtype)
-    whole = all(x.axis_name is None and x.block >= x.local for x in options)
+    temper, of_logits = tempered_rows, inputs.p.head is None and inputs.q.head is None
+    alone = all(x.block >= x.local for x in options)  # no other block is to be merged
+    if alone and (of_logits or options.p.axis_name is None):
+        temper = functools.partial(_tempered_differences, options.p.axis_name)
     both, pull_both = jax.vjp(
-        functools.partial(_both, dtype, used, whole), u, v, inputs.temperature
+        functools.partial(_both, dtype, used, temper), u, v, inputs.temperature
     )
 
     def pull(d: Tiles) -> Inputs:
@@ -154,16 +157,27 @@ def _tile_of(
 
 
 def _both(
-    dtype: DTypeLike, used: Used, whole: bool, u: Array, v: Array, temperature: Array | None
+    dtype: DTypeLike,
+    used: Used,
+    temper: Callable[[Array, Array], Array],
+    u: Array,
+    v: Array,
+    temperature: Array | None,
 ) -> Tiles:
     u, v = u.astype(dtype), v.astype(dtype)
     if used is not None:
         u, v = (jnp.where(used[..., None], z, 0) for z in (u, v))
     if temperature is None:
         return u, v
-    if whole:  # no other block is to be merged: the divergence needs no more than differences
-        return tempered(relative(u), temperature), tempered(relative(v), temperature)
-    return tempered_rows(u, temperature), tempered_rows(v, temperature)
+    return temper(u, temperature), temper(v, temperature)
+
+
+def _tempered_differences(
+    axis_name: str | None, z: Float[Array, "*rows classes"], temperature: Float[Array, "*rows"]
+) -> Float[Array, "*rows classes"]:
+    """Relative to the largest logit of the row: a divergence needs no more."""
+    row_max = sharded.max_over(row_maxima(z), axis_name)
+    return tempered(shift(z, row_max), temperature)
 
 
 def nothing(inputs: Inputs, used: Used) -> Partial:

@@ -106,6 +106,12 @@ def _product_jvp(
     return product(weight, x), pushed(by_weight, t_weight) + weight * t_x
 
 
+def signed_product(weight: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`product` for an `x` of either sign. In a sum over classes XLA would store it."""
+    sign = jnp.where(x < 0, -1, 1).astype(x.dtype)
+    return sign * product(weight, sign * x)
+
+
 @jax.custom_jvp
 def not_negative(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`|x|`, with the derivative of `x`, for an `x` that is negative by rounding only.
@@ -129,7 +135,7 @@ def tempered(
     """`z / temperature`; an infinite logit stays as it is and has no part in the slope of that.
 
     One division for each row: a quotient for each logit would not be computed a second time for the
-    gradient, but stored. `z` is relative to something (see `tempered_rows`).
+    gradient, but stored. For a softmax `z` is relative to something (see `tempered_rows`).
     """
     return z * (1 / temperature)[..., None]
 
@@ -190,7 +196,7 @@ def expm1_ratio(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @jax.custom_jvp
 def quotient(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x / y` for |x| <= |y|, with derivatives in which no square of `y` underflows."""
+    """`x / y`, with derivatives in which no square of `y` underflows."""
     return x / y
 
 
@@ -240,7 +246,8 @@ def divergence_terms(
     log_ratio = jnp.where(wanted, log_p, 0) - jnp.where(wanted, log_q, 0)
     near = jnp.abs(log_ratio) <= 0.5
     small, large = jnp.where(near, log_ratio, 0), jnp.where(near, 0, log_ratio)
-    return jnp.where(near & wanted, p * expm1_less_small(-small), p * large + (q - p))
+    far = p * large + (q - p)
+    return jnp.where(p == 0, q, jnp.where(near, p * expm1_less_small(-small), far))
 
 
 def expm1_less_x(x: Float[Array, "..."]) -> Float[Array, "..."]:

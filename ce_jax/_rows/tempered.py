@@ -43,6 +43,7 @@ def row_statistics(
     ahead = row_max / temperature
     found = found._replace(lse=found.lse + ahead)
     if found.label_logit is not None:
-        finite = jnp.where(jnp.isinf(found.label_logit), 0, ahead)
-        found = found._replace(label_logit=found.label_logit + finite)
+        banned = jnp.isinf(found.label_logit) & jnp.isfinite(row_max)
+        label_logit = found.label_logit + jnp.where(banned, 0, ahead)
+        found = found._replace(label_logit=label_logit)
     return found
