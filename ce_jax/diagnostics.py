@@ -89,6 +89,7 @@ def _cross_entropy_parts(
     z = options.tempered_logits(z.astype(wide(z.dtype)), temperature, rows.counts)
     log_p = log_softmax(z)
     q = targets.distributions(labels, logits.shape, axis, log_p.dtype)
+    q = sharded.with_sharding_of(q, log_p)
     q = targets.without_excluded(q, rows.counts)
     likely = q > 0
     log_q = jnp.log(jnp.where(likely, q, 1))

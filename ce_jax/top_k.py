@@ -155,6 +155,8 @@ def _top_k(
         teacher_ids, teacher_log_probs, student.values, classes, student.counts, ignore_index
     )
     weights = reductions.weights(sample_weight, rows, teacher.log_probs.dtype)
+    if weights is not None:
+        weights = sharded.rows_like(weights, student.values)
     z = targets.without_excluded(student.values, teacher.counts, weights, axis_name)
     temperature = options.row_temperature(temperature, rows, wide(z.dtype), teacher.counts)
     found = tempered.row_statistics(
