@@ -67,6 +67,31 @@ def test_bins_of_what_counts(bins, adaptive):
         np.testing.assert_allclose(mine, true, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("usual_programs")
+@pytest.mark.parametrize("bins", [1, 3])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_batch_of_masks_and_answers_beside_one_confidence(bins, adaptive):
+    """Of one bin, all of a batch know the index: XLA for a CPU then added up wrong numbers."""
+    draw = np.random.default_rng(0)
+    confidence = np.full(6, 0.5, np.float32)
+    where, correct = draw.random((2, 6, 6)) < 0.6
+
+    def of(where, correct):
+        options = {"bins": bins, "adaptive": adaptive, "where": where}
+        return (
+            ce_jax.reliability_bins(confidence, correct, **options),
+            ce_jax.expected_calibration_error(confidence, correct, **options),
+        )
+
+    for given in ((where, correct[0]), (where[0], correct), (where, correct)):
+        axes = [0 if x.ndim == 2 else None for x in given]
+        found = jax.jit(jax.vmap(of, axes))(*given)
+        for i in range(6):
+            wanted = of(*(x[i] if x.ndim == 2 else x for x in given))
+            one = jax.tree.map(lambda x, i=i: x[i], found)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), one, wanted)
+
+
 def test_what_does_not_count_is_no_tie():
     """Not of predictions of confidence 0 either, as which it is stored."""
     confidence, correct = jnp.zeros(6), np.array([True, False, True, True, True, True])

@@ -35,7 +35,8 @@ def bin_of_rank(
 
 def bin_counts(chosen: Bool[Array, " n"], index: Integer[Array, " n"], bins: int) -> Array:
     """How many of each bin are chosen."""
-    return jnp.zeros(bins, jnp.int32).at[index].add(chosen.astype(jnp.int32))
+    # One bin more: in a batch of one bin whose index is known, XLA for a CPU adds up wrong numbers.
+    return jnp.zeros(bins + 1, jnp.int32).at[index].add(chosen.astype(jnp.int32))[:bins]
 
 
 def number_of_run(x: Shaped[Array, " n"]) -> Integer[Array, " n"]:
