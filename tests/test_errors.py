@@ -165,7 +165,8 @@ RIGHT |= dict.fromkeys(NOISY, RIGHT[INTEGER] | {"transition": np.eye(4, dtype=F3
 FOCAL, OTHER_SOFT = "sigmoid_focal_loss", ("poly_loss_cross_entropy", "cross_entropy_parts")
 RIGHT |= dict.fromkeys(OTHER_SOFT, RIGHT[SOFT]) | {FOCAL: RIGHT[SIGMOID]}
 SAMPLERS = "uniform_negatives", "log_uniform_negatives"
-DRAW = {"key": jax.random.key(0), "num_samples": 2, "num_items": 9}
+KEY = jax.random.key(0)
+DRAW = {"key": KEY, "num_samples": 2, "num_items": 9}
 RIGHT |= dict.fromkeys(SAMPLERS, DRAW)
 SOFT_FORM = "softmax_cross_entropy"
 IDS_FORM = "softmax_cross_entropy_with_integer_labels"
@@ -202,7 +203,7 @@ CURES = [
     (LINEAR, "log_prob_loss", ones(5), "functools.partial"),
     (LINEAR, "log_prob_loss", [1], "functools.partial"),
     *((name, "key", 0, "jax.random.key(0)") for name in SAMPLERS),
-    *((name, "key", jax.random.split(jax.random.key(0)), "one key") for name in SAMPLERS),
+    *((name, "key", jax.random.split(KEY), "one key") for name in SAMPLERS),
     *((name, "axis", ones(5), "sample_weight=") for name in (INTEGER, SOFT, NLL, STATISTICS)),
 ]
 
@@ -379,13 +380,7 @@ def test_no_batch_to_wrap_in():
         ("balanced_weights", (5,), {}, ValueError, r"counts .* \[C\], .* \(\)"),
         ("smooth_labels", (LOGITS, None), {}, TypeError, "alpha .* None"),
         ("next_tokens", (IDS,), {"shift": None}, TypeError, "shift must be an int, got None"),
-        (
-            "uniform_negatives",
-            (jax.random.key(0), 3, 10),
-            {"shape": 4},
-            TypeError,
-            "shape must be a tuple",
-        ),
+        ("uniform_negatives", (KEY, 3, 10), {"shape": 4}, TypeError, "shape must be a tuple"),
         (
             "forward_corrected_cross_entropy",
             (LOGITS, IDS, 4 * EVEN),

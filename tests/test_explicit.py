@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ce_jax
-from tests.calls import batched, narrow, truth, unequal, value_and_gradients
+from tests.calls import narrow, truth, unequal, value_and_gradients
 from tests.catalogue import CATALOGUE
 from tests.comparison import accuracy
 
@@ -46,7 +46,6 @@ def run(name, arrays, cotangents, sharded):
 @pytest.mark.parametrize("name", OF_ROWS)
 def test_examples_of_which_some_arrays_are_on_every_device(name):
     """Those that the first one is not, and then all but the first."""
-    assert batched(name)
     arrays = narrow(CATALOGUE[name].arrays(4, b=DEVICES))
     cotangents = [np.float32(x) for x in unequal(truth(name, arrays))]
     wanted = jax.jit(functools.partial(value_and_gradients, name))(arrays, cotangents)

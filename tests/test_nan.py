@@ -19,8 +19,6 @@ pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("cheap_programs")]
 
 # Their references raise an error for NaN.
 NAN_EVERYWHERE = "fit_temperature", "effective_number_weights"
-
-
 # Of these confidences it only says how many there are.
 NO_BIN = {"reliability_bins"}
 
@@ -42,7 +40,7 @@ def test_an_argument_of_nan(name):
             assert np.isnan(x)[np.isnan(y)].all(), key
 
 
-# Labels as they may come: the compiler sees that the last two are 0 or 1.
+# Labels as they may come: of the last two the compiler sees that they are 0 or 1.
 LABELS = {
     "float": lambda y: y,
     "bool": lambda y: y > 0,
@@ -53,11 +51,10 @@ YES = np.float32([0, 1, 0, 1, 0])
 
 def value_and_slope(loss, x, labels):
     def total(x, y):
-        losses = loss(x, LABELS[labels](y) if labels == "compared" else y)
+        losses = loss(x, LABELS[labels](y))
         return losses.sum(), losses
 
-    y = YES if labels == "compared" else LABELS[labels](YES)
-    slope, losses = jax.jit(jax.grad(total, has_aux=True))(x, y)
+    slope, losses = jax.jit(jax.grad(total, has_aux=True))(x, YES)
     return losses, slope
 
 
